@@ -1,0 +1,119 @@
+"""How many bytes of the fast tier a placement takes: the contract between planner and runtime.
+
+The planner reserves exactly what the runtime allocates, because both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown
+from moepack.segments import PARTS, Part, SegmentShape, segment_shape
+
+
+def layer_segment(spec: ModelSpec, layout: LayerLayout, part: Part) -> SegmentShape | None:
+    """Geometry of one part of a layer's experts under its layout."""
+    return segment_shape(
+        spec.moe(layout.layer), spec.hidden_size, layout.encoding, layout.split, part
+    )
+
+
+def stored_bytes(spec: ModelSpec, layout: LayerLayout, part: Part) -> int:
+    """Stored bytes of one part of one expert; 0 where the part is empty."""
+    shape = layer_segment(spec, layout, part)
+    return 0 if shape is None else shape.stored_bytes
+
+
+def kv_capacity_tokens(attention: AttentionSpec, context_tokens: int, block_tokens: int) -> int:
+    """Tokens that one layer's cache holds: the context, or its window plus one block."""
+    if attention.window is None:
+        return context_tokens
+    return min(context_tokens, attention.window + block_tokens)
+
+
+def kv_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
+    """Bytes of the KV cache over all layers, in the model's dtype."""
+    element_bytes = DTYPE_BYTES[spec.dtype]
+    return sum(
+        kv_capacity_tokens(layer.attention, context_tokens, block_tokens)
+        * layer.attention.cache_width
+        * element_bytes
+        for layer in spec.layers
+    )
+
+
+def hidden_bytes(spec: ModelSpec, context_tokens: int) -> int:
+    """Bytes of the hidden states that a layer-major prefill of the longest prompt keeps.
+
+    The residual stream and the normed input of the experts in the model's dtype, the float32 sum
+    over experts, and the routing (ids as int64, weights as float32).
+    """
+    width = spec.hidden_size
+    top_k = max((spec.moe(i).top_k for i in spec.moe_layers), default=0)
+    per_token = width * (2 * DTYPE_BYTES[spec.dtype] + 4) + top_k * 12
+    return context_tokens * per_token
+
+
+def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
+    """Upper bound of the temporaries of one step: the larger of attention, FFN and head.
+
+    Attention: queries, keys, values and the output of one block, each once in the model's dtype
+    and once in float32, and the mask over the context (one row a head where the layer has sinks);
+    MLA also expands its latent over the context. FFN: gate, up and their product for one block
+    through the widest FFN, twice. Head: the logits of one token and their sorted copy.
+    """
+    element_bytes = DTYPE_BYTES[spec.dtype]
+    block = min(block_tokens, context_tokens)
+    attention = 0
+    ffn = 0
+    for layer in spec.layers:
+        kind = layer.attention
+        keys = kv_capacity_tokens(kind, context_tokens, block_tokens)
+        heads = kind.num_heads * (kind.head_dim + kind.value_dim) * 2
+        mask_rows = kind.num_heads if kind.sinks else 1
+        need = block * heads * (element_bytes + 4) + mask_rows * block * (keys + 1) * 4
+        if kind.mla is not None:
+            need += keys * kind.num_heads * (kind.head_dim + kind.value_dim) * element_bytes
+        attention = max(attention, need)
+        widths = [layer.dense_intermediate_size or 0]
+        if layer.moe is not None:
+            widths += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
+        ffn = max(ffn, block * (3 * max(widths) + 2 * spec.hidden_size) * (element_bytes + 4))
+    head = 3 * spec.vocab_size * 4
+    return max(attention, ffn, head)
+
+
+def staging_bytes(spec: ModelSpec, layout: Layout, staging_experts: int) -> int:
+    """Bytes of the staging buffer: whole experts of the layer whose experts are largest."""
+    whole = max(sum(stored_bytes(spec, layer, part) for part in PARTS) for layer in layout.layers)
+    return staging_experts * whole
+
+
+def slots_bytes(spec: ModelSpec, layout: LayerLayout, placement: LayerPlacement) -> int:
+    """Bytes of one layer's slots."""
+    return placement.top_slots * stored_bytes(
+        spec, layout, "top"
+    ) + placement.bottom_slots * stored_bytes(spec, layout, "bottom")
+
+
+def memory_breakdown(
+    spec: ModelSpec,
+    layout: Layout,
+    layers: Sequence[LayerPlacement],
+    *,
+    staging_experts: int,
+    context_tokens: int,
+) -> MemoryBreakdown:
+    """Every byte of the fast tier, by purpose."""
+    block = layout.prefill_block_tokens
+    return MemoryBreakdown(
+        trunk_bytes=spec.trunk_bytes,
+        kv_bytes=kv_bytes(spec, context_tokens, block),
+        hidden_bytes=hidden_bytes(spec, context_tokens),
+        workspace_bytes=workspace_bytes(spec, context_tokens, block),
+        staging_bytes=staging_bytes(spec, layout, staging_experts),
+        slots_bytes=sum(
+            slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)
+        ),
+    )

@@ -1,0 +1,88 @@
+"""Frozen records, and their strict way to and from JSON and YAML.
+
+Everything that crosses a module or a file is a record: a frozen, slotted dataclass whose fields
+pydantic checks when it is read (no unknown keys, no missing ones, no conversions).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, TypeVar, dataclass_transform
+
+from moepack.errors import MoepackError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """Make a class a frozen, slotted dataclass that forbids unknown fields when it is read."""
+    made = dataclasses.dataclass(frozen=True, slots=True)(cls)
+    # Read by pydantic where the record is decoded; the record itself does not need pydantic.
+    made.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]
+    return made
+
+
+@functools.cache
+def _adapter(cls: type[T]) -> Any:
+    from pydantic import TypeAdapter  # deferred: a tenth of a second that most imports never need
+
+    return TypeAdapter(cls)
+
+
+def decode(cls: type[T], text: str | bytes, *, what: str, error: type[MoepackError]) -> T:
+    """Read a record from JSON, strictly.
+
+    Parameters
+    ----------
+    what
+        How to name the document in the message, for instance ``plan plan.json``.
+    error
+        The class to raise.
+
+    Raises
+    ------
+    MoepackError
+        ``error``, naming the first field that is wrong, what it holds and what was expected.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return]
+    except ValidationError as failure:
+        first = failure.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        got = repr(first["input"])
+        got = got if len(got) <= 60 else f"{got[:57]}..."
+        raise error(
+            f"{what}: {where}: {first['msg'].lower()} (got {got}); make it anew or correct it"
+        ) from None
+
+
+def decode_object(cls: type[T], data: object, *, what: str, error: type[MoepackError]) -> T:
+    """Read a record from parsed JSON or YAML data, strictly. See :func:`decode`."""
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError) as failure:
+        raise error(f"{what}: {failure}; expected plain numbers, texts, lists and maps") from None
+    return decode(cls, text, what=what, error=error)
+
+
+def to_data(item: Any) -> Any:
+    """A record as plain dicts and lists (``None`` fields are kept)."""
+    return json.loads(encode(item))
+
+
+def encode(item: Any, *, indent: int | None = None) -> str:
+    """A record as JSON. Equal records give equal text."""
+    text: str = json.dumps(dataclasses.asdict(item), indent=indent, ensure_ascii=False)
+    return text
+
+
+def digest(item: Any) -> str:
+    """SHA-256 over the canonical JSON of a record, as lower-case hex."""
+    canonical = json.dumps(dataclasses.asdict(item), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
