@@ -16,7 +16,7 @@ from moepack.records import record
 PLAN_VERSION = 1
 
 DeviceKind = Literal["cpu", "cuda"]
-Policy = Literal["lru", "lfu", "lcp", "pinned"]
+Policy = Literal["lru"]
 
 
 @record
@@ -122,6 +122,21 @@ class Placement:
 
 
 @record
+class EngineCapabilities:
+    """What an engine can execute; a planner chooses among this and nothing else.
+
+    Attributes
+    ----------
+    max_prefetch_depth : int
+        Predicted experts that it can fetch ahead; 0 where it fetches on demand only.
+    """
+
+    policies: tuple[Policy, ...]
+    devices: tuple[DeviceKind, ...]
+    max_prefetch_depth: int
+
+
+@record
 class Prediction:
     """What a plan is expected to do, in the fields that a run measures.
 
@@ -191,7 +206,9 @@ def load_plan(path: Path) -> Plan:
     try:
         text = path.read_bytes()
     except OSError as failure:
-        raise PlanError(f"{path}: {failure.strerror}; expected a plan made by moepack plan") from None
+        raise PlanError(
+            f"{path}: {failure.strerror}; expected a plan made by moepack plan"
+        ) from None
     plan = records.decode(Plan, text, what=f"plan {path}", error=PlanError)
     if plan.version != PLAN_VERSION:
         raise PlanError(

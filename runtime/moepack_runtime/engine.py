@@ -1,0 +1,288 @@
+"""The engine: load, prefill, decode.
+
+Prefill goes layer by layer over the whole prompt: every block of a layer is computed before the
+next layer begins, so each missing segment crosses the link once per prompt. The block length is
+the layout's, never the budget's, because the shape of a batch decides the bits of its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from moepack.budget import memory_breakdown
+from moepack.errors import BudgetTooSmallError, ContextLengthError, PlanMismatchError, RunError
+from moepack.model_spec import ModelSpec
+from moepack.plan import Layout, Placement
+from moepack.units import format_size
+from moepack_runtime.capabilities import require_capable
+from moepack_runtime.experts import ExpertMemory
+from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.model import Decoder
+from moepack_runtime.moe import Block, add_experts
+from moepack_runtime.router import Routing
+from moepack_runtime.sampling import Sampler
+from moepack_runtime.stats import Meter, RunStats
+from moepack_runtime.store import SegmentStore
+from moepack_runtime.transfer import Transfer
+
+
+class Observer(Protocol):
+    """Sees what the router of each layer decides (profiling, live statistics)."""
+
+    def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
+        """One block of one layer: the residual after attention [tokens, hidden], and the choice."""
+
+
+class Engine:
+    """A model in execution: its trunk and cache, its slots, and the loop.
+
+    Peak memory: what :func:`moepack.budget.memory_breakdown` says, allocated here and nowhere
+    else. After an error inside a pass the engine must be opened again: its slots may hold
+    anything.
+
+    Parameters
+    ----------
+    store, transfer
+        Where segments come from, and what moves them. The engine closes both.
+    layout, placement
+        What exists and what happens with it.
+
+    Raises
+    ------
+    CapabilityError, BudgetTooSmallError, PlanMismatchError, DeviceError
+        Before anything is allocated.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        placement: Placement,
+        *,
+        store: SegmentStore,
+        transfer: Transfer,
+        process_base_bytes: int = 0,
+    ) -> None:
+        require_fit(spec, layout, placement)
+        self.spec = spec
+        self._block_tokens = layout.prefill_block_tokens
+        self._placement = placement
+        self._transfer = transfer
+        self._process_base_bytes = process_base_bytes
+        self._device = torch.device(placement.device)
+        self._kv = KvCache.allocate(
+            spec,
+            context_tokens=placement.context_tokens,
+            block_tokens=self._block_tokens,
+            device=self._device,
+        )
+        trunk = {name: tensor.to(self._device) for name, tensor in store.load_trunk().items()}
+        self._decoder = Decoder(spec, trunk, self._kv)
+        self._experts = ExpertMemory(
+            spec,
+            layout,
+            placement.layers,
+            staging_experts=placement.staging_experts,
+            transfer=transfer,
+        )
+        self._experts.warm()
+        self._observer: Observer | None = None
+        self._meter = Meter(0, transfer.statistics)
+        self._broken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the transfer's readers and let go of the files."""
+        self._transfer.close()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every routing decision to ``observer`` from now on."""
+        self._observer = observer
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return self._kv.length
+
+    def reset(self) -> None:
+        """Forget the sequence; what is cached of the experts stays."""
+        self._kv.truncate(0)
+
+    def stats(self) -> RunStats:
+        """Of the last (or current) generation."""
+        return self._meter.stats(
+            self._transfer.statistics,
+            peak_fast_bytes=self._peak_fast_bytes(),
+            process_base_bytes=self._process_base_bytes,
+        )
+
+    def _peak_fast_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        memory = self._placement.memory
+        # Slots, frames and KV are what was allocated; hidden states and temporaries live inside
+        # their reservation.
+        held = self._experts.allocated_bytes + self._kv.size_bytes + self._decoder.trunk_bytes
+        return held + memory.hidden_bytes + memory.workspace_bytes
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Yield new tokens as they are drawn; a stop token ends the text and is yielded last.
+
+        Raises
+        ------
+        ContextLengthError
+            When prompt and new tokens exceed the planned context.
+        TransferError, DamagedSegmentError
+            When a segment does not arrive whole.
+        """
+        self._require_room(len(prompt), max_new_tokens)
+        self.reset()
+        meter = self._meter = Meter(len(prompt), self._transfer.statistics)
+        meter.begin()
+        token = sampler.draw(self.prefill(prompt))
+        meter.first_token(self._transfer.statistics)
+        yield token
+        for _ in range(max_new_tokens - 1):
+            if token in stop_ids:
+                return
+            meter.begin()
+            token = sampler.draw(self.decode(token))
+            meter.next_token()
+            yield token
+
+    def _require_room(self, prompt_tokens: int, new_tokens: int) -> None:
+        context = self._placement.context_tokens
+        if prompt_tokens == 0:
+            raise ContextLengthError("the prompt has no tokens; expected at least one")
+        if prompt_tokens + new_tokens > context:
+            raise ContextLengthError(
+                f"prompt of {prompt_tokens} tokens and {new_tokens} new ones exceed the planned "
+                f"context of {context}; plan with --context {prompt_tokens + new_tokens} or more"
+            )
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Run tokens behind what is in the cache.
+
+        Returns
+        -------
+        Tensor
+            float32 [vocab]: the logits after the last token.
+        """
+        return self.forward(tokens)[-1]
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Run one token. Returns the logits after it, float32 [vocab]."""
+        return self.forward([token])[-1]
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], *, all_logits: bool = False) -> torch.Tensor:
+        """Run tokens behind what is in the cache, layer by layer.
+
+        Returns
+        -------
+        Tensor
+            float32 [1, vocab] for the last token, or [tokens, vocab] with ``all_logits``.
+        """
+        if self._broken:
+            raise RunError("the engine failed in an earlier step; open it again")
+        start = self._kv.length
+        self._require_room(len(tokens), 0 if start == 0 else start)
+        self._broken = True  # until the pass has gone through: an error leaves slots half-written
+        ids = torch.tensor(tokens, device=self._device)
+        hidden = list(self._decoder.embed(ids).split(self._block_tokens))
+        for layer in range(len(self.spec.layers)):
+            self._forward_layer(layer, hidden, start)
+        self._kv.advance(len(tokens))
+        last = torch.cat(hidden) if all_logits else hidden[-1][-1:]
+        logits = self._decoder.logits(last)
+        self._broken = False
+        return logits
+
+    def _forward_layer(self, number: int, hidden: list[torch.Tensor], start: int) -> None:
+        """One layer over all blocks, in place."""
+        layer = self._decoder.layers[number]
+        moe = self.spec.layers[number].moe
+        blocks: list[Block] = []
+        position = start
+        for index, block in enumerate(hidden):
+            residual = layer.attend(block, position)
+            position += block.shape[0]
+            inputs = layer.mlp_norm(residual)
+            if moe is None:
+                hidden[index] = residual + layer.dense(inputs)
+                continue
+            hidden[index] = residual
+            routing = layer.route(inputs)
+            if self._observer is not None:
+                self._observer.routed(number, residual, routing)
+            total = torch.zeros_like(inputs, dtype=torch.float32)
+            blocks.append(Block(inputs, routing, total))
+        if moe is None:
+            return
+        tokens = [row for block in blocks for row in block.routing.ids.tolist()]
+        layer_pass = self._experts.step(number, tokens)
+        waited_s = self._experts.wait_s
+        add_experts(moe, blocks, layer_pass)
+        self._meter.count(layer_pass.counts)
+        self._meter.wait_s += self._experts.wait_s - waited_s
+        for index, block in enumerate(blocks):
+            shared = layer.shared(block.inputs)
+            if shared is not None:
+                block.total.add_(shared)
+            hidden[index] = hidden[index] + block.total.to(hidden[index].dtype)
+
+
+def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
+    """Refuse a placement that this engine, this layout or this budget cannot carry.
+
+    Raises
+    ------
+    CapabilityError
+        When it asks for a policy or prefetching that the engine lacks.
+    PlanMismatchError
+        When its bytes are not those of this model and layout.
+    BudgetTooSmallError
+        When it needs more than its budget, naming the missing bytes.
+    """
+    require_capable(placement)
+    needed = memory_breakdown(
+        spec,
+        layout,
+        placement.layers,
+        staging_experts=placement.staging_experts,
+        context_tokens=placement.context_tokens,
+    )
+    if needed != placement.memory:
+        raise PlanMismatchError(
+            f"the plan reserves {format_size(placement.memory.total_bytes)}, this model and layout "
+            f"need {format_size(needed.total_bytes)}; the plan was made for others: plan again"
+        )
+    missing_bytes = needed.total_bytes - placement.fast_budget_bytes
+    if missing_bytes > 0:
+        raise BudgetTooSmallError(
+            f"the plan needs {format_size(needed.total_bytes)}, the budget is "
+            f"{format_size(placement.fast_budget_bytes)}: {missing_bytes} bytes are missing; plan "
+            "again with a larger --vram or a smaller --context",
+            missing_bytes=missing_bytes,
+        )
