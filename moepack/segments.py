@@ -11,6 +11,7 @@ packing needs no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class SegmentTensor:
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor."""
-        return int(np.prod(self.shape)) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @record
