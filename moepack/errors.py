@@ -34,10 +34,12 @@ what is wrong, what was found, what was expected, and what to do.
     |   |-- DamagedSegmentError         bytes that do not match their digest
     |   `-- OutputError                 the folder cannot be written
     |       |-- DiskFullError           bytes needed and bytes free
+    |       |-- OutputInUseError        another process is writing it
     |       `-- ReadOnlyError           no permission to write
     |-- RunError                        while executing
     |   |-- ContextLengthError          prompt (and new tokens) longer than the planned context
     |   |-- TransferError               a segment did not arrive
+    |   |-- OutOfMemoryError            the machine does not give the memory that was planned
     |   |-- DeviceError                 the device that was asked for is not there
     |   `-- DriftError                  the forecast and the measurement disagree (bench --strict)
     `-- WorkspaceError                  a step that has not been taken, or a damaged workspace
@@ -172,6 +174,10 @@ class DiskFullError(OutputError):
     """The disk has too little room."""
 
 
+class OutputInUseError(OutputError):
+    """Another process is writing the same folder."""
+
+
 class ReadOnlyError(OutputError):
     """The place is not writable."""
 
@@ -186,6 +192,10 @@ class ContextLengthError(RunError):
 
 class TransferError(RunError):
     """A segment did not arrive whole."""
+
+
+class OutOfMemoryError(RunError):
+    """The machine does not give the memory that was asked for."""
 
 
 class DeviceError(RunError):

@@ -1,0 +1,302 @@
+"""Where a model's weights come from: a packed folder, or a plain checkpoint cut on the fly."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from typing_extensions import override
+
+from moepack.budget import layer_segment
+from moepack.errors import DamagedSegmentError, PlanMismatchError
+from moepack.formats import PackedModel, TrunkTensor
+from moepack.manifest import TRUNK_FILE
+from moepack.model_spec import ModelSpec, TensorInfo
+from moepack.plan import Layout
+from moepack.segments import (
+    Bits,
+    Part,
+    SegmentId,
+    SegmentShape,
+    align_up,
+    cut_expert,
+)
+from moepack.units import MIB
+from moepack_runtime.direct_io import Buffer, DirectFile, allocate
+
+#: Every trunk tensor starts on a cache line, whatever it was read from: matrix kernels may round
+#: differently elsewhere.
+TRUNK_ALIGNMENT_BYTES = 64
+
+# Of the memory through which the trunk is read.
+_TRUNK_STEP_BYTES = 8 * MIB
+
+_TORCH_DTYPE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class CheckMode(StrEnum):
+    """Which segments are compared with their CRC-32 when they are read."""
+
+    FIRST = "first"  # each one the first time
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class SegmentStore(ABC):
+    """The weights of one model: its trunk as tensors, its routed experts as segments."""
+
+    @abstractmethod
+    def shape(self, segment: SegmentId) -> SegmentShape:
+        """What a segment holds.
+
+        Raises
+        ------
+        PackError, PlanMismatchError
+            When there is no such segment.
+        """
+
+    @abstractmethod
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+        """Read a segment. Called from several threads at once.
+
+        Parameters
+        ----------
+        destination
+            As many bytes as the segment stores, 4 KiB aligned. The padding after its tensors is
+            written too, with anything.
+
+        Raises
+        ------
+        TransferError
+            When it cannot be read, naming the file.
+        DamagedSegmentError
+            When it is not what was packed.
+        """
+
+    @abstractmethod
+    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+        """Every trunk tensor under its canonical name, in one block of RAM.
+
+        The block takes :func:`trunk_memory_bytes`; it is freed when the last tensor goes.
+
+        Raises
+        ------
+        TransferError
+            When it cannot be read.
+        DamagedSegmentError
+            When it is not what was packed, naming the tensor.
+        OutOfMemoryError
+            When there is no room for it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files. Closing twice does nothing."""
+
+
+def trunk_memory_bytes(trunk: Iterable[TensorInfo]) -> int:
+    """RAM that a loaded trunk takes: each tensor from a cache line on, all in whole pages."""
+    lines = sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in trunk)
+    return align_up(lines)
+
+
+def _allocate_trunk(
+    trunk: tuple[TensorInfo, ...],
+) -> Iterator[tuple[TensorInfo, torch.Tensor, torch.Tensor]]:
+    """For each tensor: itself, its bytes (uint8, flat), and the tensor over those bytes."""
+    memory = allocate(trunk_memory_bytes(trunk))
+    offset_bytes = 0
+    for info in trunk:
+        flat = memory[offset_bytes : offset_bytes + info.size_bytes]
+        yield info, flat, flat.view(_TORCH_DTYPE[info.dtype]).view(info.shape)
+        offset_bytes += align_up(info.size_bytes, TRUNK_ALIGNMENT_BYTES)
+
+
+class PackStore(SegmentStore):
+    """A packed folder, read past the page cache.
+
+    Attributes
+    ----------
+    direct : bool
+        Whether every read goes past the page cache. Where the file system does not allow that,
+        this is False and a warning says so.
+
+    Raises
+    ------
+    PackError
+        When the folder is not a sound pack.
+    TransferError
+        When a file cannot be opened.
+    """
+
+    def __init__(self, packed: PackedModel) -> None:
+        self._packed = packed
+        self._checked: set[SegmentId] = set()
+        self._files: dict[str, DirectFile] = {}
+        paths = dict.fromkeys([TRUNK_FILE, *(entry.path for entry in packed.entries.values())])
+        try:
+            for path in paths:
+                self._files[path] = DirectFile(packed.folder / path)
+        except BaseException:
+            self.close()
+            raise
+        indirect = [file for file in self._files.values() if not file.direct]
+        self.direct = not indirect
+        if indirect:
+            _log.warning(
+                "%s is read through the page cache (%s): it takes memory beyond the budget, and "
+                "its speed says nothing about the disk",
+                packed.folder,
+                indirect[0].reason,
+            )
+
+    @classmethod
+    def open(cls, folder: Path) -> PackStore:
+        """Open a packed folder. Raises as :meth:`PackedModel.open` does, too."""
+        return cls(PackedModel.open(folder))
+
+    @override
+    def shape(self, segment: SegmentId) -> SegmentShape:
+        return self._packed.entry(segment).shape
+
+    @override
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+        entry = self._packed.entry(segment)
+        self._files[entry.path].read_into(destination[: entry.stored_bytes], entry.offset_bytes)
+        if check is CheckMode.NEVER or (check is CheckMode.FIRST and segment in self._checked):
+            return
+        # Without the interpreter lock, so that the other readers go on.
+        if zlib.crc32(destination[: entry.size_bytes].data) != entry.crc32:
+            raise DamagedSegmentError(
+                f"{segment}: its bytes in {self._packed.path(entry)} do not match their checksum; "
+                "check the folder with moepack verify, then pack again"
+            )
+        self._checked.add(segment)
+
+    @override
+    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+        tensors = {}
+        step = allocate(_TRUNK_STEP_BYTES).numpy()
+        infos = self._packed.spec.trunk
+        for (info, flat, tensor), entry in zip(
+            _allocate_trunk(infos), self._packed.trunk, strict=True
+        ):
+            self._read_trunk_tensor(entry, flat.numpy(), step, check)
+            tensors[info.name] = tensor
+        return tensors
+
+    def _read_trunk_tensor(
+        self, entry: TrunkTensor, destination: Buffer, step: Buffer, check: CheckMode
+    ) -> None:
+        checksum = 0
+        for done in range(0, entry.size_bytes, step.nbytes):
+            count = min(step.nbytes, entry.size_bytes - done)
+            self._files[TRUNK_FILE].read_into(
+                step[: align_up(count)], entry.offset_bytes + done, needed_bytes=count
+            )
+            destination[done : done + count] = step[:count]
+            if check is not CheckMode.NEVER:
+                checksum = zlib.crc32(step[:count].data, checksum)
+        if check is not CheckMode.NEVER and checksum != entry.crc32:
+            raise DamagedSegmentError(
+                f"trunk tensor {entry.name}: its bytes in {self._packed.trunk_path} do not match "
+                "their checksum; check the folder with moepack verify, then pack again"
+            )
+
+    @override
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class ExpertSource(Protocol):
+    """A checkpoint, as far as a store needs one: bit patterns under canonical names."""
+
+    def expert(self, layer: int, expert: int) -> Mapping[str, Bits]:
+        """One whole routed expert, under the names of :data:`moepack.segments.EXPERT_TENSORS`."""
+
+    def trunk_tensor(self, name: str) -> Bits:
+        """One trunk tensor, in its shape."""
+
+
+class CheckpointStore(SegmentStore):
+    """A plain checkpoint whose experts are cut for a layout as they are asked for.
+
+    For running without a pack, and to compare packs against. There are no checksums to compare
+    with, so ``check`` makes no difference. One thread reads at a time. Peak memory: two whole
+    experts beyond the destinations (a top and a bottom are asked for one after the other).
+
+    Raises
+    ------
+    PlanMismatchError
+        When the layout asks for another dtype than the model has.
+    """
+
+    def __init__(self, source: ExpertSource, spec: ModelSpec, layout: Layout) -> None:
+        self._source = source
+        self._spec = spec
+        self._shapes: dict[tuple[int, Part], SegmentShape] = {}
+        for cut in layout.layers:
+            if cut.encoding != spec.dtype:
+                raise PlanMismatchError(
+                    f"layer {cut.layer} is planned as {cut.encoding}, the checkpoint holds "
+                    f"{spec.dtype}; pack the model first, which converts it"
+                )
+            for part in ("top", "bottom"):
+                shape = layer_segment(spec, cut, part)
+                if shape is not None:
+                    self._shapes[cut.layer, part] = shape
+        self._recent: OrderedDict[tuple[int, int], Mapping[str, Bits]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @override
+    def shape(self, segment: SegmentId) -> SegmentShape:
+        shape = self._shapes.get((segment.layer, segment.part))
+        if shape is None:
+            raise PlanMismatchError(f"the layout has no segment {segment}; plan again")
+        return shape
+
+    @override
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+        shape = self.shape(segment)
+        with self._lock:
+            bits = cut_expert(self._expert(segment.layer, segment.expert), shape, segment.part)
+        destination[: shape.size_bytes] = np.frombuffer(bits, np.uint8)
+
+    def _expert(self, layer: int, expert: int) -> Mapping[str, Bits]:
+        weights = self._recent.pop((layer, expert), None)
+        if weights is None:
+            weights = self._source.expert(layer, expert)
+        self._recent[layer, expert] = weights
+        if len(self._recent) > 2:
+            self._recent.popitem(last=False)
+        return weights
+
+    @override
+    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for info, flat, tensor in _allocate_trunk(self._spec.trunk):
+            bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
+            flat.numpy()[:] = bits.reshape(-1).view(np.uint8)
+            tensors[info.name] = tensor
+        return tensors
+
+    @override
+    def close(self) -> None:
+        self._recent.clear()
