@@ -48,7 +48,7 @@ def sync_folder(folder: Path) -> None:
 
 def output_error(path: Path, failure: OSError) -> OutputError:
     """The named error for a failure to write ``path``."""
-    if failure.errno == errno.ENOSPC or failure.errno == errno.EDQUOT:
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"{path}: the disk is full; free some space and try again")
     if failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ReadOnlyError(f"{path}: {failure.strerror}; choose a folder that can be written")

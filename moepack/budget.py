@@ -6,6 +6,7 @@ The planner reserves exactly what the runtime allocates, because both ask here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown
@@ -84,6 +85,16 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
     return max(attention, ffn, head)
 
 
+def fixed_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
+    """Bytes that every placement takes, before the first expert: trunk, cache, buffers."""
+    return (
+        spec.trunk_bytes
+        + kv_bytes(spec, context_tokens, block_tokens)
+        + hidden_bytes(spec, context_tokens)
+        + workspace_bytes(spec, context_tokens, block_tokens)
+    )
+
+
 def staging_bytes(spec: ModelSpec, layout: Layout, staging_experts: int) -> int:
     """Bytes of the staging buffer: whole experts of the layer whose experts are largest."""
     whole = max(sum(stored_bytes(spec, layer, part) for part in PARTS) for layer in layout.layers)
@@ -116,4 +127,56 @@ def memory_breakdown(
         slots_bytes=sum(
             slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)
         ),
+    )
+
+
+class Needs(NamedTuple):
+    """What a model takes of the fast tier, uncut, at one context length.
+
+    Attributes
+    ----------
+    kv_bytes : int
+        The KV cache alone.
+    least_bytes : int
+        With no expert cached and one in flight: no plan takes less.
+    resident_bytes : int
+        With every expert cached: no plan gains from more.
+    """
+
+    kv_bytes: int
+    least_bytes: int
+    resident_bytes: int
+
+
+def needs(spec: ModelSpec, context_tokens: int) -> Needs:
+    """What a model would take at the least, and at the most."""
+    uncut = Layout(
+        spec.digest,
+        tuple(
+            LayerLayout(layer, moe.intermediate_size, moe.intermediate_size, 1, spec.dtype)
+            for layer in spec.moe_layers
+            for moe in (spec.moe(layer),)
+        ),
+    )
+
+    def total_bytes(cached: bool) -> int:
+        layers = [
+            LayerPlacement(
+                layer=layer,
+                budget_bytes=0,
+                top_slots=spec.moe(layer).num_experts if cached else 0,
+                bottom_slots=0,
+                policy="lru",
+                hot=(),
+            )
+            for layer in spec.moe_layers
+        ]
+        return memory_breakdown(
+            spec, uncut, layers, staging_experts=1, context_tokens=context_tokens
+        ).total_bytes
+
+    return Needs(
+        kv_bytes=kv_bytes(spec, context_tokens, uncut.prefill_block_tokens),
+        least_bytes=total_bytes(cached=False),
+        resident_bytes=total_bytes(cached=True),
     )

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from moepack.errors import MoepackError
@@ -69,6 +70,43 @@ def decode_object(cls: type[T], data: object, *, what: str, error: type[MoepackE
     except (TypeError, ValueError) as failure:
         raise error(f"{what}: {failure}; expected plain numbers, texts, lists and maps") from None
     return decode(cls, text, what=what, error=error)
+
+
+def load_yaml(cls: type[T], path: Path, *, what: str, error: type[MoepackError], remedy: str) -> T:
+    """Read a record from a YAML file, strictly.
+
+    Parameters
+    ----------
+    what
+        The kind of document, for instance ``compute profile``.
+    remedy
+        What to do when it cannot be read, for instance ``make one with moepack profile``.
+
+    Raises
+    ------
+    MoepackError
+        ``error``, when the file cannot be read, is not YAML, or is not such a record.
+    """
+    import yaml  # deferred: only profiles and presets are YAML
+
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as failure:
+        raise error(f"{what} {path}: {failure.strerror}; {remedy}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as failure:
+        reason = " ".join(str(failure).split())
+        raise error(f"{what} {path}: not YAML ({reason}); {remedy}") from None
+    return decode_object(cls, data, what=f"{what} {path}", error=error)
+
+
+def to_yaml(item: Any, *, header: str) -> bytes:
+    """A record as YAML under a line of comment."""
+    import yaml
+
+    text = yaml.safe_dump(
+        to_data(item), sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
+    )
+    return f"# {header}\n{text}".encode()
 
 
 def to_data(item: Any) -> Any:

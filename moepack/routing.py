@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from moepack import records
 from moepack.atomic import write_atomically
@@ -163,9 +162,8 @@ class RoutingProfile:
     def save(self, folder: Path) -> None:
         """Write ``routing.npz`` and then ``routing.yaml``, each atomically."""
         write_atomically(folder / "routing.npz", self.trace.to_bytes())
-        text = yaml.safe_dump(records.to_data(self.summary), sort_keys=False, allow_unicode=True)
-        header = "# How this model routes on the texts below: made by moepack profile.\n"
-        write_atomically(folder / "routing.yaml", (header + text).encode())
+        header = "How this model routes on the texts below: made by moepack profile."
+        write_atomically(folder / "routing.yaml", records.to_yaml(self.summary, header=header))
 
 
 def load_routing(path: Path) -> RoutingProfile:
@@ -183,24 +181,19 @@ def load_routing(path: Path) -> RoutingProfile:
     """
     summary_path = path / "routing.yaml" if path.is_dir() else path
     trace_path = summary_path.with_suffix(".npz")
-    try:
-        data = yaml.safe_load(summary_path.read_text("utf-8"))
-        blob = trace_path.read_bytes()
-    except OSError as failure:
-        raise ProfileError(
-            f"routing profile {failure.filename}: {failure.strerror}; make one with moepack profile"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        reason = " ".join(str(failure).split())
-        raise ProfileError(
-            f"routing profile {summary_path}: not YAML ({reason}); make it anew with moepack profile"
-        ) from None
-    what = f"routing profile {summary_path}"
-    summary = records.decode_object(RoutingSummary, data, what=what, error=ProfileError)
+    what, remedy = "routing profile", "make one with moepack profile"
+    summary = records.load_yaml(
+        RoutingSummary, summary_path, what=what, error=ProfileError, remedy=remedy
+    )
     if summary.version != ROUTING_VERSION:
         raise ProfileError(
-            f"{what}: version {summary.version}, this moepack reads {ROUTING_VERSION}; profile again"
+            f"{what} {summary_path}: version {summary.version}, this moepack reads "
+            f"{ROUTING_VERSION}; profile again"
         )
+    try:
+        blob = trace_path.read_bytes()
+    except OSError as failure:
+        raise ProfileError(f"{what} {trace_path}: {failure.strerror}; {remedy}") from None
     found = hashlib.sha256(blob).hexdigest()
     if found != summary.trace_sha256:
         raise ProfileError(
@@ -355,7 +348,7 @@ def lru_hit_curve(
             ranks = (combined[None, :] > combined[row][:, None]).sum(axis=1)
             np.add.at(at_rank, ranks, 1)
         key[row] = token
-    curve = np.concatenate([[0], np.cumsum(at_rank)]) / total
+    curve: npt.NDArray[np.float64] = np.concatenate([[0], np.cumsum(at_rank)]) / total
     for capacity in range(1, min(top_k, experts)):
         curve[capacity] = _replayed_hit_rate(ids, scored, hot, capacity)
     return curve
@@ -370,4 +363,4 @@ def _replayed_hit_rate(
         access = cache.step([row])
         if counts:
             hits += len(access.resident)
-    return hits / (int(scored.sum()) * ids.shape[1])
+    return hits / (int(scored.sum()) * int(ids.shape[1]))

@@ -1,0 +1,141 @@
+"""One model on one machine: seconds of each piece of a layer over the number of tokens.
+
+Measured by running the model's own layers (:mod:`moepack.profiling`), or derived from the
+machine's rates by a roofline (:func:`moepack.hardware.derive_compute`) where the model has not been
+run here; a plan says which.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Literal
+
+from moepack import records
+from moepack.atomic import write_atomically
+from moepack.errors import ProfileError
+from moepack.records import record
+
+COMPUTE_VERSION = 1
+
+
+@record
+class Curve:
+    """Seconds over a number of tokens: linear between the points, and beyond the last two.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        Ascending, from 1.
+    seconds : tuple of float
+    """
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
+        if not self.tokens or len(self.tokens) != len(self.seconds) or not ascending:
+            raise ValueError("a curve needs ascending token counts and as many times")
+        if self.tokens[0] < 1 or min(self.seconds) < 0:
+            raise ValueError("a curve begins at one token or more, and no time is negative")
+
+    def at(self, tokens: float) -> float:
+        """Seconds for a number of tokens; below the first point, the first point's."""
+        if tokens <= self.tokens[0] or len(self.tokens) == 1:
+            return self.seconds[0]
+        right = min(max(1, bisect_right(self.tokens, tokens)), len(self.tokens) - 1)
+        x0, x1 = self.tokens[right - 1], self.tokens[right]
+        y0, y1 = self.seconds[right - 1], self.seconds[right]
+        return max(0.0, y0 + (y1 - y0) * (tokens - x0) / (x1 - x0))
+
+
+@record
+class LayerCompute:
+    """The pieces of all layers of one kind (equal attention and FFN).
+
+    Attributes
+    ----------
+    layers : tuple of int
+        The decoder's numbers of these layers.
+    attention : Curve
+        Norm, attention and residual of one block; at one token, behind
+        ``ComputeProfile.context_tokens`` of context.
+    router : Curve or None
+        Norm and routing; None for a dense layer.
+    expert, expert_split : Curve or None
+        One routed expert over the tokens that it gets, in one segment and in two, with the
+        gathering and adding around it.
+    ffn : Curve or None
+        The dense FFN, or the shared expert; None where there is neither.
+    """
+
+    layers: tuple[int, ...]
+    attention: Curve
+    router: Curve | None
+    expert: Curve | None
+    expert_split: Curve | None
+    ffn: Curve | None
+
+
+@record
+class ComputeProfile:
+    """Compute times of one model on one machine.
+
+    Attributes
+    ----------
+    source : {"measured", "derived"}
+    how, recorded_utc : str
+        In words, and when (UTC, ISO 8601).
+    layers : tuple of LayerCompute
+        Every layer of the model stands in exactly one.
+    head_s : float
+        Embedding, final norm, head and sampling of one token.
+    spread : float
+        Largest relative interquartile range over the measured points; 0 where derived.
+    """
+
+    version: int
+    model_name: str
+    model_digest: str
+    device: str
+    threads: int
+    source: Literal["measured", "derived"]
+    how: str
+    recorded_utc: str
+    context_tokens: int
+    head_s: float
+    spread: float
+    layers: tuple[LayerCompute, ...]
+
+    def layer(self, number: int) -> LayerCompute:
+        """The entry that a decoder layer stands in."""
+        return next(entry for entry in self.layers if number in entry.layers)
+
+    def save(self, path: Path) -> None:
+        """Write as YAML, atomically."""
+        header = "Seconds of each piece of a layer over tokens: made by moepack profile."
+        write_atomically(path, records.to_yaml(self, header=header))
+
+
+def load_compute(path: Path) -> ComputeProfile:
+    """Read a compute profile.
+
+    Raises
+    ------
+    ProfileError
+        When it cannot be read or is not one.
+    """
+    profile = records.load_yaml(
+        ComputeProfile,
+        path,
+        what="compute profile",
+        error=ProfileError,
+        remedy="make one with moepack profile",
+    )
+    if profile.version != COMPUTE_VERSION:
+        raise ProfileError(
+            f"compute profile {path}: version {profile.version}, this moepack reads "
+            f"{COMPUTE_VERSION}; profile again"
+        )
+    return profile

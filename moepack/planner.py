@@ -1,0 +1,388 @@
+"""From a model, a machine and a budget to a plan.
+
+Today every layer gets the same budget and the same split. Which split, how much staging, and
+whether to keep anything at all is decided by price: ``TTFT + (new tokens - 1) * TPOT`` of
+:mod:`moepack.cost` over all candidates, which contain every baseline. The best is returned, so a
+plan cannot lose to a baseline by its own reckoning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moepack.budget import (
+    fixed_bytes,
+    memory_breakdown,
+    staging_bytes,
+    stored_bytes,
+)
+from moepack.compute import ComputeProfile
+from moepack.cost import LinkSeconds, throttled
+from moepack.errors import BudgetTooSmallError, PlanMismatchError
+from moepack.hardware import HardwareProfile
+from moepack.model_spec import ModelSpec
+from moepack.plan import (
+    PLAN_VERSION,
+    Baseline,
+    DeviceKind,
+    LayerLayout,
+    LayerPlacement,
+    Layout,
+    Placement,
+    Plan,
+    Prediction,
+    Provenance,
+)
+from moepack.pricing import Price, Pricer, layer_routing
+from moepack.routing import RoutingPart, RoutingProfile
+from moepack.segments import PARTS, cuts, granularity
+from moepack.units import format_size
+
+#: Split ratios tried for all layers alike, each moved to the nearest cut of its layer.
+SPLIT_RATIOS = tuple(step / 8 for step in range(9))
+
+#: Factor within which measured times are expected, by where the compute times come from.
+MEASURED_BAND = 1.35
+DERIVED_BAND = 2.0
+
+#: Length of a prefill block; part of the layout, since it decides the bits of the result.
+PREFILL_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is to be made for.
+
+    Attributes
+    ----------
+    compute : ComputeProfile
+        Measured, or derived from ``hardware``.
+    routing : RoutingProfile or None
+        None: every expert is assumed equally likely, which the plan then says.
+    fast_budget_bytes, ram_budget_bytes : int
+        Bound on the fast tier, and on the whole process in host memory (None: what the hardware
+        profile allows).
+    link : tuple or None
+        (bytes per second, latency in seconds) of a throttled link to plan for.
+    keep_layout : Layout or None
+        Keep the bytes of an existing pack and decide the placement alone.
+    """
+
+    spec: ModelSpec
+    hardware: HardwareProfile
+    hardware_is_this_machine: bool
+    compute: ComputeProfile
+    routing: RoutingProfile | None
+    device: DeviceKind
+    fast_budget_bytes: int
+    ram_budget_bytes: int | None = None
+    context_tokens: int = 4096
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    link: tuple[float, float] | None = None
+    keep_layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    layout: Layout
+    placement: Placement
+    price: Price
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """Make the best plan for a request.
+
+    Raises
+    ------
+    BudgetTooSmallError
+        When not even one expert in flight fits, naming the missing bytes; or when the plan does
+        not fit the host's memory.
+    PlanMismatchError
+        When a profile or a layout is another model's.
+    """
+    began_s = time.perf_counter()
+    _require_matching(request)
+    _require_budget(request)
+    planner = _Planner(request)
+    candidates = [
+        candidate for layout in planner.layouts() for candidate in planner.candidates(layout)
+    ]
+    best = min(candidates, key=lambda item: _total_s(request, item.price))
+    _require_host_memory(request, best)
+    final = planner.price(
+        best.layout, best.placement.layers, best.placement.staging_experts, "test"
+    )
+    return Plan(
+        version=PLAN_VERSION,
+        model_name=request.spec.name,
+        model_digest=request.spec.digest,
+        max_context_tokens=max_context_tokens(request),
+        layout=best.layout,
+        placement=best.placement,
+        prediction=_prediction(request, best, final),
+        baselines=planner.baselines(),
+        provenance=_provenance(request),
+        planner_s=time.perf_counter() - began_s,
+        link=request.link,
+    )
+
+
+def max_context_tokens(request: PlanRequest) -> int:
+    """The longest context that fits the budget with one expert in flight and none kept.
+
+    At most the model's own; 0 where nothing fits.
+    """
+    low, high = 0, request.spec.context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _least_bytes(replace(request, context_tokens=middle)) <= request.fast_budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class _Planner:
+    """Candidates for one request, and their price."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        self._request = request
+        self._spec = request.spec
+        link: LinkSeconds = request.hardware.link_seconds
+        self._routing = layer_routing(request.spec, request.routing)
+        self._pricer = Pricer(
+            request.spec,
+            request.compute,
+            self._routing,
+            link if request.link is None else throttled(link, *request.link),
+            prompt_tokens=request.prompt_tokens,
+        )
+
+    def price(
+        self, layout: Layout, layers: Sequence[LayerPlacement], staging: int, part: RoutingPart
+    ) -> Price:
+        return self._pricer.price(layout, layers, staging_experts=staging, part=part)
+
+    def layouts(self) -> list[Layout]:
+        """The kept layout, or one for every split ratio."""
+        keep = self._request.keep_layout
+        return [keep] if keep is not None else [_layout(self._spec, r) for r in SPLIT_RATIOS]
+
+    def candidates(self, layout: Layout) -> Iterator[_Candidate]:
+        """One layout with every amount of staging that fits, all remaining budget in slots."""
+        for staging in _staging_choices(self._spec):
+            free_bytes = self._free_bytes(layout, staging)
+            if free_bytes >= 0:
+                yield self._candidate(layout, staging, free_bytes)
+
+    def baselines(self) -> dict[str, Baseline]:
+        """The same engine under simpler strategies, at the same budget."""
+        whole, half = _layout(self._spec, 1.0), _layout(self._spec, 0.5)
+        found: dict[str, Baseline] = {}
+        for name, layout, slots in (
+            ("on_demand", whole, 0),
+            ("lru", whole, None),
+            ("uniform_half", half, None),
+        ):
+            fitting = [
+                self._candidate(layout, staging, free_bytes if slots is None else slots)
+                for staging in _staging_choices(self._spec)
+                if (free_bytes := self._free_bytes(layout, staging)) >= 0
+            ]
+            if fitting:
+                best = min(fitting, key=lambda item: _total_s(self._request, item.price))
+                found[name] = self._baseline(best, eligible=True)
+        whole_bytes = sum(
+            self._spec.moe(cut.layer).num_experts * stored_bytes(self._spec, cut, "top")
+            for cut in whole.layers
+        )
+        resident = self._candidate(whole, 1, whole_bytes)
+        fits = resident.placement.memory.total_bytes <= self._request.fast_budget_bytes
+        found["resident"] = self._baseline(resident, eligible=fits)
+        return found
+
+    def _baseline(self, candidate: _Candidate, *, eligible: bool) -> Baseline:
+        placement = candidate.placement
+        price = self.price(candidate.layout, placement.layers, placement.staging_experts, "test")
+        return Baseline(price.ttft_s, price.tpot_s, eligible)
+
+    def _free_bytes(self, layout: Layout, staging: int) -> int:
+        request = self._request
+        return (
+            request.fast_budget_bytes
+            - fixed_bytes(self._spec, request.context_tokens, layout.prefill_block_tokens)
+            - staging_bytes(self._spec, layout, staging)
+        )
+
+    def _candidate(self, layout: Layout, staging: int, free_bytes: int) -> _Candidate:
+        request = self._request
+        share_bytes = free_bytes // len(layout.layers)
+        layers = tuple(self._place(cut, share_bytes) for cut in layout.layers)
+        placement = Placement(
+            device=request.device,
+            fast_budget_bytes=request.fast_budget_bytes,
+            staging_experts=staging,
+            context_tokens=request.context_tokens,
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            memory=memory_breakdown(
+                self._spec,
+                layout,
+                layers,
+                staging_experts=staging,
+                context_tokens=request.context_tokens,
+            ),
+            layers=layers,
+        )
+        return _Candidate(layout, placement, self.price(layout, layers, staging, "select"))
+
+    def _place(self, cut: LayerLayout, budget_bytes: int) -> LayerPlacement:
+        """Tops first; bottoms once every top is kept."""
+        experts = self._spec.moe(cut.layer).num_experts
+        top_bytes, bottom_bytes = (stored_bytes(self._spec, cut, part) for part in PARTS)
+        tops = min(experts, budget_bytes // top_bytes) if top_bytes else 0
+        bottoms = 0
+        if bottom_bytes and (tops == experts or not top_bytes):
+            bottoms = min(experts, (budget_bytes - tops * top_bytes) // bottom_bytes)
+        return LayerPlacement(
+            layer=cut.layer,
+            budget_bytes=budget_bytes,
+            top_slots=tops,
+            bottom_slots=bottoms,
+            policy="lru",
+            hot=self._routing[cut.layer].hot,
+        )
+
+
+def _layout(spec: ModelSpec, ratio: float) -> Layout:
+    layers = []
+    for number in spec.moe_layers:
+        moe = spec.moe(number)
+        options = cuts(moe, spec.hidden_size, spec.dtype)
+        split = min(options, key=lambda cut: abs(cut - ratio * moe.intermediate_size))
+        step = granularity(moe, spec.hidden_size, spec.dtype)
+        layers.append(LayerLayout(number, split, moe.intermediate_size, step, spec.dtype))
+    return Layout(spec.digest, tuple(layers), PREFILL_BLOCK_TOKENS)
+
+
+def _staging_choices(spec: ModelSpec) -> list[int]:
+    top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
+    return sorted({1, 2, top_k})
+
+
+def _total_s(request: PlanRequest, price: Price) -> float:
+    return price.ttft_s + (request.new_tokens - 1) * price.tpot_s
+
+
+def _least_bytes(request: PlanRequest) -> int:
+    """Bytes of the smallest placement: everything fixed, and one expert in flight."""
+    layout = request.keep_layout or _layout(request.spec, 1.0)
+    return fixed_bytes(
+        request.spec, request.context_tokens, layout.prefill_block_tokens
+    ) + staging_bytes(request.spec, layout, 1)
+
+
+def _require_matching(request: PlanRequest) -> None:
+    digest = request.spec.digest
+    owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]
+    if request.routing is not None:
+        summary = request.routing.summary
+        owners.append(("routing profile", summary.model_digest, summary.model_name))
+    if request.keep_layout is not None:
+        owners.append(("layout", request.keep_layout.model_digest, "another model"))
+    for what, found, name in owners:
+        if found != digest:
+            raise PlanMismatchError(
+                f"the {what} is of {name} ({found[:12]}), the model is {request.spec.name} "
+                f"({digest[:12]}); run moepack profile for this model"
+            )
+
+
+def _require_budget(request: PlanRequest) -> None:
+    spec = request.spec
+    if request.context_tokens > spec.context_length:
+        raise PlanMismatchError(
+            f"a context of {request.context_tokens} tokens; {spec.name} was made for at most "
+            f"{spec.context_length}: lower --context"
+        )
+    if request.prompt_tokens + request.new_tokens > request.context_tokens:
+        raise PlanMismatchError(
+            f"{request.prompt_tokens} prompt and {request.new_tokens} new tokens exceed the "
+            f"context of {request.context_tokens}; raise --context, or lower --prompt or --new"
+        )
+    least_bytes = _least_bytes(request)
+    missing_bytes = least_bytes - request.fast_budget_bytes
+    if missing_bytes <= 0:
+        return
+    longest = max_context_tokens(request)
+    remedy = f"or --context to at most {longest}" if longest else "no context fits this budget"
+    raise BudgetTooSmallError(
+        f"{spec.name} needs at least {format_size(least_bytes)} at a context of "
+        f"{request.context_tokens}, the budget is {format_size(request.fast_budget_bytes)}: "
+        f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; set --vram to "
+        f"{format_size(least_bytes)} or more, {remedy}",
+        missing_bytes=missing_bytes,
+    )
+
+
+def _require_host_memory(request: PlanRequest, best: _Candidate) -> None:
+    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA)."""
+    limit_bytes = request.ram_budget_bytes
+    if limit_bytes is None:
+        limit_bytes = request.hardware.default_ram_budget_bytes
+    base_bytes = request.hardware.process_base_bytes
+    if request.device == "cpu":
+        held, held_bytes = "the fast tier", best.placement.memory.total_bytes
+    else:
+        held, held_bytes = "the pinned slow tier", _slow_bytes(request.spec, best.layout)
+    missing_bytes = base_bytes + held_bytes - limit_bytes
+    if missing_bytes > 0:
+        raise BudgetTooSmallError(
+            f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
+            f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}: "
+            f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram or "
+            "raise --ram",
+            missing_bytes=missing_bytes,
+        )
+
+
+def _slow_bytes(spec: ModelSpec, layout: Layout) -> int:
+    return sum(
+        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
+        for cut in layout.layers
+        for part in PARTS
+    )
+
+
+def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Prediction:
+    measured = request.compute.source == "measured" and request.routing is not None
+    return Prediction(
+        ttft_s=price.ttft_s,
+        tpot_s=price.tpot_s,
+        tokens_per_s=1.0 / price.tpot_s,
+        hit_rate=price.hit_rate,
+        ready_rate=price.ready_rate,
+        link_bytes_per_token=price.link_bytes_per_token,
+        fast_bytes=best.placement.memory.total_bytes,
+        slow_bytes=_slow_bytes(request.spec, best.layout),
+        band=MEASURED_BAND if measured else DERIVED_BAND,
+    )
+
+
+def _provenance(request: PlanRequest) -> Provenance:
+    compute, routing = request.compute, request.routing
+    assumptions = []
+    if compute.source == "derived":
+        assumptions.append("compute times are derived from the hardware profile by a roofline")
+    if routing is None:
+        assumptions.append("every expert is equally likely, whatever came before")
+    return Provenance(
+        hardware=request.hardware.name,
+        hardware_is_this_machine=request.hardware_is_this_machine,
+        compute=f"{compute.source}, {compute.how}",
+        routing="assumed uniform" if routing is None else routing.summary.how,
+        assumptions=tuple(assumptions),
+    )

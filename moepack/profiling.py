@@ -1,0 +1,192 @@
+"""Running a model on texts to see how it routes. The only part of profiling that needs torch.
+
+The texts go through the runtime as one long prefill, layer by layer over many sequences, so that
+each expert is read once a chunk: a model that is larger than memory is profiled in about the time
+that it takes to read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moepack.errors import ProfileError
+from moepack.progress import NO_PROGRESS, Progress
+from moepack.routing import (
+    NO_PREDICTION,
+    RoutingProfile,
+    TextSource,
+    Trace,
+    make_profile,
+    part_of_tokens,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from moepack_runtime.engine import Engine
+    from moepack_runtime.router import Routing
+
+    from moepack.model_spec import ModelSpec
+
+#: Tokens of one sequence: long enough for context, short enough to have many.
+SEQUENCE_TOKENS = 512
+
+#: Tokens run over all texts, an equal share of each.
+DEFAULT_TOKENS = 32768
+
+#: Tokens that go through the layers together; each chunk reads every expert once.
+CHUNK_TOKENS = 16384
+
+
+class _Recorder:
+    """Keeps what the routers decide, and what each would have guessed a layer earlier."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._layers = engine.decoder.layers
+        self._spec = engine.spec
+        numbers = engine.spec.moe_layers
+        self._index = {number: index for index, number in enumerate(numbers)}
+        following = (*numbers[1:], numbers[0])
+        self._following = dict(zip(numbers, following, strict=True))
+        self.ids: list[list[torch.Tensor]] = [[] for _ in numbers]
+        self.weights: list[list[torch.Tensor]] = [[] for _ in numbers]
+        # predicted[i]: rankings for layer i, made while the layer before it ran.
+        self.predicted: list[list[torch.Tensor]] = [[] for _ in numbers]
+
+    def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
+        """See :class:`moepack_runtime.engine.Observer`."""
+        index = self._index[layer]
+        self.ids[index].append(routing.ids)
+        self.weights[index].append(routing.weights)
+        following = self._following[layer]
+        target = self._layers[following]
+        depth = min(2 * self._spec.moe(following).top_k, self._spec.moe(following).num_experts)
+        ranking = target.rank(target.mlp_norm(residual), depth)
+        self.predicted[self._index[following]].append(ranking)
+
+    def trace(self, sequence: np.ndarray, part: np.ndarray) -> Trace:
+        """What was recorded, as arrays; see :class:`moepack.routing.Trace`."""
+        numbers = self._spec.moe_layers
+        top_k = max(self._spec.moe(number).top_k for number in numbers)
+        tokens = len(sequence)
+        ids = np.zeros((tokens, len(numbers), top_k), dtype=np.uint16)
+        weights = np.zeros((tokens, len(numbers), top_k), dtype=np.float16)
+        predicted = np.full((tokens, len(numbers), 2 * top_k), NO_PREDICTION, dtype=np.uint16)
+        for index in range(len(numbers)):
+            chosen = _stack(self.ids[index])
+            ids[:, index, : chosen.shape[1]] = chosen
+            weights[:, index, : chosen.shape[1]] = _stack(self.weights[index])
+            ranking = _stack(self.predicted[index])
+            predicted[:, index, : ranking.shape[1]] = ranking
+        # The first layer's guess comes from the token before it, so it moves one token on, and
+        # the first token of a sequence has none.
+        predicted[1:, 0] = predicted[:-1, 0].copy()
+        first = np.concatenate([[True], sequence[1:] != sequence[:-1]])
+        predicted[first, 0] = NO_PREDICTION
+        return Trace(ids, weights, predicted, sequence, part)
+
+
+def _stack(blocks: list[torch.Tensor]) -> np.ndarray:
+    return np.concatenate([block.cpu().numpy() for block in blocks])
+
+
+def record_routing(
+    engine: Engine,
+    texts: Sequence[tuple[str, bytes, Sequence[int]]],
+    *,
+    how: str,
+    tokens: int = DEFAULT_TOKENS,
+    progress: Progress = NO_PROGRESS,
+) -> RoutingProfile:
+    """Run texts and record the routing.
+
+    Parameters
+    ----------
+    texts
+        Name, content and token ids of each; of each at most an equal share of ``tokens`` is run,
+        from its beginning.
+    how
+        In words, for the profile.
+
+    Raises
+    ------
+    ProfileError
+        When the texts hold too few tokens to say anything.
+    """
+    share = tokens // max(1, len(texts))
+    sequences: list[Sequence[int]] = []
+    numbers: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    sources = []
+    for name, content, ids in texts:
+        taken = ids[:share]
+        sources.append(TextSource(name, hashlib.sha256(content).hexdigest(), len(taken)))
+        parts.append(part_of_tokens(len(taken)))
+        for start in range(0, len(taken), SEQUENCE_TOKENS):
+            piece = taken[start : start + SEQUENCE_TOKENS]
+            numbers.append(np.full(len(piece), len(sequences), dtype=np.uint32))
+            sequences.append(piece)
+    total = sum(len(piece) for piece in sequences)
+    if total < 2:
+        raise ProfileError(
+            f"the calibration texts hold {total} tokens; expected some hundreds at least: "
+            "name longer ones with --text"
+        )
+    recorder = _Recorder(engine)
+    engine.observe(recorder)
+    progress.start("recording the routing", total, "items")
+    for chunk in _chunks(sequences):
+        engine.survey(chunk)
+        progress.advance(sum(len(piece) for piece in chunk))
+    progress.done()
+    engine.observe(None)
+    return make_profile(
+        recorder.trace(np.concatenate(numbers), np.concatenate(parts)),
+        model_name=engine.spec.name,
+        model_digest=engine.spec.digest,
+        recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        how=how,
+        sources=tuple(sources),
+        layers=_moe_layers(engine.spec),
+    )
+
+
+def _moe_layers(spec: ModelSpec) -> tuple[tuple[int, int, int], ...]:
+    return tuple(
+        (number, spec.moe(number).num_experts, spec.moe(number).top_k) for number in spec.moe_layers
+    )
+
+
+def _chunks(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    chunks: list[list[Sequence[int]]] = [[]]
+    for piece in sequences:
+        held = sum(len(other) for other in chunks[-1])
+        if held and held + len(piece) > CHUNK_TOKENS:
+            chunks.append([])
+        chunks[-1].append(piece)
+    return chunks
+
+
+def read_texts(paths: Sequence[Path]) -> list[tuple[str, bytes, str]]:
+    """Name, bytes and text of each file.
+
+    Raises
+    ------
+    ProfileError
+        When a file cannot be read or is not UTF-8.
+    """
+    texts = []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            texts.append((path.name, content, content.decode()))
+        except OSError as failure:
+            raise ProfileError(f"text {path}: {failure.strerror}; name a readable file") from None
+        except UnicodeDecodeError as failure:
+            raise ProfileError(f"text {path}: not UTF-8 ({failure}); convert it first") from None
+    return texts
