@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown
-from moepack.segments import PARTS, Part, SegmentShape, segment_shape
+from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
+
+#: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
+TRUNK_ALIGNMENT_BYTES = 64
 
 
 def layer_segment(spec: ModelSpec, layout: LayerLayout, part: Part) -> SegmentShape | None:
@@ -85,10 +88,16 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
     return max(attention, ffn, head)
 
 
+def trunk_bytes(spec: ModelSpec) -> int:
+    """Bytes of the loaded trunk: each tensor from a cache line on, all in whole pages."""
+    lines = sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in spec.trunk)
+    return align_up(lines)
+
+
 def fixed_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
     """Bytes that every placement takes, before the first expert: trunk, cache, buffers."""
     return (
-        spec.trunk_bytes
+        trunk_bytes(spec)
         + kv_bytes(spec, context_tokens, block_tokens)
         + hidden_bytes(spec, context_tokens)
         + workspace_bytes(spec, context_tokens, block_tokens)
@@ -119,7 +128,7 @@ def memory_breakdown(
     """Every byte of the fast tier, by purpose."""
     block = layout.prefill_block_tokens
     return MemoryBreakdown(
-        trunk_bytes=spec.trunk_bytes,
+        trunk_bytes=trunk_bytes(spec),
         kv_bytes=kv_bytes(spec, context_tokens, block),
         hidden_bytes=hidden_bytes(spec, context_tokens),
         workspace_bytes=workspace_bytes(spec, context_tokens, block),

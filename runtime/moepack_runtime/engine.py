@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 
 from moepack.budget import memory_breakdown
 from moepack.errors import BudgetTooSmallError, ContextLengthError, PlanMismatchError, RunError
-from moepack.model_spec import ModelSpec
+from moepack.model_spec import ModelSpec, MoeSpec
 from moepack.plan import Layout, Placement
 from moepack.units import format_size
 from moepack_runtime.capabilities import require_capable
@@ -35,6 +35,13 @@ class Observer(Protocol):
 
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """One block of one layer: the residual after attention [tokens, hidden], and the choice."""
+
+
+class _Hidden(NamedTuple):
+    """A block of the residual stream: its first position, and [tokens, hidden]."""
+
+    start: int
+    hidden: torch.Tensor
 
 
 class Engine:
@@ -81,7 +88,7 @@ class Engine:
             device=self._device,
         )
         trunk = {name: tensor.to(self._device) for name, tensor in store.load_trunk().items()}
-        self._decoder = Decoder(spec, trunk, self._kv)
+        self.decoder = Decoder(spec, trunk, self._kv)
         self._experts = ExpertMemory(
             spec,
             layout,
@@ -134,9 +141,9 @@ class Engine:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         memory = self._placement.memory
-        # Slots, frames and KV are what was allocated; hidden states and temporaries live inside
+        # Slots, frames and cache are what was allocated; hidden states and temporaries live inside
         # their reservation.
-        held = self._experts.allocated_bytes + self._kv.size_bytes + self._decoder.trunk_bytes
+        held = self._experts.allocated_bytes + self._kv.size_bytes + memory.trunk_bytes
         return held + memory.hidden_bytes + memory.workspace_bytes
 
     def generate(
@@ -195,7 +202,6 @@ class Engine:
         """Run one token. Returns the logits after it, float32 [vocab]."""
         return self.forward([token])[-1]
 
-    @torch.inference_mode()
     def forward(self, tokens: Sequence[int], *, all_logits: bool = False) -> torch.Tensor:
         """Run tokens behind what is in the cache, layer by layer.
 
@@ -204,53 +210,78 @@ class Engine:
         Tensor
             float32 [1, vocab] for the last token, or [tokens, vocab] with ``all_logits``.
         """
+        start = self._kv.length
+        self._require_room(start + len(tokens), 0)
+        blocks = self._run([(start, tokens)])
+        self._kv.advance(len(tokens))
+        with torch.inference_mode():
+            last = torch.cat([block.hidden for block in blocks]) if all_logits else None
+            return self.decoder.logits(blocks[-1].hidden[-1:] if last is None else last)
+
+    def survey(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Run many sequences at once, for what the observer sees of them.
+
+        Layer by layer over all of them, so that each expert is fetched once for the lot. Each
+        sequence begins at position 0 and must fit the planned context; the cache is empty
+        afterwards. The hidden states of all sequences are held: keep their number of tokens
+        within what the placement's ``hidden_bytes`` were planned for, or plan them apart.
+        """
+        for tokens in sequences:
+            self._require_room(len(tokens), 0)
+        self.reset()
+        self._run([(0, tokens) for tokens in sequences])
+
+    @torch.inference_mode()
+    def _run(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
+        """All layers over all blocks of (first position, tokens); the residual stream of each."""
         if self._broken:
             raise RunError("the engine failed in an earlier step; open it again")
-        start = self._kv.length
-        self._require_room(len(tokens), 0 if start == 0 else start)
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
-        ids = torch.tensor(tokens, device=self._device)
-        hidden = list(self._decoder.embed(ids).split(self._block_tokens))
+        stream = []
+        for start, tokens in sequences:
+            embedded = self.decoder.embed(torch.tensor(tokens, device=self._device))
+            for offset, block in enumerate(embedded.split(self._block_tokens)):
+                stream.append(_Hidden(start + offset * self._block_tokens, block))
         for layer in range(len(self.spec.layers)):
-            self._forward_layer(layer, hidden, start)
-        self._kv.advance(len(tokens))
-        last = torch.cat(hidden) if all_logits else hidden[-1][-1:]
-        logits = self._decoder.logits(last)
+            stream = self._run_layer(layer, stream)
         self._broken = False
-        return logits
+        return stream
 
-    def _forward_layer(self, number: int, hidden: list[torch.Tensor], start: int) -> None:
-        """One layer over all blocks, in place."""
-        layer = self._decoder.layers[number]
+    def _run_layer(self, number: int, stream: list[_Hidden]) -> list[_Hidden]:
+        layer = self.decoder.layers[number]
         moe = self.spec.layers[number].moe
+        residuals: list[_Hidden] = []
         blocks: list[Block] = []
-        position = start
-        for index, block in enumerate(hidden):
-            residual = layer.attend(block, position)
-            position += block.shape[0]
+        for start, hidden in stream:
+            residual = layer.attend(hidden, start)
             inputs = layer.mlp_norm(residual)
             if moe is None:
-                hidden[index] = residual + layer.dense(inputs)
+                residuals.append(_Hidden(start, residual + layer.dense(inputs)))
                 continue
-            hidden[index] = residual
+            residuals.append(_Hidden(start, residual))
             routing = layer.route(inputs)
             if self._observer is not None:
                 self._observer.routed(number, residual, routing)
             total = torch.zeros_like(inputs, dtype=torch.float32)
             blocks.append(Block(inputs, routing, total))
         if moe is None:
-            return
+            return residuals
+        self._add_experts(number, moe, blocks)
+        outputs = []
+        for (start, residual), block in zip(residuals, blocks, strict=True):
+            shared = layer.shared(block.inputs)
+            if shared is not None:
+                block.total.add_(shared)
+            outputs.append(_Hidden(start, residual + block.total.to(residual.dtype)))
+        return outputs
+
+    def _add_experts(self, number: int, moe: MoeSpec, blocks: list[Block]) -> None:
         tokens = [row for block in blocks for row in block.routing.ids.tolist()]
         layer_pass = self._experts.step(number, tokens)
         waited_s = self._experts.wait_s
         add_experts(moe, blocks, layer_pass)
         self._meter.count(layer_pass.counts)
         self._meter.wait_s += self._experts.wait_s - waited_s
-        for index, block in enumerate(blocks):
-            shared = layer.shared(block.inputs)
-            if shared is not None:
-                block.total.add_(shared)
-            hidden[index] = hidden[index] + block.total.to(hidden[index].dtype)
 
 
 def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:

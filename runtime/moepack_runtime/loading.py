@@ -1,0 +1,145 @@
+"""Opening an engine: the right store and the right transfer for a placement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moepack.budget import layer_segment
+from moepack.errors import PlanMismatchError
+from moepack.formats import PackedModel
+from moepack.model_spec import ModelSpec
+from moepack.plan import DeviceKind, Layout, Placement, Plan
+from moepack.segments import PARTS, SegmentId
+from moepack_runtime.engine import Engine, require_fit
+from moepack_runtime.memory import resident_bytes
+from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
+from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
+
+
+def open_packed(
+    folder: Path,
+    plan: Plan,
+    *,
+    check: CheckMode = CheckMode.FIRST,
+    link: tuple[float, float] | None = None,
+) -> Engine:
+    """Open a packed folder under a plan.
+
+    Parameters
+    ----------
+    link
+        (bytes per second, latency in seconds): throttle the link to this.
+
+    Raises
+    ------
+    PlanMismatchError
+        When the pack's layout is not the plan's, naming the layers that differ.
+    PackError, TransferError, DeviceError, OutOfMemoryError, BudgetTooSmallError, CapabilityError
+        When the pack is not sound, or the plan cannot be carried out here.
+    """
+    process_base_bytes = resident_bytes()
+    packed = PackedModel.open(folder)
+    spec = packed.manifest.spec
+    require_same_layout(packed.manifest.layout, plan.layout)
+    require_fit(spec, plan.layout, plan.placement)
+    store = PackStore(packed)
+    return _open(spec, plan.layout, plan.placement, store, check, link, process_base_bytes)
+
+
+def open_checkpoint(
+    source: ExpertSource, spec: ModelSpec, layout: Layout, placement: Placement
+) -> Engine:
+    """Open a plain checkpoint as if it had been packed with ``layout``; see :func:`open_packed`."""
+    process_base_bytes = resident_bytes()
+    require_fit(spec, layout, placement)
+    store = CheckpointStore(source, spec, layout)
+    return _open(spec, layout, placement, store, CheckMode.NEVER, None, process_base_bytes)
+
+
+def _open(
+    spec: ModelSpec,
+    layout: Layout,
+    placement: Placement,
+    store: SegmentStore,
+    check: CheckMode,
+    link: tuple[float, float] | None,
+    process_base_bytes: int,
+) -> Engine:
+    transfer = open_transfer(spec, layout, store, placement.device, check=check)
+    if link is not None:
+        transfer = ThrottledTransfer(transfer, *link)
+    try:
+        return Engine(
+            spec,
+            layout,
+            placement,
+            store=store,
+            transfer=transfer,
+            process_base_bytes=process_base_bytes,
+        )
+    except BaseException:
+        transfer.close()
+        raise
+
+
+def open_transfer(
+    spec: ModelSpec,
+    layout: Layout,
+    store: SegmentStore,
+    device: DeviceKind,
+    *,
+    check: CheckMode = CheckMode.FIRST,
+) -> Transfer:
+    """The link of a kind of device: disk to RAM, or pinned RAM to VRAM.
+
+    Raises
+    ------
+    DeviceError, OutOfMemoryError, TransferError, DamagedSegmentError
+        On CUDA, where every segment is read into pinned RAM here.
+    """
+    disk = HostTransfer(store, check=check)
+    if device == "cpu":
+        return disk
+    import torch
+
+    from moepack_runtime.transfer.cuda import CudaTransfer, PinnedSegments
+
+    try:
+        stored_bytes = {
+            SegmentId(cut.layer, expert, part): shape.stored_bytes
+            for cut in layout.layers
+            for part in PARTS
+            if (shape := layer_segment(spec, cut, part)) is not None
+            for expert in range(spec.moe(cut.layer).num_experts)
+        }
+        return CudaTransfer(PinnedSegments(disk, stored_bytes), torch.device(device))
+    finally:
+        disk.close()
+
+
+def require_same_layout(packed: Layout, planned: Layout) -> None:
+    """Refuse a plan whose layout is not the pack's.
+
+    Raises
+    ------
+    PlanMismatchError
+        Naming the layers that would have to be packed again.
+    """
+    if packed.digest == planned.digest:
+        return
+    if packed.model_digest != planned.model_digest:
+        raise PlanMismatchError(
+            f"the pack is of model {packed.model_digest[:12]}, the plan of "
+            f"{planned.model_digest[:12]}; run moepack pack for this plan"
+        )
+    found = {layer.layer: layer for layer in packed.layers}
+    differing = [layer.layer for layer in planned.layers if found.get(layer.layer) != layer]
+    if not differing:
+        raise PlanMismatchError(
+            f"the pack's prefill block is {packed.prefill_block_tokens} tokens, the plan's "
+            f"{planned.prefill_block_tokens}; run moepack pack for this plan"
+        )
+    raise PlanMismatchError(
+        f"the pack's layout is not the plan's in layers {', '.join(map(str, differing))}; run "
+        "moepack pack, which rewrites these and keeps the others"
+    )
