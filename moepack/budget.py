@@ -30,10 +30,14 @@ def stored_bytes(spec: ModelSpec, layout: LayerLayout, part: Part) -> int:
 
 
 def kv_capacity_tokens(attention: AttentionSpec, context_tokens: int, block_tokens: int) -> int:
-    """Tokens that one layer's cache holds: the context, or its window plus one block."""
-    if attention.window is None:
-        return context_tokens
-    return min(context_tokens, attention.window + block_tokens)
+    """Tokens that one layer's cache holds: the context, or its window plus one block.
+
+    A layer with attention sinks holds one more, the sink: a token of zeros.
+    """
+    held = context_tokens
+    if attention.window is not None:
+        held = min(context_tokens, attention.window + block_tokens)
+    return held + (1 if attention.sinks else 0)
 
 
 def kv_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
@@ -78,7 +82,9 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
         mask_rows = kind.num_heads if kind.sinks else 1
         need = block * heads * (element_bytes + 4) + mask_rows * block * (keys + 1) * 4
         if kind.mla is not None:
-            need += keys * kind.num_heads * (kind.head_dim + kind.value_dim) * element_bytes
+            # The expanded latent; then keys, and values padded to the width of the keys.
+            expanded = kind.mla.nope_dim + kind.value_dim + 2 * max(kind.head_dim, kind.value_dim)
+            need += keys * kind.num_heads * expanded * element_bytes
         attention = max(attention, need)
         widths = [layer.dense_intermediate_size or 0]
         if layer.moe is not None:

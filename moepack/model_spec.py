@@ -189,6 +189,15 @@ class RouterSpec:
 
 
 @record
+class ActivationSpec:
+    """What a gated FFN does between its two products, with the parameters of ``clamped_swiglu``."""
+
+    kind: Activation = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+@record
 class MoeSpec:
     """The mixture-of-experts half of a layer.
 
@@ -207,6 +216,11 @@ class MoeSpec:
     expert_bias: bool = False
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+
+    @property
+    def activation_spec(self) -> ActivationSpec:
+        """The activation of every routed and shared expert."""
+        return ActivationSpec(self.activation, self.activation_alpha, self.activation_limit)
 
 
 @record
