@@ -22,6 +22,7 @@ from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds, throttled
 from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
+from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import (
     PLAN_VERSION,
@@ -37,7 +38,7 @@ from moepack.plan import (
 )
 from moepack.pricing import Price, Pricer, layer_routing
 from moepack.routing import RoutingPart, RoutingProfile
-from moepack.segments import PARTS, cuts, granularity
+from moepack.segments import PARTS
 from moepack.units import format_size
 
 #: Split ratios tried for all layers alike, each moved to the nearest cut of its layer.
@@ -46,9 +47,6 @@ SPLIT_RATIOS = tuple(step / 8 for step in range(9))
 #: Factor within which measured times are expected, by where the compute times come from.
 MEASURED_BAND = 1.35
 DERIVED_BAND = 2.0
-
-#: Length of a prefill block; part of the layout, since it decides the bits of the result.
-PREFILL_BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class _Planner:
     def layouts(self) -> list[Layout]:
         """The kept layout, or one for every split ratio."""
         keep = self._request.keep_layout
-        return [keep] if keep is not None else [_layout(self._spec, r) for r in SPLIT_RATIOS]
+        return [keep] if keep is not None else [uniform_layout(self._spec, r) for r in SPLIT_RATIOS]
 
     def candidates(self, layout: Layout) -> Iterator[_Candidate]:
         """One layout with every amount of staging that fits, all remaining budget in slots."""
@@ -180,7 +178,7 @@ class _Planner:
 
     def baselines(self) -> dict[str, Baseline]:
         """The same engine under simpler strategies, at the same budget."""
-        whole, half = _layout(self._spec, 1.0), _layout(self._spec, 0.5)
+        whole, half = uniform_layout(self._spec, 1.0), uniform_layout(self._spec, 0.5)
         found: dict[str, Baseline] = {}
         for name, layout, slots in (
             ("on_demand", whole, 0),
@@ -257,17 +255,6 @@ class _Planner:
         )
 
 
-def _layout(spec: ModelSpec, ratio: float) -> Layout:
-    layers = []
-    for number in spec.moe_layers:
-        moe = spec.moe(number)
-        options = cuts(moe, spec.hidden_size, spec.dtype)
-        split = min(options, key=lambda cut: abs(cut - ratio * moe.intermediate_size))
-        step = granularity(moe, spec.hidden_size, spec.dtype)
-        layers.append(LayerLayout(number, split, moe.intermediate_size, step, spec.dtype))
-    return Layout(spec.digest, tuple(layers), PREFILL_BLOCK_TOKENS)
-
-
 def _staging_choices(spec: ModelSpec) -> list[int]:
     top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
     return sorted({1, 2, top_k})
@@ -279,7 +266,7 @@ def _total_s(request: PlanRequest, price: Price) -> float:
 
 def _least_bytes(request: PlanRequest) -> int:
     """Bytes of the smallest placement: everything fixed, and one expert in flight."""
-    layout = request.keep_layout or _layout(request.spec, 1.0)
+    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
     return fixed_bytes(
         request.spec, request.context_tokens, layout.prefill_block_tokens
     ) + staging_bytes(request.spec, layout, 1)

@@ -1,4 +1,4 @@
-"""Running a model on texts to see how it routes. The only part of profiling that needs torch.
+"""Running a model to see how fast its layers are and how it routes.
 
 The texts go through the runtime as one long prefill, layer by layer over many sequences, so that
 each expert is read once a chunk: a model that is larger than memory is profiled in about the time
@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moepack.budget import memory_breakdown
+from moepack.compute import ComputeProfile
+from moepack.compute_probe import CONTEXT_TOKENS, measure_compute
 from moepack.errors import ProfileError
+from moepack.layouts import uniform_layout
+from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.routing import (
     NO_PREDICTION,
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
     from moepack_runtime.router import Routing
 
+    from moepack.checkpoint import Checkpoint
     from moepack.model_spec import ModelSpec
 
 #: Tokens of one sequence: long enough for context, short enough to have many.
@@ -95,6 +101,70 @@ def _stack(blocks: list[torch.Tensor]) -> np.ndarray:
     return np.concatenate([block.cpu().numpy() for block in blocks])
 
 
+def profile_model(
+    checkpoint: Checkpoint,
+    *,
+    device: DeviceKind,
+    texts: Sequence[Path],
+    progress: Progress = NO_PROGRESS,
+) -> tuple[ComputeProfile, RoutingProfile]:
+    """Measure a model's compute on this machine, and record how it routes on texts.
+
+    Reads the whole model once for every :data:`CHUNK_TOKENS` of text. Peak memory: the trunk, the
+    hidden states of a chunk, and a few experts.
+
+    Raises
+    ------
+    ProfileError
+        When a text cannot be used.
+    RunError
+        When the model has no tokenizer, or cannot be run here.
+    """
+    from moepack_runtime.loading import open_checkpoint
+    from moepack_runtime.tokenizer import Tokenizer
+
+    spec = checkpoint.spec
+    if checkpoint.folder is None:
+        raise ProfileError(
+            f"{checkpoint.name}: only its headers are here; download it first, with "
+            f"moepack profile {checkpoint.name}"
+        )
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
+    layout = uniform_layout(spec, 1.0)
+    placement = _streaming_placement(spec, layout, device)
+    with open_checkpoint(checkpoint, spec, layout, placement) as engine:
+        compute = measure_compute(checkpoint, engine, device=device, progress=progress)
+        routing = record_routing(
+            engine,
+            encoded,
+            how=f"{len(encoded)} texts in sequences of {SEQUENCE_TOKENS} tokens, teacher-forced",
+            progress=progress,
+        )
+    return compute, routing
+
+
+def _streaming_placement(spec: ModelSpec, layout: Layout, device: DeviceKind) -> Placement:
+    """Nothing resident, two experts of each token in flight."""
+    layers = tuple(
+        LayerPlacement(number, 0, 0, 0, "lru", tuple(range(spec.moe(number).num_experts)))
+        for number in spec.moe_layers
+    )
+    staging = 2 * max(spec.moe(number).top_k for number in spec.moe_layers)
+    context = min(spec.context_length, max(SEQUENCE_TOKENS, CONTEXT_TOKENS + 1))
+    memory = memory_breakdown(spec, layout, layers, staging_experts=staging, context_tokens=context)
+    return Placement(
+        device=device,
+        fast_budget_bytes=memory.total_bytes,
+        staging_experts=staging,
+        context_tokens=context,
+        prompt_tokens=context - 1,
+        new_tokens=1,
+        memory=memory,
+        layers=layers,
+    )
+
+
 def record_routing(
     engine: Engine,
     texts: Sequence[tuple[str, bytes, Sequence[int]]],
@@ -119,6 +189,7 @@ def record_routing(
         When the texts hold too few tokens to say anything.
     """
     share = tokens // max(1, len(texts))
+    length = min(SEQUENCE_TOKENS, engine.spec.context_length)
     sequences: list[Sequence[int]] = []
     numbers: list[np.ndarray] = []
     parts: list[np.ndarray] = []
@@ -127,8 +198,8 @@ def record_routing(
         taken = ids[:share]
         sources.append(TextSource(name, hashlib.sha256(content).hexdigest(), len(taken)))
         parts.append(part_of_tokens(len(taken)))
-        for start in range(0, len(taken), SEQUENCE_TOKENS):
-            piece = taken[start : start + SEQUENCE_TOKENS]
+        for start in range(0, len(taken), length):
+            piece = taken[start : start + length]
             numbers.append(np.full(len(piece), len(sequences), dtype=np.uint32))
             sequences.append(piece)
     total = sum(len(piece) for piece in sequences)
@@ -139,12 +210,14 @@ def record_routing(
         )
     recorder = _Recorder(engine)
     engine.observe(recorder)
-    progress.start("recording the routing", total, "items")
-    for chunk in _chunks(sequences):
-        engine.survey(chunk)
-        progress.advance(sum(len(piece) for piece in chunk))
-    progress.done()
-    engine.observe(None)
+    progress.start("record the routing (tokens)", total, "items")
+    try:
+        for chunk in _chunks(sequences):
+            engine.survey(chunk)
+            progress.advance(sum(len(piece) for piece in chunk))
+    finally:
+        progress.done()
+        engine.observe(None)
     return make_profile(
         recorder.trace(np.concatenate(numbers), np.concatenate(parts)),
         model_name=engine.spec.name,

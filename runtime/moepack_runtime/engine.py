@@ -80,14 +80,14 @@ class Engine:
         self._placement = placement
         self._transfer = transfer
         self._process_base_bytes = process_base_bytes
-        self._device = torch.device(placement.device)
+        self.device = torch.device(placement.device)
         self._kv = KvCache.allocate(
             spec,
             context_tokens=placement.context_tokens,
             block_tokens=self._block_tokens,
-            device=self._device,
+            device=self.device,
         )
-        trunk = {name: tensor.to(self._device) for name, tensor in store.load_trunk().items()}
+        trunk = {name: tensor.to(self.device) for name, tensor in store.load_trunk().items()}
         self.decoder = Decoder(spec, trunk, self._kv)
         self._experts = ExpertMemory(
             spec,
@@ -138,8 +138,8 @@ class Engine:
         )
 
     def _peak_fast_bytes(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         memory = self._placement.memory
         # Slots, frames and cache are what was allocated; hidden states and temporaries live inside
         # their reservation.
@@ -239,7 +239,7 @@ class Engine:
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
         stream = []
         for start, tokens in sequences:
-            embedded = self.decoder.embed(torch.tensor(tokens, device=self._device))
+            embedded = self.decoder.embed(torch.tensor(tokens, device=self.device))
             for offset, block in enumerate(embedded.split(self._block_tokens)):
                 stream.append(_Hidden(start + offset * self._block_tokens, block))
         for layer in range(len(self.spec.layers)):

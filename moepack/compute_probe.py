@@ -1,0 +1,208 @@
+"""Measuring a model's compute: its own layers, at several numbers of tokens, nothing in flight.
+
+Each kind of layer is measured once, on its first layer; a routed expert with as many experts
+resident as one token uses, so that the loop around the matrix products is in the figure. Peak
+memory beyond the engine's: the experts of one token, twice.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
+
+from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
+from moepack.layouts import layer_layout
+from moepack.plan import DeviceKind, LayerPlacement, Layout
+from moepack.progress import NO_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    import torch
+    from moepack_runtime.engine import Engine
+    from moepack_runtime.store import ExpertSource
+
+    from moepack.model_spec import LayerSpec, ModelSpec
+
+#: Numbers of tokens measured, up to the length of a prefill block.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+#: Context behind which the attention of one token is measured, where the model has as much.
+CONTEXT_TOKENS = 512
+
+# A point is measured until it has this many repeats, or has taken this long with three at least.
+_REPEATS = 15
+_LIMIT_S = 0.4
+
+
+class _Timer:
+    """Medians of repeated calls, and the largest relative interquartile range seen."""
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self._synchronise = synchronise
+        self.spread = 0.0
+
+    def median_s(self, call: Callable[[], object]) -> float:
+        call()  # kernels are chosen and caches filled on the first
+        times_s: list[float] = []
+        began_s = time.perf_counter()
+        while len(times_s) < _REPEATS:
+            if len(times_s) >= 3 and time.perf_counter() - began_s > _LIMIT_S:
+                break
+            start_s = time.perf_counter()
+            call()
+            self._synchronise()
+            times_s.append(time.perf_counter() - start_s)
+        median_s = statistics.median(times_s)
+        low_s, _, high_s = statistics.quantiles(times_s, n=4)
+        self.spread = max(self.spread, (high_s - low_s) / median_s)
+        return median_s
+
+
+def measure_compute(
+    source: ExpertSource,
+    engine: Engine,
+    *,
+    device: DeviceKind,
+    progress: Progress = NO_PROGRESS,
+) -> ComputeProfile:
+    """Measure every kind of layer of a model.
+
+    Parameters
+    ----------
+    source
+        Where the experts come from.
+    engine
+        Open on the same model, with a context of :data:`CONTEXT_TOKENS` and one, or the model's
+        own; its cache is empty afterwards.
+    """
+    import torch
+
+    spec = engine.spec
+    kinds: dict[LayerSpec, list[int]] = {}
+    for number, layer in enumerate(spec.layers):
+        kinds.setdefault(layer, []).append(number)
+    timer = _Timer(torch.cuda.synchronize if device == "cuda" else lambda: None)
+    progress.start(f"measure the compute of {spec.name}", len(kinds) + 1, "items")
+    try:
+        layers = []
+        for numbers in kinds.values():
+            layers.append(_measure_kind(source, engine, tuple(numbers), device, timer))
+            progress.advance(1)
+        head_s = _measure_head(engine, timer)
+        progress.advance(1)
+    finally:
+        progress.done()
+        engine.reset()
+    return ComputeProfile(
+        version=COMPUTE_VERSION,
+        model_name=spec.name,
+        model_digest=spec.digest,
+        device=device,
+        threads=torch.get_num_threads(),
+        source="measured",
+        how=f"medians of {_REPEATS} calls of the model's own layers, torch {torch.__version__}",
+        recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        context_tokens=_context_tokens(spec),
+        head_s=head_s,
+        spread=round(timer.spread, 3),
+        layers=tuple(layers),
+    )
+
+
+def _context_tokens(spec: ModelSpec) -> int:
+    return min(CONTEXT_TOKENS, spec.context_length - 1)
+
+
+def _measure_kind(
+    source: ExpertSource,
+    engine: Engine,
+    numbers: tuple[int, ...],
+    device: DeviceKind,
+    timer: _Timer,
+) -> LayerCompute:
+    import torch
+
+    spec = engine.spec
+    layer = engine.decoder.layers[numbers[0]]
+    kind = spec.layers[numbers[0]]
+    context = _context_tokens(spec)
+    tokens = [count for count in TOKENS if count <= max(1, context)]
+    sample = engine.decoder.embed(torch.arange(tokens[-1], device=engine.device) % spec.vocab_size)
+
+    def curve(call: Callable[[torch.Tensor], object]) -> Curve:
+        with torch.inference_mode():
+            times_s = [timer.median_s(partial(call, sample[:count])) for count in tokens]
+        return Curve(tuple(tokens), tuple(times_s))
+
+    def attend(hidden: torch.Tensor) -> torch.Tensor:
+        return layer.attend(hidden, context if len(hidden) == 1 else 0)
+
+    with torch.inference_mode():
+        attend(sample)  # so that the context behind a single token is filled
+    attention = curve(attend)
+    if kind.moe is None:
+        ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
+        return LayerCompute(numbers, attention, None, None, None, ffn)
+    return LayerCompute(
+        layers=numbers,
+        attention=attention,
+        router=curve(lambda hidden: layer.route(layer.mlp_norm(hidden)).ids.tolist()),
+        expert=_measure_expert(source, engine, numbers[0], 1.0, sample, device, curve),
+        expert_split=_measure_expert(source, engine, numbers[0], 0.5, sample, device, curve),
+        ffn=curve(layer.shared) if kind.moe.shared_intermediate_size else None,
+    )
+
+
+def _measure_expert(
+    source: ExpertSource,
+    engine: Engine,
+    number: int,
+    ratio: float,
+    sample: torch.Tensor,
+    device: DeviceKind,
+    curve: Callable[[Callable[[torch.Tensor], object]], Curve],
+) -> Curve:
+    """One expert's share of a pass in which every token uses the same top-k experts."""
+    import torch
+    from moepack_runtime.experts import ExpertMemory
+    from moepack_runtime.loading import open_transfer
+    from moepack_runtime.moe import Block, add_experts
+    from moepack_runtime.router import Routing
+    from moepack_runtime.store import CheckpointStore
+
+    spec = engine.spec
+    moe = spec.moe(number)
+    layout = Layout(spec.digest, (layer_layout(spec, number, ratio),))
+    slots = moe.top_k
+    placement = LayerPlacement(number, 0, slots, slots, "lru", tuple(range(moe.num_experts)))
+    store = CheckpointStore(source, spec, layout)
+    with open_transfer(spec, layout, store, device) as transfer:
+        memory = ExpertMemory(spec, layout, [placement], staging_experts=1, transfer=transfer)
+        memory.warm()
+        chosen = torch.arange(slots, device=sample.device)
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            ids = chosen.expand(len(hidden), slots)
+            weights = torch.full(ids.shape, 1 / slots, device=sample.device)
+            total = torch.zeros_like(hidden, dtype=torch.float32)
+            block = Block(hidden, Routing(ids, weights), total)
+            add_experts(moe, [block], memory.step(number, ids.tolist()))
+            return hidden + total.to(hidden.dtype)
+
+        whole = curve(run)
+    return Curve(whole.tokens, tuple(seconds / slots for seconds in whole.seconds))
+
+
+def _measure_head(engine: Engine, timer: _Timer) -> float:
+    """Embedding, final norm, head, and the choice of one token."""
+    import torch
+
+    def step() -> int:
+        hidden = engine.decoder.embed(torch.zeros(1, dtype=torch.int64, device=engine.device))
+        return int(engine.decoder.logits(hidden)[-1].argmax())
+
+    with torch.inference_mode():
+        return timer.median_s(step)
