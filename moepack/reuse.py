@@ -69,6 +69,6 @@ def link_unit(
     return FinishedUnit(
         unit.name,
         tuple(shard.entry for shard in unit.shards),
-        donor.manifest.trunk if unit.cut is None else (),
+        donor.manifest.trunk if unit.layer is None else (),
         tuple(group for group in donor.manifest.groups if group.shard in paths),
     )

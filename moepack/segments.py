@@ -5,8 +5,8 @@ segment, the rest the *bottom* (``y = y_top + y_bottom``). One segment is one co
 bytes: its tensors in the order of :func:`segment_shape`, padded to :data:`ALIGNMENT_BYTES`, the
 same in a packed shard, in a slot of the fast tier and in flight.
 
-Plain arithmetic on sizes; only :func:`cut_expert` touches weights, as numpy bit patterns, so that
-packing needs no torch.
+Plain arithmetic on sizes; only :func:`cut_expert_into` touches weights, as numpy bit patterns, so
+that packing needs no torch.
 """
 
 from __future__ import annotations
@@ -171,7 +171,19 @@ def segment_shape(
 
 
 def cut_expert(weights: Mapping[str, Bits], shape: SegmentShape, part: Part) -> bytes:
-    """Bytes of one segment of one expert, without the padding.
+    """Bytes of one segment of one expert, without the padding. See :func:`cut_expert_into`."""
+    destination = np.empty(shape.size_bytes, np.uint8)
+    cut_expert_into(weights, shape, part, destination)
+    return destination.tobytes()
+
+
+def cut_expert_into(
+    weights: Mapping[str, Bits],
+    shape: SegmentShape,
+    part: Part,
+    destination: npt.NDArray[np.uint8],
+) -> None:
+    """Write one segment of one expert, without the padding, to the start of ``destination``.
 
     Parameters
     ----------
@@ -180,10 +192,11 @@ def cut_expert(weights: Mapping[str, Bits], shape: SegmentShape, part: Part) -> 
         the right item size (bit patterns: bfloat16 travels as uint16).
     shape
         From :func:`segment_shape` for the same part.
+    destination
+        At least ``shape.size_bytes`` contiguous bytes.
     """
     width = weights["gate.weight"].shape[0]
     neurons = slice(0, shape.neurons) if part == "top" else slice(width - shape.neurons, width)
-    pieces = []
     for tensor in shape.tensors:
         whole = weights[tensor.name]
         if tensor.name == "down.bias":
@@ -194,5 +207,6 @@ def cut_expert(weights: Mapping[str, Bits], shape: SegmentShape, part: Part) -> 
             piece = whole[neurons]
         if piece.shape != tensor.shape or piece.dtype.itemsize != DTYPE_BYTES[tensor.dtype]:
             raise ValueError(f"{tensor.name}: got {piece.shape} {piece.dtype}, expected {tensor}")
-        pieces.append(np.ascontiguousarray(piece).tobytes())
-    return b"".join(pieces)
+        end_bytes = tensor.offset_bytes + tensor.size_bytes
+        target = destination[tensor.offset_bytes : end_bytes].view(piece.dtype)
+        target.reshape(tensor.shape)[...] = piece

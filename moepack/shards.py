@@ -3,8 +3,8 @@
 Shards are written in *units* that finish together: the trunk, then each layer's top and bottom,
 because an expert is read once and cut into both.
 
-Peak memory: three experts beside what the source holds (the expert being cut, its pieces, and the
-segments whose digests are not ready), or one trunk tensor where that is larger.
+Peak memory: three experts (the one being cut, one being written, and one whose digests are being
+computed) beside what the source itself keeps, or two trunk tensors where they are larger.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,11 +32,11 @@ from moepack.manifest import (
     shard_file,
 )
 from moepack.model_spec import ModelSpec, TensorInfo
-from moepack.plan import LayerLayout, Layout
+from moepack.plan import Layout
 from moepack.progress import Progress
 from moepack.records import record
 from moepack.safetensors_io import ShardDraft, draft_shard
-from moepack.segments import ALIGNMENT_BYTES, PARTS, Bits, Part, SegmentShape, cut_expert
+from moepack.segments import ALIGNMENT_BYTES, PARTS, Bits, Part, SegmentShape, cut_expert_into
 
 
 class Source(Protocol):
@@ -61,13 +61,21 @@ class Source(Protocol):
         """Bit patterns of a whole expert, by the names of ``segments.EXPERT_TENSORS``."""
 
 
+class Cut(NamedTuple):
+    """The part of a layer's experts that a shard holds."""
+
+    layer: int
+    part: Part
+    encoding: str
+    shape: SegmentShape
+
+
 class Shard(NamedTuple):
-    """One shard to write. ``part`` and ``shape`` are None for the trunk."""
+    """One shard to write. ``cut`` is None for the trunk."""
 
     path: str
     draft: ShardDraft
-    part: Part | None
-    shape: SegmentShape | None
+    cut: Cut | None
 
     @property
     def entry(self) -> ShardEntry:
@@ -78,15 +86,15 @@ class Shard(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Shards that are finished together. ``cut`` is None for the trunk."""
+    """Shards that are finished together. ``layer`` is None for the trunk."""
 
-    cut: LayerLayout | None
+    layer: int | None
     shards: tuple[Shard, ...]
 
     @property
     def name(self) -> str:
-        """For the journal and for messages."""
-        return "trunk" if self.cut is None else f"layer {self.cut.layer}"
+        """For the journal."""
+        return "trunk" if self.layer is None else f"layer {self.layer}"
 
     @property
     def size_bytes(self) -> int:
@@ -107,27 +115,29 @@ class FinishedUnit:
 def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
     """Every shard of a pack, in the order of the manifest: sizes and headers, no data."""
     trunk = draft_shard(([tensor] for tensor in spec.trunk), _metadata(content="trunk"))
-    units = [Unit(None, (Shard(TRUNK_FILE, trunk, None, None),))]
-    for cut in layout.layers:
+    units = [Unit(None, (Shard(TRUNK_FILE, trunk, None),))]
+    for layout_layer in layout.layers:
+        layer = layout_layer.layer
         shards = []
         for part in PARTS:
-            shape = layer_segment(spec, cut, part)
+            shape = layer_segment(spec, layout_layer, part)
             if shape is not None:
-                draft = _draft_layer(spec, cut.layer, part, shape)
-                shards.append(Shard(shard_file(cut.layer, part), draft, part, shape))
-        units.append(Unit(cut, tuple(shards)))
+                cut = Cut(layer, part, layout_layer.encoding, shape)
+                draft = _draft_experts(cut, spec.moe(layer).num_experts)
+                shards.append(Shard(shard_file(layer, part), draft, cut))
+        units.append(Unit(layer, tuple(shards)))
     return tuple(units)
 
 
-def _draft_layer(spec: ModelSpec, layer: int, part: Part, shape: SegmentShape) -> ShardDraft:
+def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
     blocks = (
         [
-            TensorInfo(f"layers.{layer}.experts.{expert}.{item.name}", item.dtype, item.shape)
-            for item in shape.tensors
+            TensorInfo(f"layers.{cut.layer}.experts.{expert}.{item.name}", item.dtype, item.shape)
+            for item in cut.shape.tensors
         ]
-        for expert in range(spec.moe(layer).num_experts)
+        for expert in range(experts)
     )
-    metadata = _metadata(content="experts", layer=str(layer), part=part, variant="base")
+    metadata = _metadata(content="experts", layer=str(cut.layer), part=cut.part, variant="base")
     return draft_shard(blocks, metadata)
 
 
@@ -149,9 +159,9 @@ def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> 
             stack.enter_context(_ShardWriter(folder / shard.path, shard.draft, pool))
             for shard in unit.shards
         ]
-        if unit.cut is None:
+        if unit.layer is None:
             return _write_trunk(source, unit, writers[0], progress)
-        return _write_layer(source, unit, unit.cut, writers, progress)
+        return _write_layer(source, unit, unit.layer, writers, progress)
 
 
 def _write_trunk(
@@ -171,30 +181,31 @@ def _write_trunk(
 
 
 def _write_layer(
-    source: Source,
-    unit: Unit,
-    cut: LayerLayout,
-    writers: list[_ShardWriter],
-    progress: Progress,
+    source: Source, unit: Unit, layer: int, writers: Sequence[_ShardWriter], progress: Progress
 ) -> FinishedUnit:
-    for expert in range(source.spec.moe(cut.layer).num_experts):
-        weights = source.expert(cut.layer, expert)
-        for shard, writer in zip(unit.shards, writers, strict=True):
-            assert shard.shape is not None
-            assert shard.part is not None
-            progress.advance(writer.append(cut_expert(weights, shard.shape, shard.part)))
-    groups = []
-    for shard, writer in zip(unit.shards, writers, strict=True):
-        assert shard.shape is not None
-        assert shard.part is not None
-        segments = tuple(
-            SegmentRecord(expert, *placed) for expert, placed in enumerate(writer.finish())
+    cuts = [shard.cut for shard in unit.shards if shard.cut is not None]
+    # Two buffers for each shard: one segment is cut while the digests of the last are computed.
+    buffers = [np.empty((2, cut.shape.size_bytes), np.uint8) for cut in cuts]
+    for expert in range(source.spec.moe(layer).num_experts):
+        weights = source.expert(layer, expert)
+        for cut, writer, pair in zip(cuts, writers, buffers, strict=True):
+            segment = pair[expert % 2]
+            cut_expert_into(weights, cut.shape, cut.part, segment)
+            progress.advance(writer.append(segment.data))
+    groups = [
+        SegmentGroup(
+            layer=layer,
+            part=cut.part,
+            variant="base",
+            encoding=cut.encoding,
+            shard=shard.path,
+            shape=cut.shape,
+            segments=tuple(
+                SegmentRecord(expert, *placed) for expert, placed in enumerate(writer.finish())
+            ),
         )
-        groups.append(
-            SegmentGroup(
-                cut.layer, shard.part, "base", cut.encoding, shard.path, shard.shape, segments
-            )
-        )
+        for shard, cut, writer in zip(unit.shards, cuts, writers, strict=True)
+    ]
     entries = tuple(shard.entry for shard in unit.shards)
     return FinishedUnit(unit.name, entries, (), tuple(groups))
 
@@ -222,11 +233,14 @@ class _ShardWriter:
         self._file.write(self._draft.header)
         return self
 
-    def append(self, payload: bytes | memoryview) -> int:
-        """Write one block and its padding; the bytes that this took."""
+    def append(self, payload: memoryview) -> int:
+        """Write one block and its padding; the bytes that this took.
+
+        The payload must stay as it is until the next but one is appended.
+        """
         if self._digests:
-            self._digests[-1].result()  # at most one payload waits, so that memory stays bounded
-        self._digests.append(self._pool.submit(digests, payload))
+            self._digests[-1].result()  # at most one payload waits: the caller has two buffers
+        self._digests.append(self._pool.submit(_digests, payload))
         padding = bytes(-len(payload) % ALIGNMENT_BYTES)
         return self._file.write(payload) + self._file.write(padding)
 
@@ -255,6 +269,6 @@ class _ShardWriter:
         self._path.unlink(missing_ok=True)
 
 
-def digests(payload: bytes | memoryview) -> tuple[int, str]:
+def _digests(payload: memoryview) -> tuple[int, str]:
     """CRC-32 and SHA-256, as the index lists them."""
     return zlib.crc32(payload), hashlib.sha256(payload).hexdigest()
