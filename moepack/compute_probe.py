@@ -7,6 +7,7 @@ memory beyond the engine's: the experts of one token, twice.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -75,8 +76,8 @@ def measure_compute(
     source
         Where the experts come from.
     engine
-        Open on the same model, with a context of :data:`CONTEXT_TOKENS` and one, or the model's
-        own; its cache is empty afterwards.
+        Open on the same model, with :func:`probe_context_tokens` of context; its cache is empty
+        afterwards.
     """
     import torch
 
@@ -112,8 +113,13 @@ def measure_compute(
     )
 
 
+def probe_context_tokens(spec: ModelSpec) -> int:
+    """Context that an engine must be open with to be measured."""
+    return _context_tokens(spec) + 2 * _REPEATS
+
+
 def _context_tokens(spec: ModelSpec) -> int:
-    return min(CONTEXT_TOKENS, spec.context_length - 1)
+    return min(CONTEXT_TOKENS, max(1, spec.context_length - 2 * _REPEATS))
 
 
 def _measure_kind(
@@ -129,7 +135,7 @@ def _measure_kind(
     layer = engine.decoder.layers[numbers[0]]
     kind = spec.layers[numbers[0]]
     context = _context_tokens(spec)
-    tokens = [count for count in TOKENS if count <= max(1, context)]
+    tokens = [count for count in TOKENS if count <= context]
     sample = engine.decoder.embed(torch.arange(tokens[-1], device=engine.device) % spec.vocab_size)
 
     def curve(call: Callable[[torch.Tensor], object]) -> Curve:
@@ -137,12 +143,18 @@ def _measure_kind(
             times_s = [timer.median_s(partial(call, sample[:count])) for count in tokens]
         return Curve(tuple(tokens), tuple(times_s))
 
-    def attend(hidden: torch.Tensor) -> torch.Tensor:
-        return layer.attend(hidden, context if len(hidden) == 1 else 0)
+    cache = engine.kv.layers[numbers[0]]
 
+    def attend_prompt(hidden: torch.Tensor) -> torch.Tensor:
+        cache.truncate(0)
+        return layer.attend(hidden, 0)
+
+    positions = itertools.count(context)
+    attention = curve(attend_prompt)
     with torch.inference_mode():
-        attend(sample)  # so that the context behind a single token is filled
-    attention = curve(attend)
+        attend_prompt(sample[:context])
+        token_s = timer.median_s(lambda: layer.attend(sample[:1], next(positions)))
+    attention = Curve(attention.tokens, (token_s, *attention.seconds[1:]))
     if kind.moe is None:
         ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
         return LayerCompute(numbers, attention, None, None, None, ffn)

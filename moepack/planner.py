@@ -44,6 +44,9 @@ from moepack.units import format_size
 #: Split ratios tried for all layers alike, each moved to the nearest cut of its layer.
 SPLIT_RATIOS = tuple(step / 8 for step in range(9))
 
+#: Share of the host's memory that a process may take when --ram does not say.
+DEFAULT_RAM_SHARE = 0.9
+
 #: Factor within which measured times are expected, by where the compute times come from.
 MEASURED_BAND = 1.35
 DERIVED_BAND = 2.0
@@ -319,7 +322,7 @@ def _require_host_memory(request: PlanRequest, best: _Candidate) -> None:
     """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA)."""
     limit_bytes = request.ram_budget_bytes
     if limit_bytes is None:
-        limit_bytes = request.hardware.default_ram_budget_bytes
+        limit_bytes = round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
     base_bytes = request.hardware.process_base_bytes
     if request.device == "cpu":
         held, held_bytes = "the fast tier", best.placement.memory.total_bytes

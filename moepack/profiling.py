@@ -17,7 +17,7 @@ import numpy as np
 
 from moepack.budget import memory_breakdown
 from moepack.compute import ComputeProfile
-from moepack.compute_probe import CONTEXT_TOKENS, measure_compute
+from moepack.compute_probe import measure_compute, probe_context_tokens
 from moepack.errors import ProfileError
 from moepack.layouts import uniform_layout
 from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
@@ -151,7 +151,7 @@ def _streaming_placement(spec: ModelSpec, layout: Layout, device: DeviceKind) ->
         for number in spec.moe_layers
     )
     staging = 2 * max(spec.moe(number).top_k for number in spec.moe_layers)
-    context = min(spec.context_length, max(SEQUENCE_TOKENS, CONTEXT_TOKENS + 1))
+    context = max(min(SEQUENCE_TOKENS, spec.context_length), probe_context_tokens(spec))
     memory = memory_breakdown(spec, layout, layers, staging_experts=staging, context_tokens=context)
     return Placement(
         device=device,

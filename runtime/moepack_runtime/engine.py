@@ -81,14 +81,14 @@ class Engine:
         self._transfer = transfer
         self._process_base_bytes = process_base_bytes
         self.device = torch.device(placement.device)
-        self._kv = KvCache.allocate(
+        self.kv = KvCache.allocate(
             spec,
             context_tokens=placement.context_tokens,
             block_tokens=self._block_tokens,
             device=self.device,
         )
         trunk = {name: tensor.to(self.device) for name, tensor in store.load_trunk().items()}
-        self.decoder = Decoder(spec, trunk, self._kv)
+        self.decoder = Decoder(spec, trunk, self.kv)
         self._experts = ExpertMemory(
             spec,
             layout,
@@ -123,11 +123,11 @@ class Engine:
     @property
     def length(self) -> int:
         """Tokens in the KV cache."""
-        return self._kv.length
+        return self.kv.length
 
     def reset(self) -> None:
         """Forget the sequence; what is cached of the experts stays."""
-        self._kv.truncate(0)
+        self.kv.truncate(0)
 
     def stats(self) -> RunStats:
         """Of the last (or current) generation."""
@@ -143,7 +143,7 @@ class Engine:
         memory = self._placement.memory
         # Slots, frames and cache are what was allocated; hidden states and temporaries live inside
         # their reservation.
-        held = self._experts.allocated_bytes + self._kv.size_bytes + memory.trunk_bytes
+        held = self._experts.allocated_bytes + self.kv.size_bytes + memory.trunk_bytes
         return held + memory.hidden_bytes + memory.workspace_bytes
 
     def generate(
@@ -210,10 +210,10 @@ class Engine:
         Tensor
             float32 [1, vocab] for the last token, or [tokens, vocab] with ``all_logits``.
         """
-        start = self._kv.length
+        start = self.kv.length
         self._require_room(start + len(tokens), 0)
         blocks = self._run([(start, tokens)])
-        self._kv.advance(len(tokens))
+        self.kv.advance(len(tokens))
         with torch.inference_mode():
             last = torch.cat([block.hidden for block in blocks]) if all_logits else None
             return self.decoder.logits(blocks[-1].hidden[-1:] if last is None else last)
@@ -228,8 +228,8 @@ class Engine:
         """
         for tokens in sequences:
             self._require_room(len(tokens), 0)
-        self.reset()
         self._run([(0, tokens) for tokens in sequences])
+        self.reset()
 
     @torch.inference_mode()
     def _run(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
@@ -253,6 +253,8 @@ class Engine:
         residuals: list[_Hidden] = []
         blocks: list[Block] = []
         for start, hidden in stream:
+            if start == 0:
+                self.kv.layers[number].truncate(0)  # a survey passes from one sequence to the next
             residual = layer.attend(hidden, start)
             inputs = layer.mlp_norm(residual)
             if moe is None:

@@ -20,8 +20,7 @@ from moepack.residency import Access, ExpertCache
 from moepack.segments import PARTS, Part, SegmentId, SegmentShape
 from moepack_runtime.ffn import FfnWeights
 from moepack_runtime.transfer import Ticket, Transfer
-
-_TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from moepack_runtime.weights import TORCH_DTYPE
 
 
 class Arrival(NamedTuple):
@@ -51,17 +50,30 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights:
     buffer
         uint8 [>= shape.size_bytes].
     """
-    views: dict[str, torch.Tensor] = {}
-    for tensor in shape.tensors:
-        flat = buffer[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
-        views[tensor.name] = flat.view(_TORCH_DTYPE[tensor.dtype]).view(tensor.shape)
+    places = {tensor.name: tensor for tensor in shape.tensors}
+
+    def view(first: str, last: str) -> torch.Tensor | None:
+        """The neighbouring tensors ``first`` to ``last``, as one with all their rows."""
+        if first not in places:
+            return None
+        begin, end = places[first], places[last]
+        flat = buffer[begin.offset_bytes : end.offset_bytes + end.size_bytes]
+        return flat.view(TORCH_DTYPE[begin.dtype]).view(-1, *begin.shape[1:])
+
+    def matrix(name: str) -> torch.Tensor:
+        found = view(name, name)
+        assert found is not None, f"a segment without {name}"
+        return found
+
     return FfnWeights(
-        gate=views["gate.weight"],
-        up=views["up.weight"],
-        down=views["down.weight"],
-        gate_bias=views.get("gate.bias"),
-        up_bias=views.get("up.bias"),
-        down_bias=views.get("down.bias"),
+        gate=matrix("gate.weight"),
+        up=matrix("up.weight"),
+        down=matrix("down.weight"),
+        gate_bias=view("gate.bias", "gate.bias"),
+        up_bias=view("up.bias", "up.bias"),
+        down_bias=view("down.bias", "down.bias"),
+        gate_up=view("gate.weight", "up.weight"),
+        gate_up_bias=view("gate.bias", "up.bias"),
     )
 
 
