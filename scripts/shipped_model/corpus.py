@@ -60,7 +60,9 @@ def shingle_hashes(text: str) -> npt.NDArray[np.uint64]:
     count = max(0, len(data) - SHINGLE_BYTES + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(SHINGLE_BYTES):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + data[offset : offset + count] + np.uint64(1)
+        hashes = (
+            hashes * np.uint64(0x9E3779B97F4A7C15) + data[offset : offset + count] + np.uint64(1)
+        )
     return hashes
 
 
@@ -137,8 +139,38 @@ def _split(domain: Domain, documents: list[Document], seed: int) -> dict[str, li
     return parts
 
 
-def build(folder: Path, seed: int) -> list[DomainRecord]:
-    """Fetch, read, clean and split every domain; write ``corpus/`` and its record.
+def _write_domain(
+    folder: Path, domain: Domain, root: Path, packages: dict[str, Package], seed: int
+) -> None:
+    """Read, clean and split one domain; the record is written last and marks it complete."""
+    read = [document for document in domain.read(root) if document.text]
+    parts = _split(domain, _deduplicate(read), seed)
+    known = np.sort(np.concatenate([shingle_hashes(d.text) for d in parts["train"]]))
+    for part, part_documents in parts.items():
+        lines = [json.dumps(asdict(d), ensure_ascii=False) for d in part_documents]
+        (folder / f"{domain.name}.{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    size = {part: sum(len(d.text.encode()) for d in parts[part]) for part in parts}
+    names = {document.package for document in read} | set(domain.packages)
+    record = DomainRecord(
+        name=domain.name,
+        title=domain.title,
+        licence=domain.licence,
+        packages=tuple(packages[name] for name in sorted(names)),
+        documents=len(read),
+        read_bytes=sum(len(d.text.encode()) for d in read),
+        train_bytes=size["train"],
+        dev_bytes=size["dev"],
+        test_bytes=size["test"],
+        test_packages=tuple(sorted({d.package for d in parts["test"]})),
+        test_overlap=overlap("\n".join(d.text for d in parts["test"]), known),
+    )
+    text = json.dumps(asdict(record), indent=1, ensure_ascii=False)
+    (folder / f"{domain.name}.json").write_text(text + "\n", "utf-8")
+    print(f"{domain.name}: {size}, overlap {record.test_overlap:.3f}", flush=True)
+
+
+def build(folder: Path, seed: int) -> None:
+    """Fetch, read, clean and split every domain that is not there yet; write ``corpus/``.
 
     Documents are JSON lines, ``corpus/<domain>.<part>.jsonl``. Peak memory is about thirty times
     the largest domain's text, for the hashes of its shingles.
@@ -146,43 +178,20 @@ def build(folder: Path, seed: int) -> list[DomainRecord]:
     root, packages = fetch_all(folder / "packages")
     out = folder / "corpus"
     out.mkdir(parents=True, exist_ok=True)
-    records = []
     for domain in domains():
-        read = [document for document in domain.read(root) if document.text]
-        parts = _split(domain, _deduplicate(read), seed)
-        known = np.sort(np.concatenate([shingle_hashes(d.text) for d in parts["train"]]))
-        for part, part_documents in parts.items():
-            lines = [json.dumps(asdict(d), ensure_ascii=False) for d in part_documents]
-            (out / f"{domain.name}.{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-        size = {part: sum(len(d.text.encode()) for d in parts[part]) for part in parts}
-        names = {document.package for document in read} | set(domain.packages)
-        record = DomainRecord(
-            name=domain.name,
-            title=domain.title,
-            licence=domain.licence,
-            packages=tuple(packages[name] for name in sorted(names)),
-            documents=len(read),
-            read_bytes=sum(len(d.text.encode()) for d in read),
-            train_bytes=size["train"],
-            dev_bytes=size["dev"],
-            test_bytes=size["test"],
-            test_packages=tuple(sorted({d.package for d in parts["test"]})),
-            test_overlap=overlap("\n".join(d.text for d in parts["test"]), known),
-        )
-        records.append(record)
-        print(f"{domain.name}: {size}, overlap {record.test_overlap:.3f}", flush=True)
-    text = json.dumps([asdict(record) for record in records], indent=1, ensure_ascii=False)
-    (out / "corpus.json").write_text(text + "\n", "utf-8")
-    return records
+        if not (out / f"{domain.name}.json").exists():
+            _write_domain(out, domain, root, packages, seed)
 
 
 def load_records(folder: Path) -> list[DomainRecord]:
-    """Read back what `build` recorded."""
-    rows = json.loads((folder / "corpus" / "corpus.json").read_text("utf-8"))
-    for row in rows:
+    """Read back what `build` recorded, in the domains' order."""
+    records = []
+    for domain in domains():
+        row = json.loads((folder / "corpus" / f"{domain.name}.json").read_text("utf-8"))
         row["packages"] = tuple(Package(**package) for package in row["packages"])
         row["test_packages"] = tuple(row["test_packages"])
-    return [DomainRecord(**row) for row in rows]
+        records.append(DomainRecord(**row))
+    return records
 
 
 def load_part(folder: Path, domain: str, part: str) -> list[Document]:

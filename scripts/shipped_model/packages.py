@@ -59,5 +59,6 @@ def unpack(names: list[str], folder: Path) -> tuple[Path, dict[str, Package]]:
         packages[name] = Package(name, version)
         root = folder / "unpacked" / name
         if not root.exists():
+            root.parent.mkdir(parents=True, exist_ok=True)
             run_tool(["dpkg-deb", "--extract", str(archive), str(root)])
     return folder / "unpacked", packages

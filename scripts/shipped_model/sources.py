@@ -73,7 +73,9 @@ def _render_manual_page(path: Path) -> str:
     return "\n".join(text.strip("\n").split("\n")[1:-1])
 
 
-def _manual_pages(section_root: str, packages: tuple[str, ...]) -> Callable[[Path], Iterator[Document]]:
+def _manual_pages(
+    section_root: str, packages: tuple[str, ...]
+) -> Callable[[Path], Iterator[Document]]:
     def read(root: Path) -> Iterator[Document]:
         for package in packages:
             pages = sorted((root / package / section_root).glob("man*/*.gz"))
@@ -88,7 +90,7 @@ def _manual_pages(section_root: str, packages: tuple[str, ...]) -> Callable[[Pat
 def _scripture(root: Path) -> Iterator[Document]:
     program = root / "bible-kjv" / "usr" / "bin" / "bible"
     data = root / "bible-kjv-text" / "usr" / "lib"
-    lines = run_tool([str(program), "-l10000", "-p", str(data), "gen1:1-rev22:21"]).decode()
+    lines = run_tool([str(program), "-f", "-l10000", "-p", str(data), "gen1:1-rev22:21"]).decode()
     chapters: dict[str, list[str]] = {}
     for line in lines.splitlines():
         place, _, verse = line.partition(" ")
@@ -134,7 +136,15 @@ def _guides(root: Path) -> Iterator[Document]:
 def _python(_: Path) -> Iterator[Document]:
     library = Path(sysconfig.get_paths()["stdlib"])
     installed = Path(sysconfig.get_paths()["purelib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings"}
+    skipped = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "encodings",
+    }
     for package, folder in (("python", library), ("numpy", installed / "numpy")):
         for path in sorted(folder.rglob("*.py")):
             if skipped.isdisjoint(path.relative_to(folder).parts[:-1]):
@@ -149,10 +159,14 @@ def _c_headers(root: Path) -> Iterator[Document]:
 
 
 def _dictionary(root: Path) -> Iterator[Document]:
-    for package, name in (("dict-wn", "wn"), ("dict-jargon", "jargon")):
-        text = _decode(root / package / "usr" / "share" / "dictd" / f"{name}.dict.dz") or ""
+    # Every third run of entries of the large dictionary is as much text as another domain has.
+    for package, name, stride in (("dict-gcide", "gcide", 3), ("dict-jargon", "jargon", 1)):
+        path = root / package / "usr" / "share" / "dictd" / f"{name}.dict.dz"
+        # The dictionary has a few damaged bytes.
+        text = gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
+        text = re.sub(r"(?m)^ +\[[^\]\n]{2,30}\]\n", "", text)  # sources of entries
         for number, section in enumerate(_split_at_headings(text, r"\S", 4000)):
-            if not section.startswith("00-database"):
+            if number % stride == 0 and not section.startswith("00-database"):
                 yield Document(package, f"{name}#{number}", section)
 
 
@@ -162,25 +176,63 @@ def domains() -> tuple[Domain, ...]:
     english = ("manpages", "manpages-dev")
     books = ("debian-reference-en", "maint-guide", "debian-faq", "developers-reference")
     return (
-        Domain("scripture", "English prose: the King James Bible", ("bible-kjv-text", "bible-kjv"),
-               ("bible-kjv-text",), "public domain", _scripture),
-        Domain("guides", "English technical guides", (*books, "doc-debian"), books,
-               "GPL-2.0-or-later", _guides),
-        Domain("man_en", "manual pages, English", english, english,
-               "Linux-man-pages-copyleft and other licences permitting verbatim copies, by page",
-               _manual_pages("usr/share/man", english)),
-        Domain("man_fr", "manual pages, French", french, french,
-               "GPL-3.0-or-later (translation); Linux-man-pages-copyleft and others (original)",
-               _manual_pages("usr/share/man/fr", french)),
-        Domain("man_de", "manual pages, German", german, german,
-               "GPL-3.0-or-later (translation); Linux-man-pages-copyleft and others (original)",
-               _manual_pages("usr/share/man/de", german)),
+        Domain(
+            "scripture",
+            "English prose: the King James Bible",
+            ("bible-kjv-text", "bible-kjv"),
+            ("bible-kjv-text",),
+            "public domain",
+            _scripture,
+        ),
+        Domain(
+            "guides",
+            "English technical guides",
+            (*books, "doc-debian"),
+            books,
+            "GPL-2.0-or-later",
+            _guides,
+        ),
+        Domain(
+            "man_en",
+            "manual pages, English",
+            english,
+            english,
+            "Linux-man-pages-copyleft and other licences permitting verbatim copies, by page",
+            _manual_pages("usr/share/man", english),
+        ),
+        Domain(
+            "man_fr",
+            "manual pages, French",
+            french,
+            french,
+            "GPL-3.0-or-later (translation); Linux-man-pages-copyleft and others (original)",
+            _manual_pages("usr/share/man/fr", french),
+        ),
+        Domain(
+            "man_de",
+            "manual pages, German",
+            german,
+            german,
+            "GPL-3.0-or-later (translation); Linux-man-pages-copyleft and others (original)",
+            _manual_pages("usr/share/man/de", german),
+        ),
         Domain("python", "Python source", (), ("python",), "PSF-2.0", _python),
-        Domain("c", "C headers", ("linux-libc-dev", "libc6-dev"), ("linux-libc-dev",),
-               "GPL-2.0 WITH Linux-syscall-note, some files also MIT", _c_headers),
-        Domain("dictionary", "dictionaries", ("dict-wn", "dict-jargon"),
-               ("dict-wn", "dict-jargon"), "WordNet 3.0 licence; public domain (Jargon File)",
-               _dictionary),
+        Domain(
+            "c",
+            "C headers",
+            ("linux-libc-dev", "libc6-dev"),
+            ("linux-libc-dev",),
+            "GPL-2.0 WITH Linux-syscall-note, some files also MIT",
+            _c_headers,
+        ),
+        Domain(
+            "dictionary",
+            "dictionaries",
+            ("dict-gcide", "dict-jargon"),
+            ("dict-gcide", "dict-jargon"),
+            "GPL-2.0-or-later (GCIDE, after Webster 1913); public domain (Jargon File)",
+            _dictionary,
+        ),
     )
 
 
