@@ -1,0 +1,340 @@
+"""A machine in numbers, and their way to and from YAML.
+
+A :class:`HardwareProfile` says nothing about any model. It is measured here
+(:mod:`moepack.probe`), or a preset that states where each number comes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from moepack import records
+from moepack.atomic import write_atomically
+from moepack.errors import ProfileError
+from moepack.plan import DeviceKind
+from moepack.presets import preset_path
+from moepack.records import record
+
+HARDWARE_VERSION = 1
+
+# A hundred times the largest; a file beyond is something else.
+_MAX_FILE_BYTES = 1 << 20
+
+_HEADER = """\
+# A machine as moepack sees it. Sizes in bytes, rates per second, times in seconds.
+# `spread` is the interquartile range of the repeats over their median; 0 where not measured.
+"""
+
+
+@record
+class LinkPoint:
+    """How fast transfers of one size go, one after the other: the median of the repeats."""
+
+    size_bytes: int
+    bytes_per_s: float
+    repeats: int
+    spread: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self.size_bytes, self.bytes_per_s, self.repeats)
+        _require_spread(self.spread)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of the link for one transfer."""
+        return self.size_bytes / self.bytes_per_s
+
+
+@record
+class LinkCurve:
+    """A link: bandwidth over the size of a transfer.
+
+    Attributes
+    ----------
+    readers : int
+        Transfers in flight at once: the fewest that go about as fast as any number does.
+    latency_s : float
+        From asking for the smallest transfer to having it, on an idle link.
+    past_cache : bool
+        Whether every byte came from the device. False: the page cache (or a disk that is memory)
+        was measured, which says nothing about reading a model that does not fit in it.
+    how : str
+        What was measured, or assumed.
+    points : tuple of LinkPoint
+        Ascending in size.
+    """
+
+    readers: int
+    latency_s: float
+    past_cache: bool
+    how: str
+    points: tuple[LinkPoint, ...]
+
+    def __post_init__(self) -> None:
+        _require_positive(self.readers, self.latency_s)
+        _require_ascending("points", [point.size_bytes for point in self.points])
+
+    def seconds(self, size_bytes: int) -> float:
+        """Seconds of the link for one transfer among others of its size.
+
+        Log-log between the points; below the first, the first one's (latency is all there is);
+        beyond the last, the additional bytes at its rate.
+        """
+        last = self.points[-1]
+        if size_bytes > last.size_bytes:
+            return last.duration_s + (size_bytes - last.size_bytes) / last.bytes_per_s
+        return _interpolate(
+            size_bytes,
+            [point.size_bytes for point in self.points],
+            [point.duration_s for point in self.points],
+        )
+
+
+@record
+class MemoryRate:
+    """Bytes per second that the computing device reads from its memory."""
+
+    bytes_per_s: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self.bytes_per_s)
+        _require_spread(self.spread)
+
+
+@record
+class MatmulPoint:
+    """Rate for one number of tokens: two operations for each weight and token."""
+
+    tokens: int
+    flop_per_s: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self.tokens, self.flop_per_s)
+        _require_spread(self.spread)
+
+
+@record
+class MatmulCurve:
+    """Matrix products with weights [rows, columns] read from memory, over the number of tokens.
+
+    ``dtype`` as safetensors spells it.
+    """
+
+    dtype: Literal["BF16", "F16", "F32"]
+    rows: int
+    columns: int
+    points: tuple[MatmulPoint, ...]
+
+    def __post_init__(self) -> None:
+        _require_positive(self.rows, self.columns)
+        _require_ascending("points", [point.tokens for point in self.points])
+
+    def flop_per_s(self, tokens: float) -> float:
+        """Rate at a number of tokens: log-log between the points, flat outside."""
+        return _interpolate(
+            tokens,
+            [point.tokens for point in self.points],
+            [point.flop_per_s for point in self.points],
+        )
+
+
+@record
+class HardwareProfile:
+    """One machine.
+
+    Attributes
+    ----------
+    name : str
+        Of the preset, or of the machine.
+    source : {"measured", "preset"}
+    how, measured_by, recorded_utc : str
+        In words; by which moepack and torch; when (UTC, ISO 8601).
+    device : {"cpu", "cuda"}
+        What computes; ``device_name`` is its name.
+    cores : int
+        That the process may use.
+    ram_bytes : int
+        The container's limit, or the machine's.
+    vram_bytes : int or None
+        None without a GPU.
+    process_base_bytes : int
+        RAM of a process that has loaded torch and no model.
+    device_base_bytes : int
+        VRAM that the driver's context takes; 0 without a GPU.
+    disk : LinkCurve
+        Disk to RAM.
+    bus : LinkCurve or None
+        Pinned RAM to VRAM; None without a GPU.
+    memory : MemoryRate
+        Of the memory that the device computes from.
+    launch_s : float
+        Fixed cost of one torch operation.
+    matmul : tuple of MatmulCurve
+        One for each dtype.
+    sources : dict
+        Presets: for each number (a field's name, or ``disk``, ``bus``, ``memory``, ``matmul``)
+        where it comes from.
+    """
+
+    version: int
+    name: str
+    source: Literal["measured", "preset"]
+    how: str
+    measured_by: str
+    recorded_utc: str
+    device: DeviceKind
+    device_name: str
+    cpu_name: str
+    cores: int
+    ram_bytes: int
+    vram_bytes: int | None
+    process_base_bytes: int
+    device_base_bytes: int
+    disk: LinkCurve
+    bus: LinkCurve | None
+    memory: MemoryRate
+    launch_s: float
+    matmul: tuple[MatmulCurve, ...]
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_positive(self.cores, self.ram_bytes, self.process_base_bytes, self.launch_s)
+        if self.device_base_bytes < 0:
+            raise ValueError(f"device_base_bytes is {self.device_base_bytes}, expected 0 or more")
+        if self.vram_bytes is not None:
+            _require_positive(self.vram_bytes)
+        if (self.device == "cuda") != (self.bus is not None and self.vram_bytes is not None):
+            raise ValueError("vram_bytes and bus belong to a machine whose device is cuda")
+        if not self.matmul:
+            raise ValueError("matmul has no curve, expected one for BF16 or F32 at least")
+
+    @property
+    def digest(self) -> str:
+        """Identity of the numbers, whenever they were recorded: lower-case hex."""
+        return records.digest(dataclasses.replace(self, recorded_utc=""))
+
+    @property
+    def fast_bytes(self) -> int:
+        """Capacity of the fast tier: VRAM, or RAM where the processor computes."""
+        return self.ram_bytes if self.vram_bytes is None else self.vram_bytes
+
+    @property
+    def link(self) -> LinkCurve:
+        """What feeds the fast tier: the bus from pinned RAM, or the disk."""
+        return self.disk if self.bus is None else self.bus
+
+    def link_seconds(self, size_bytes: int) -> float:
+        """Seconds that the link is busy with one transfer. See :meth:`LinkCurve.seconds`."""
+        return self.link.seconds(size_bytes)
+
+    def matmul_curve(self, dtype: str) -> MatmulCurve:
+        """The curve of a dtype; of the same width, else of any, where it was not measured."""
+        width = {"F32": 4, "F64": 4}.get(dtype, 2)
+        same = [curve for curve in self.matmul if curve.dtype == dtype]
+        alike = [curve for curve in self.matmul if (curve.dtype == "F32") == (width == 4)]
+        return (same or alike or list(self.matmul))[0]
+
+    def save(self, path: Path) -> None:
+        """Write as YAML, atomically.
+
+        Raises
+        ------
+        OutputError
+            When it cannot be written.
+        """
+        data = records.to_data(self)
+        sources = data.pop("sources")
+        # One line for each point of a curve, and one (or more) for each source.
+        text = _dump(data, flow=None) + (_dump({"sources": sources}, flow=False) if sources else "")
+        write_atomically(path, (_HEADER + text).encode())
+
+
+def load_hardware(path: Path) -> HardwareProfile:
+    """Read a hardware profile.
+
+    Raises
+    ------
+    ProfileError
+        When it cannot be read, or a field is wrong, naming it.
+    """
+    what = f"hardware profile {path}"
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ProfileError(f"{what}: larger than {_MAX_FILE_BYTES} bytes; expected a profile")
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as failure:
+        raise ProfileError(
+            f"{what}: {failure.strerror}; make one with moepack profile --hardware-only"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as failure:
+        reason = " ".join(str(failure).split())
+        raise ProfileError(
+            f"{what}: not YAML ({reason}); make it anew with moepack profile --hardware-only"
+        ) from None
+    profile = records.decode_object(HardwareProfile, data, what=what, error=ProfileError)
+    if profile.version != HARDWARE_VERSION:
+        raise ProfileError(
+            f"{what}: version {profile.version}, this moepack reads {HARDWARE_VERSION}; "
+            "profile again"
+        )
+    return profile
+
+
+def find_hardware(name_or_path: str) -> HardwareProfile:
+    """A preset by name, or a profile by the path of its file.
+
+    Raises
+    ------
+    PresetNotFoundError
+        When it is neither.
+    ProfileError
+        When the file is not a profile.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
+        return load_hardware(path)
+    return load_hardware(preset_path("hardware", name_or_path))
+
+
+def _dump(data: object, *, flow: bool | None) -> str:
+    text: str = yaml.safe_dump(
+        data, sort_keys=False, default_flow_style=flow, width=100, allow_unicode=True
+    )
+    return text
+
+
+def _require_positive(*values: float) -> None:
+    for value in values:
+        if not (0 < value < math.inf):
+            raise ValueError(f"a size, count, rate or time is {value}, expected more than 0")
+
+
+def _require_spread(spread: float) -> None:
+    if not (0 <= spread < math.inf):
+        raise ValueError(f"a spread is {spread}, expected 0 or more")
+
+
+def _require_ascending(what: str, values: Sequence[int]) -> None:
+    if not values or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{what} are {list(values)}, expected at least one, ascending")
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Log-log between the points, flat outside them."""
+    if x <= xs[0]:
+        return ys[0]
+    if x >= xs[-1]:
+        return ys[-1]
+    right = bisect_right(xs, x)
+    share = math.log(x / xs[right - 1]) / math.log(xs[right] / xs[right - 1])
+    return ys[right - 1] * math.exp(share * math.log(ys[right] / ys[right - 1]))

@@ -1,0 +1,209 @@
+"""Measuring this machine: what it has, how fast it moves bytes, how fast it multiplies.
+
+What is run is what the runtime runs: the same memory, the same direct reads, the same torch
+operations. Other work on the machine shows in the spreads. Links are in :mod:`moepack.probe_link`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import moepack
+from moepack import machine
+from moepack.errors import DeviceError
+from moepack.hardware import HARDWARE_VERSION, HardwareProfile, MatmulCurve, MatmulPoint, MemoryRate
+from moepack.plan import DeviceKind
+from moepack.probe_link import probe_bus, probe_disk
+from moepack.progress import NO_PROGRESS, Progress
+from moepack.timing import measure, rounded
+from moepack.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+
+#: Numbers of tokens at which products are timed.
+MATMUL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+#: Rows and columns of the weights: about those of one matrix of an expert.
+MATMUL_SHAPE = (2048, 2048)
+
+# Weights are taken in turn from so much memory, so that no cache holds the next ones.
+_WEIGHTS_BYTES = 384 * MIB
+
+_MEMORY_BYTES = 512 * MIB
+_LAUNCHES = 2000
+_MATMUL_LIMIT_S = 0.3
+
+_BASE_PROGRAM = """
+import torch, moepack_runtime.transfer
+from moepack.machine import resident_bytes
+torch.nn.functional.linear(torch.ones(2, 64), torch.ones(64, 64))
+print(resident_bytes())
+"""
+
+
+def probe_hardware(
+    *,
+    scratch: Path,
+    progress: Progress = NO_PROGRESS,
+    device: DeviceKind | None = None,
+    name: str | None = None,
+) -> HardwareProfile:
+    """Measure this machine. Takes about half a minute, and half a gigabyte of RAM and of disk.
+
+    Parameters
+    ----------
+    scratch
+        An existing folder on the disk that models are (or will be) on. What is written there has
+        no name and vanishes with this process, however that ends.
+    device
+        What computes; a GPU where there is one when None.
+    name
+        Of the profile; the machine's own when None.
+
+    Raises
+    ------
+    DeviceError
+        When CUDA is asked for and there is none.
+    DiskFullError, OutputError
+        When the scratch file cannot be written.
+    """
+    import torch
+
+    kind = _choose_device(device)
+    place = torch.device(kind)
+    disk = probe_disk(scratch, progress)
+    progress.start("measure memory and arithmetic", 3 + len(_dtypes()), "items")
+    try:
+        base_bytes = _process_base_bytes()
+        progress.advance(1)
+        memory = _probe_memory(place)
+        progress.advance(1)
+        launch_s = _probe_launch(place)
+        progress.advance(1)
+        matmul = []
+        for dtype in _dtypes():
+            matmul.append(_probe_matmul(place, dtype))
+            progress.advance(1)
+    finally:
+        progress.done()
+    cuda = kind == "cuda"
+    return HardwareProfile(
+        version=HARDWARE_VERSION,
+        name=name or platform.node() or "this machine",
+        source="measured",
+        how="medians of repeats on the machine as it was, with whatever else ran on it",
+        measured_by=f"moepack {moepack.__version__}, torch {torch.__version__}",
+        recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=kind,
+        device_name=torch.cuda.get_device_name(place) if cuda else machine.cpu_name(),
+        cpu_name=machine.cpu_name(),
+        cores=machine.core_count(),
+        ram_bytes=machine.ram_bytes(),
+        vram_bytes=torch.cuda.mem_get_info(place)[1] if cuda else None,
+        process_base_bytes=base_bytes,
+        device_base_bytes=_device_base_bytes(place) if cuda else 0,
+        disk=disk,
+        bus=probe_bus(place) if cuda else None,
+        memory=memory,
+        launch_s=launch_s,
+        matmul=tuple(matmul),
+    )
+
+
+def _choose_device(device: DeviceKind | None) -> DeviceKind:
+    import torch
+
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise DeviceError("there is no CUDA device that torch can use; take --device cpu")
+    return device or ("cuda" if present else "cpu")
+
+
+def _process_base_bytes() -> int:
+    """RAM of a process of its own that has loaded torch and the runtime, and no model."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BASE_PROGRAM],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    return int(done.stdout)
+
+
+def _device_base_bytes(place: torch.device) -> int:
+    """VRAM that is gone before a model is loaded: the driver's context, and other programs."""
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(place)
+    return total_bytes - free_bytes - torch.cuda.memory_reserved(place)
+
+
+def _synchronize(place: torch.device) -> Callable[[], None] | None:
+    import torch
+
+    return torch.cuda.synchronize if place.type == "cuda" else None
+
+
+def _probe_memory(place: torch.device) -> MemoryRate:
+    """Bandwidth of reading: a sum, which does next to nothing else."""
+    import torch
+
+    block = torch.ones(_MEMORY_BYTES // 4, dtype=torch.float32, device=place)
+    timing = measure(block.sum, synchronize=_synchronize(place))
+    return MemoryRate(rounded(block.nbytes / timing.median_s), rounded(timing.spread))
+
+
+def _probe_launch(place: torch.device) -> float:
+    """Cost of one operation on next to no data, from Python."""
+    import torch
+
+    small = torch.ones(16, device=place)
+
+    def work() -> None:
+        for _ in range(_LAUNCHES):
+            torch.add(small, small)
+
+    return rounded(measure(work, synchronize=_synchronize(place)).median_s / _LAUNCHES)
+
+
+def _dtypes() -> tuple[Literal["BF16", "F32"], ...]:
+    return ("BF16", "F32")
+
+
+def _multiply(inputs: torch.Tensor, weights: Iterator[torch.Tensor]) -> None:
+    import torch
+
+    torch.nn.functional.linear(inputs, next(weights))
+
+
+def _probe_matmul(place: torch.device, dtype: Literal["BF16", "F32"]) -> MatmulCurve:
+    """Products as the runtime makes them, each with weights that no cache holds."""
+    import torch
+
+    kind = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+    rows, columns = MATMUL_SHAPE
+    count = _WEIGHTS_BYTES // (rows * columns * kind.itemsize)
+    weights = cycle(torch.randn(count, rows, columns, dtype=kind, device=place).unbind())
+    points = []
+    for tokens in MATMUL_TOKENS:
+        inputs = torch.randn(tokens, columns, dtype=kind, device=place)
+        timing = measure(
+            partial(_multiply, inputs, weights),
+            repeats=200,
+            limit_s=_MATMUL_LIMIT_S,
+            synchronize=_synchronize(place),
+        )
+        rate = 2 * tokens * rows * columns / timing.median_s
+        points.append(MatmulPoint(tokens, rounded(rate), rounded(timing.spread)))
+    return MatmulCurve(dtype, rows, columns, tuple(points))

@@ -1,0 +1,273 @@
+"""Measuring links: disk to RAM, RAM to VRAM."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import log
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import IO, TYPE_CHECKING
+
+from moepack.atomic import output_error
+from moepack.errors import DiskFullError
+from moepack.hardware import LinkCurve, LinkPoint
+from moepack.progress import NO_PROGRESS, Progress
+from moepack.segments import ALIGNMENT_BYTES
+from moepack.timing import Timing, measure, rounded, summarise
+from moepack.units import KIB, MIB, format_size
+
+if TYPE_CHECKING:
+    import torch
+    from moepack_runtime.direct_io import DirectFile
+
+#: Sizes of a transfer at which links are measured.
+LINK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 12 * MIB, 16 * MIB)
+
+#: Reads in flight at once.
+READERS = (1, 2, 4)
+
+#: Of the scratch file: larger than the caches inside disks.
+SCRATCH_BYTES = 512 * MIB
+_SMALLEST_SCRATCH_BYTES = 64 * MIB
+_BLOCK_BYTES = 16 * MIB
+
+# One timing is a batch of transfers of one size, one behind the other: so many bytes, and at least
+# and at most so many transfers.
+_BATCH_BYTES = 48 * MIB
+_BATCH_LEAST = max(READERS)
+_BATCH_MOST = 64
+
+# The disk is measured in rounds over all sizes and readers: when it slows down for a while, as
+# shared ones do, every number feels it alike.
+_LEAST_ROUNDS = 5
+_MOST_ROUNDS = 15
+_ROUNDS_S = 10.0
+
+# More readers that gain less than this are not worth their threads.
+_WORTHWHILE = 1.05
+
+
+def probe_disk(scratch: Path, progress: Progress = NO_PROGRESS) -> LinkCurve:
+    """Measure reads from the disk that a folder is on, past the page cache where it allows that.
+
+    Raises
+    ------
+    DiskFullError
+        When there is too little room for the scratch file.
+    OutputError
+        When it cannot be written.
+    """
+    from moepack_runtime.direct_io import DirectFile
+
+    with _scratch_file(scratch, progress) as path:
+        file = DirectFile(path)
+        try:
+            return _measure_disk(file, progress)
+        finally:
+            file.close()
+
+
+@contextmanager
+def _scratch_file(folder: Path, progress: Progress) -> Iterator[Path]:
+    """A file of incompressible bytes, on the disk and not in the page cache.
+
+    It has no name in the folder (or loses it at once), so it is gone when this process ends, even
+    if that is killed. The path is valid inside this process.
+    """
+    try:
+        size_bytes = _scratch_bytes(folder)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed below
+    except OSError as failure:
+        raise output_error(folder, failure) from failure
+    with file:
+        try:
+            _fill(file, size_bytes, progress)
+        except OSError as failure:
+            raise output_error(folder, failure) from failure
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def _fill(file: IO[bytes], size_bytes: int, progress: Progress) -> None:
+    block = os.urandom(_BLOCK_BYTES)
+    progress.start("write a scratch file", size_bytes)
+    try:
+        for number in range(size_bytes // _BLOCK_BYTES):
+            # Turned, so that no two blocks are equal to a disk that looks for it.
+            turn = number * 4099
+            file.write(block[turn:])
+            file.write(block[:turn])
+            progress.advance(_BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+    finally:
+        progress.done()
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _scratch_bytes(folder: Path) -> int:
+    """As much as is wanted, and at most a quarter of what is free; whole blocks."""
+    free_bytes = shutil.disk_usage(folder).free
+    size_bytes = min(SCRATCH_BYTES, free_bytes // 4) // _BLOCK_BYTES * _BLOCK_BYTES
+    if size_bytes < _SMALLEST_SCRATCH_BYTES:
+        raise DiskFullError(
+            f"{folder}: {format_size(free_bytes)} are free, measuring the disk needs "
+            f"{format_size(4 * _SMALLEST_SCRATCH_BYTES)}; free some or name another folder"
+        )
+    return size_bytes
+
+
+class _Reads:
+    """Batches of reads at random places of a file, into the memory that the runtime uses."""
+
+    def __init__(self, file: DirectFile) -> None:
+        from moepack_runtime.direct_io import allocate
+
+        self._file = file
+        self._memory = allocate(max(_BATCH_BYTES, _BATCH_LEAST * LINK_SIZES[-1])).numpy()
+        self._chance = random.Random(0)
+        self.moved_bytes = 0
+
+    def read(self, size_bytes: int, place: int = 0) -> None:
+        blocks = (self._file.size_bytes - size_bytes) // ALIGNMENT_BYTES
+        offset_bytes = self._chance.randrange(blocks) * ALIGNMENT_BYTES
+        self._file.read_into(self._memory[place * size_bytes :][:size_bytes], offset_bytes)
+
+    def time_one(self, size_bytes: int) -> float:
+        """Seconds of one read on an idle disk."""
+        begin_s = perf_counter()
+        self.read(size_bytes)
+        self.moved_bytes += size_bytes
+        return perf_counter() - begin_s
+
+    def time_batch(self, size_bytes: int, readers: ThreadPoolExecutor) -> float:
+        """Seconds for each read of a batch."""
+        count = _batch(size_bytes)
+        begin_s = perf_counter()
+        list(readers.map(self.read, [size_bytes] * count, range(count)))
+        self.moved_bytes += count * size_bytes
+        return (perf_counter() - begin_s) / count
+
+
+def _batch(size_bytes: int) -> int:
+    return min(max(_BATCH_BYTES // size_bytes, _BATCH_LEAST), _BATCH_MOST)
+
+
+def _measure_disk(file: DirectFile, progress: Progress) -> LinkCurve:
+    reads = _Reads(file)
+    singles_s: list[float] = []
+    batches_s: dict[int, dict[int, list[float]]] = {
+        readers: {size: [] for size in LINK_SIZES} for readers in READERS
+    }
+    device_before = _device_read_bytes()
+    begin_s = perf_counter()
+    progress.start("measure the disk", _MOST_ROUNDS, "items")
+    try:
+        with ExitStack() as stack:
+            pools = {
+                readers: stack.enter_context(ThreadPoolExecutor(readers)) for readers in READERS
+            }
+            for number in range(_MOST_ROUNDS):
+                if number >= _LEAST_ROUNDS and perf_counter() - begin_s > _ROUNDS_S:
+                    break
+                singles_s += [reads.time_one(LINK_SIZES[0]) for _ in range(_BATCH_MOST // 4)]
+                for readers, pool in pools.items():
+                    for size_bytes, durations_s in batches_s[readers].items():
+                        durations_s.append(reads.time_batch(size_bytes, pool))
+                progress.advance(1)
+    finally:
+        progress.done()
+    past_cache, how = _verdict(file, reads.moved_bytes, device_before)
+    return _curve(batches_s, summarise(singles_s).median_s, past_cache=past_cache, how=how)
+
+
+def _curve(
+    batches_s: dict[int, dict[int, list[float]]], latency_s: float, *, past_cache: bool, how: str
+) -> LinkCurve:
+    """One curve, for the number of readers that a runtime should use."""
+    timings = {
+        readers: {size: summarise(durations_s) for size, durations_s in sizes.items()}
+        for readers, sizes in batches_s.items()
+    }
+    # The size of experts counts: the geometric mean of the rates from 256 KiB on.
+    slowness = {
+        readers: fmean(log(t.median_s) for size, t in sizes.items() if size >= 256 * KIB)
+        for readers, sizes in timings.items()
+    }
+    best = min(slowness.values())
+    readers = min(r for r, value in slowness.items() if value <= best + log(_WORTHWHILE))
+    return LinkCurve(
+        readers=readers,
+        latency_s=rounded(latency_s),
+        past_cache=past_cache,
+        how=how,
+        points=tuple(_point(size, timing) for size, timing in timings[readers].items()),
+    )
+
+
+def _point(size_bytes: int, timing: Timing) -> LinkPoint:
+    return LinkPoint(
+        size_bytes=size_bytes,
+        bytes_per_s=rounded(size_bytes / timing.median_s),
+        repeats=timing.repeats,
+        spread=rounded(timing.spread),
+    )
+
+
+def _verdict(file: DirectFile, moved_bytes: int, device_before: int | None) -> tuple[bool, str]:
+    """Whether the reads went to the device, and how they were made."""
+    what = f"random reads of a scratch file of {format_size(file.size_bytes)}"
+    if not file.direct:
+        return False, f"{what} through the page cache ({file.reason}): the disk was not measured"
+    device_after = _device_read_bytes()
+    if device_before is None or device_after is None:
+        return True, f"{what} with O_DIRECT; this system does not count what came from the device"
+    if device_after - device_before < moved_bytes * 0.9:
+        return False, f"{what} with O_DIRECT, which this file system answers from memory"
+    return True, f"{what} with O_DIRECT; the system counted every byte as read from the device"
+
+
+def _device_read_bytes() -> int | None:
+    """What this process has had fetched from storage devices, as the system counts it."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(": ", 1) for line in lines)
+    return int(fields["read_bytes"]) if "read_bytes" in fields else None
+
+
+def probe_bus(device: torch.device) -> LinkCurve:
+    """Measure copies from pinned RAM to VRAM, on a stream of their own."""
+    import torch
+
+    source = torch.empty(LINK_SIZES[-1], dtype=torch.uint8, pin_memory=True)
+    destination = torch.empty_like(source, device=device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copy(size_bytes: int, count: int) -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(count):
+                destination[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
+
+    points = []
+    for size_bytes in LINK_SIZES:
+        count = _batch(size_bytes)
+        timing = measure(partial(copy, size_bytes, count), synchronize=stream.synchronize)
+        points.append(_point(size_bytes, timing._replace(median_s=timing.median_s / count)))
+    return LinkCurve(
+        readers=1,
+        latency_s=rounded(
+            measure(partial(copy, LINK_SIZES[0], 1), synchronize=stream.synchronize).median_s
+        ),
+        past_cache=True,
+        how="copies from pinned RAM on one stream",
+        points=tuple(points),
+    )
