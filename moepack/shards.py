@@ -159,6 +159,7 @@ def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> 
             stack.enter_context(_ShardWriter(folder / shard.path, shard.draft, pool))
             for shard in unit.shards
         ]
+        progress.advance(sum(len(shard.draft.header) for shard in unit.shards))
         if unit.layer is None:
             return _write_trunk(source, unit, writers[0], progress)
         return _write_layer(source, unit, unit.layer, writers, progress)
