@@ -1,0 +1,32 @@
+"""Fixtures that every area of the tests shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the client: no test may reach beyond this machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+TinyFolder = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
+    """The folder of one of ``tests.support.tiny_models.TINY_MODELS``, saved on first use."""
+    from tests.support.tiny_models import tiny_model
+
+    saved: dict[tuple[str, str], Path] = {}
+
+    def folder(family: str, variant: str) -> Path:
+        key = family, variant
+        if key not in saved:
+            saved[key] = tiny_model(family, variant, tmp_path_factory.mktemp("tiny"))
+        return saved[key]
+
+    return folder
