@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Literal
 import moepack
 from moepack import machine
 from moepack.errors import DeviceError
-from moepack.hardware import HARDWARE_VERSION, HardwareProfile, MatmulCurve, MatmulPoint, MemoryRate
+from moepack.hardware import (
+    HARDWARE_VERSION,
+    HardwareProfile,
+    LinkCurve,
+    MatmulCurve,
+    MatmulPoint,
+    MemoryRate,
+)
 from moepack.plan import DeviceKind
 from moepack.probe_link import probe_bus, probe_disk
 from moepack.progress import NO_PROGRESS, Progress
@@ -43,6 +50,9 @@ _MEMORY_BYTES = 512 * MIB
 _LAUNCHES = 2000
 _MATMUL_LIMIT_S = 0.3
 
+# An idle machine stays below this.
+_BUSY_SPREAD = 1.0
+
 _BASE_PROGRAM = """
 import torch, moepack_runtime.transfer
 from moepack.machine import resident_bytes
@@ -52,10 +62,10 @@ print(resident_bytes())
 
 
 def probe_hardware(
-    *,
     scratch: Path,
+    *,
     progress: Progress = NO_PROGRESS,
-    device: DeviceKind | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
     name: str | None = None,
 ) -> HardwareProfile:
     """Measure this machine. Takes about half a minute, and half a gigabyte of RAM and of disk.
@@ -63,10 +73,10 @@ def probe_hardware(
     Parameters
     ----------
     scratch
-        An existing folder on the disk that models are (or will be) on. What is written there has
-        no name and vanishes with this process, however that ends.
+        A folder on the disk that models are (or will be) on; made if there is none. The file that
+        is written there has no name and vanishes with this process, however that ends.
     device
-        What computes; a GPU where there is one when None.
+        What computes; auto: a GPU where there is one.
     name
         Of the profile; the machine's own when None.
 
@@ -101,7 +111,7 @@ def probe_hardware(
         version=HARDWARE_VERSION,
         name=name or platform.node() or "this machine",
         source="measured",
-        how="medians of repeats on the machine as it was, with whatever else ran on it",
+        how=_how(disk, memory, matmul),
         measured_by=f"moepack {moepack.__version__}, torch {torch.__version__}",
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         device=kind,
@@ -120,13 +130,24 @@ def probe_hardware(
     )
 
 
-def _choose_device(device: DeviceKind | None) -> DeviceKind:
+def _how(disk: LinkCurve, memory: MemoryRate, matmul: Sequence[MatmulCurve]) -> str:
+    spreads = [point.spread for point in disk.points]
+    spreads += [memory.spread, *(point.spread for curve in matmul for point in curve.points)]
+    how = "medians of repeats"
+    if max(spreads) > _BUSY_SPREAD:
+        how += "; the machine was busy or unsteady: close what else runs and measure again"
+    return how
+
+
+def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> DeviceKind:
     import torch
 
     present = torch.cuda.is_available()
     if device == "cuda" and not present:
         raise DeviceError("there is no CUDA device that torch can use; take --device cpu")
-    return device or ("cuda" if present else "cpu")
+    if device == "auto":
+        return "cuda" if present else "cpu"
+    return device
 
 
 def _process_base_bytes() -> int:

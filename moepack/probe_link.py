@@ -83,6 +83,7 @@ def _scratch_file(folder: Path, progress: Progress) -> Iterator[Path]:
     if that is killed. The path is valid inside this process.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         size_bytes = _scratch_bytes(folder)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed below
     except OSError as failure:
