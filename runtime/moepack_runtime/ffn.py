@@ -1,0 +1,73 @@
+"""The gated feed-forward network, the same for dense layers, shared experts and segments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from moepack.model_spec import ActivationSpec
+
+
+class FfnWeights(NamedTuple):
+    """Weights of a gated FFN, or of a slice of its neurons.
+
+    Attributes
+    ----------
+    gate, up : Tensor
+        [neurons, hidden].
+    down : Tensor
+        [hidden, neurons].
+    gate_bias, up_bias : Tensor or None
+        [neurons].
+    down_bias : Tensor or None
+        [hidden]; of an expert's slices only one has it.
+    gate_up, gate_up_bias : Tensor or None
+        The rows of gate, then those of up, as one tensor: [2 neurons, hidden] and [2 neurons].
+        Given where the format makes them neighbours (always in a segment), never where they only
+        happen to be: one product instead of two is faster and may round differently.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    gate_up: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+
+
+def gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) -> torch.Tensor:
+    """``down(activate(gate(x)) * up(x))``.
+
+    Parameters
+    ----------
+    x
+        [tokens, hidden].
+
+    Returns
+    -------
+    Tensor
+        [tokens, hidden] in the dtype of ``x``: for a slice of the neurons a partial sum.
+    """
+    if weights.gate_up is not None:
+        both = F.linear(x, weights.gate_up, weights.gate_up_bias)
+        gate, up = both.chunk(2, -1)
+    else:
+        gate = F.linear(x, weights.gate, weights.gate_bias)
+        up = F.linear(x, weights.up, weights.up_bias)
+    return F.linear(_activate(gate, up, activation), weights.down, weights.down_bias)
+
+
+def _activate(gate: torch.Tensor, up: torch.Tensor, activation: ActivationSpec) -> torch.Tensor:
+    """[tokens, neurons] twice to [tokens, neurons]."""
+    if activation.kind == "silu":
+        return F.silu(gate).mul_(up)
+    if activation.kind == "gelu":
+        return F.gelu(gate).mul_(up)
+    # GPT-OSS: both clamped, the gate from above only, and up shifted by one.
+    gate = gate.clamp(max=activation.limit)
+    up = up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * activation.alpha))

@@ -1,0 +1,180 @@
+"""The decoder, built from a :class:`~moepack.model_spec.ModelSpec`.
+
+Everything but the routed experts: embedding, attention, norms, routers, dense and shared FFNs,
+head. Nothing here knows where experts come from; the engine walks the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from moepack.model_spec import ActivationSpec, LayerSpec, ModelSpec
+from moepack_runtime.attention import (
+    AttentionFunction,
+    GroupedQueryAttention,
+    LatentAttention,
+)
+from moepack_runtime.ffn import FfnWeights, gated_ffn
+from moepack_runtime.kv_cache import KvCache, LayerCache
+from moepack_runtime.norms import read_norm
+from moepack_runtime.rope import RotaryEmbedding
+from moepack_runtime.router import Router, Routing
+from moepack_runtime.weights import Linear, Weights
+
+
+class DecoderLayer:
+    """One layer without its routed experts.
+
+    A step of a layer is ``x = attend(x, start)``, then ``h = mlp_norm(x)``, and ``x`` plus either
+    ``dense(h)`` or the experts of ``route(h)`` and ``shared(h)``.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layer: LayerSpec, weights: Weights, attention: AttentionFunction
+    ) -> None:
+        self._attention = attention
+        self._attn_norm = read_norm(spec.norm, weights.within("attn_norm"), spec.norm_eps)
+        #: Norm before the second half: [tokens, hidden] to the same.
+        self.mlp_norm = read_norm(spec.norm, weights.within("mlp_norm"), spec.norm_eps)
+        self._router: Router | None = None
+        self._ffn: FfnWeights | None = None
+        self._shared_gate: Linear | None = None
+        if layer.moe is None:
+            self._activation = ActivationSpec(layer.dense_activation)
+            self._ffn = _read_ffn(weights.within("mlp"))
+            return
+        self._router = Router(layer.moe, weights.within("router"))
+        self._activation = layer.moe.activation_spec
+        if layer.moe.shared_intermediate_size:
+            self._ffn = _read_ffn(weights.within("shared"))
+        if layer.moe.shared_gate:
+            self._shared_gate = weights.linear("shared_gate")
+
+    def attend(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """The first half, the residual included.
+
+        Parameters
+        ----------
+        x
+            [tokens, hidden], the tokens from position ``start`` on. Their keys and values join
+            the cache: each block of a sequence passes once, in order.
+        """
+        return x + self._attention(self._attn_norm(x), start)
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """The experts of each token, from the normed [tokens, hidden]."""
+        assert self._router is not None, "a dense layer routes nothing"
+        return self._router.route(x)
+
+    def rank(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        """The ``depth`` best liked experts of each token, best first: int64 [tokens, depth]."""
+        assert self._router is not None, "a dense layer ranks nothing"
+        return self._router.rank(x, depth)
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Output of the shared expert, gated where it is; None where there is none."""
+        if self._ffn is None:
+            return None
+        output = gated_ffn(x, self._ffn, self._activation)
+        if self._shared_gate is not None:
+            output.mul_(self._shared_gate(x).sigmoid_())
+        return output
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the FFN of a layer without experts."""
+        assert self._ffn is not None, "a layer of experts has no dense FFN"
+        return gated_ffn(x, self._ffn, self._activation)
+
+
+class Decoder:
+    """The trunk of a model over a cache.
+
+    Copies no weights: peak memory is the trunk, the cache, and the temporaries of one block.
+
+    Parameters
+    ----------
+    trunk : mapping of str to Tensor
+        Canonical names (:mod:`moepack.model_spec`); on one device.
+
+    Raises
+    ------
+    ContextLengthError
+        When the cache is longer than the model's rotary embedding can go.
+    """
+
+    def __init__(self, spec: ModelSpec, trunk: Mapping[str, torch.Tensor], kv: KvCache) -> None:
+        weights = Weights(trunk)
+        self._embedding = weights["embed.weight"]
+        self._norm = read_norm(spec.norm, weights.within("norm"), spec.norm_eps)
+        head = self._embedding if spec.tied_embeddings else weights["head.weight"]
+        self._head = Linear(head, weights.get("head.bias"))
+        self._kv = kv
+        self._ropes: dict[tuple[int, int], RotaryEmbedding] = {}
+        self.layers = tuple(
+            DecoderLayer(
+                spec, layer, scope, self._build_attention(spec, layer, scope.within("attn"), cache)
+            )
+            for layer, scope, cache in zip(
+                spec.layers,
+                (weights.within(f"layers.{number}") for number in range(len(spec.layers))),
+                kv.layers,
+                strict=True,
+            )
+        )
+
+    def _build_attention(
+        self, spec: ModelSpec, layer: LayerSpec, weights: Weights, cache: LayerCache
+    ) -> AttentionFunction:
+        attention = layer.attention
+        if attention.mla is not None:
+            rope = self._rope(spec, attention.mla.rope_dim, attention.rotary_dim)
+            return LatentAttention(attention, attention.mla, weights, rope=rope, cache=cache)
+        return GroupedQueryAttention(
+            attention,
+            weights,
+            rope=self._rope(spec, attention.head_dim, attention.rotary_dim),
+            cache=cache,
+            norm_eps=spec.norm_eps,
+        )
+
+    def _rope(self, spec: ModelSpec, head_dim: int, rotary_dim: int) -> RotaryEmbedding:
+        """One for all layers of equal widths, so that they share the angles of a step."""
+        key = (head_dim, rotary_dim)
+        if key not in self._ropes:
+            self._ropes[key] = RotaryEmbedding(
+                spec.rope,
+                head_dim=head_dim,
+                rotary_dim=rotary_dim,
+                context_tokens=self._kv.context_tokens,
+                device=self._embedding.device,
+            )
+        return self._ropes[key]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Begin a pass behind what is in the cache.
+
+        Parameters
+        ----------
+        ids
+            int64 [tokens]: all tokens of the pass, however it is cut into blocks.
+
+        Returns
+        -------
+        Tensor
+            [tokens, hidden].
+        """
+        for rope in self._ropes.values():
+            rope.begin_pass(self._kv.length + ids.shape[0])
+        return F.embedding(ids, self._embedding)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: [tokens, hidden] to float32 [tokens, vocab]."""
+        return self._head(self._norm(x)).float()
+
+
+def _read_ffn(weights: Weights) -> FfnWeights:
+    gate, up, down = (weights.linear(name) for name in ("gate", "up", "down"))
+    return FfnWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
