@@ -1,54 +1,102 @@
-"""Stores that the tests of this folder read from."""
+"""Stores that the tests of this folder read from, and every twin of the transfer."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from moepack_runtime.direct_io import Buffer
+from moepack_runtime.direct_io import Buffer, DirectFile
 from moepack_runtime.store import CheckMode, SegmentStore
+from moepack_runtime.transfer import (
+    CudaTransfer,
+    HostileTransfer,
+    HostTransfer,
+    ThrottledTransfer,
+    Transfer,
+)
+from moepack_runtime.transfer.cuda import PinnedSegments
 
 from moepack.segments import SegmentId, SegmentShape, align_up
+
+SIZE_BYTES = 5000
+STORED_BYTES = align_up(SIZE_BYTES)
 
 
 def segment(number: int) -> SegmentId:
     return SegmentId(number // 8, number % 8, "top")
 
 
-def content(segment_id: SegmentId, size_bytes: int) -> Buffer:
-    """What the segment holds: its own pattern, never 0xFF throughout."""
-    number = segment_id.layer * 8 + segment_id.expert
-    return np.arange(number, number + size_bytes, dtype=np.int64).astype(np.uint8)
+def content(number: int) -> Buffer:
+    """What segment ``number`` holds: its own pattern, padding included."""
+    return np.random.default_rng(number).integers(0, 255, STORED_BYTES, dtype=np.uint8)
+
+
+def number_of(segment_id: SegmentId) -> int:
+    return segment_id.layer * 8 + segment_id.expert
 
 
 class PatternStore(SegmentStore):
     """Segments made up from their number; reads can be held up, watched and made to fail."""
 
-    def __init__(
-        self,
-        size_bytes: int = 5000,
-        *,
-        before_read: Callable[[SegmentId], None] = lambda _: None,
-    ) -> None:
-        self.size_bytes = size_bytes
+    def __init__(self, before_read: Callable[[SegmentId], object] = lambda _: None) -> None:
         self.before_read = before_read
-        self.read: list[SegmentId] = []
-        self.closed = 0
+        self.read: list[int] = []
+        self.closed = False
         self._lock = threading.Lock()
 
     def shape(self, segment: SegmentId) -> SegmentShape:  # noqa: ARG002
-        return SegmentShape(1, (), self.size_bytes, align_up(self.size_bytes))
+        return SegmentShape(1, (), SIZE_BYTES, STORED_BYTES)
 
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:  # noqa: ARG002
+        assert not self.closed
         with self._lock:
-            self.read.append(segment)
+            self.read.append(number_of(segment))
         self.before_read(segment)
-        destination[: self.size_bytes] = content(segment, self.size_bytes)
+        destination[:] = content(number_of(segment))
 
     def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:  # noqa: ARG002
         return {}
 
     def close(self) -> None:
-        self.closed += 1
+        self.closed = True
+
+
+class FileStore(PatternStore):
+    """The same segments in a file, read past the page cache."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        super().__init__()
+        path.write_bytes(b"".join(content(number).tobytes() for number in range(count)))
+        self.file = DirectFile(path)
+
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:  # noqa: ARG002
+        self.file.read_into(destination, number_of(segment) * STORED_BYTES)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def host(store: SegmentStore) -> Transfer:
+    return HostTransfer(store)
+
+
+def throttled(store: SegmentStore) -> Transfer:
+    return ThrottledTransfer(HostTransfer(store), 200e6, 20e-6)
+
+
+def hostile(store: SegmentStore) -> Transfer:
+    return HostileTransfer(HostTransfer(store), seed=7)
+
+
+def hostile_throttled(store: SegmentStore) -> Transfer:
+    return HostileTransfer(throttled(store), seed=7)
+
+
+def cuda(store: SegmentStore) -> Transfer:
+    """Holds the first 1,000 segments."""
+    with HostTransfer(store) as disk:
+        sizes = {segment(number): STORED_BYTES for number in range(1000)}
+        return CudaTransfer(PinnedSegments(disk, sizes), torch.device("cuda"))
