@@ -91,6 +91,11 @@ class RopeSpec:
     short_mscale: float | None = None
     long_mscale: float | None = None
 
+    @property
+    def switch_tokens(self) -> int | None:
+        """Length beyond which LongRoPE takes other frequencies for every position; else None."""
+        return self.original_context if self.kind == "longrope" else None
+
 
 @record
 class MlaSpec:

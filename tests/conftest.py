@@ -12,6 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Small models gain nothing from a second thread, and barriers stall on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TinyFolder = Callable[[str, str], Path]
 

@@ -100,6 +100,7 @@ class Engine:
         self._observer: Observer | None = None
         self._meter = Meter(0, transfer.statistics)
         self._broken = False
+        self._tokens: list[int] = []  # what is in the cache
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +129,7 @@ class Engine:
     def reset(self) -> None:
         """Forget the sequence; what is cached of the experts stays."""
         self.kv.truncate(0)
+        self._tokens.clear()
 
     def stats(self) -> RunStats:
         """Of the last (or current) generation."""
@@ -212,11 +214,20 @@ class Engine:
         """
         start = self.kv.length
         self._require_room(start + len(tokens), 0)
-        blocks = self._run([(start, tokens)])
-        self.kv.advance(len(tokens))
+        run: Sequence[int] = tokens
+        switch = self.spec.rope.switch_tokens
+        if switch is not None and 0 < start <= switch < start + len(tokens):
+            # Beyond this length every position has another angle, those in the cache included.
+            run, start = [*self._tokens, *tokens], 0
+            self.reset()
+        blocks = self._run([(start, run)])
+        self.kv.advance(len(run))
+        self._tokens.extend(run)
         with torch.inference_mode():
-            last = torch.cat([block.hidden for block in blocks]) if all_logits else None
-            return self.decoder.logits(blocks[-1].hidden[-1:] if last is None else last)
+            if not all_logits:
+                return self.decoder.logits(blocks[-1].hidden[-1:])
+            hidden = torch.cat([block.hidden for block in blocks])
+            return self.decoder.logits(hidden[-len(tokens) :])
 
     def survey(self, sequences: Sequence[Sequence[int]]) -> None:
         """Run many sequences at once, for what the observer sees of them.
@@ -240,8 +251,9 @@ class Engine:
         stream = []
         for start, tokens in sequences:
             embedded = self.decoder.embed(torch.tensor(tokens, device=self.device))
-            for offset, block in enumerate(embedded.split(self._block_tokens)):
-                stream.append(_Hidden(start + offset * self._block_tokens, block))
+            for offset in range(0, len(tokens), self._block_tokens):
+                block = embedded[offset : offset + self._block_tokens]
+                stream.append(_Hidden(start + offset, block))
         for layer in range(len(self.spec.layers)):
             stream = self._run_layer(layer, stream)
         self._broken = False

@@ -77,6 +77,10 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights:
     )
 
 
+def _pieces(memory: torch.Tensor, size_bytes: int) -> list[torch.Tensor]:
+    return [memory[start : start + size_bytes] for start in range(0, len(memory), size_bytes)]
+
+
 class _Pool:
     """The slots of one part of one layer, with the cache that decides who sits in them."""
 
@@ -86,7 +90,7 @@ class _Pool:
         self.cache = ExpertCache(capacity, placement.hot, placement.policy)
         self.stored_bytes = shape.stored_bytes
         memory = transfer.allocate(capacity * shape.stored_bytes)
-        self.slots = list(memory.split(shape.stored_bytes)) if capacity else []
+        self.slots = _pieces(memory, shape.stored_bytes)
         self.views = [segment_weights(slot, shape) for slot in self.slots]
 
 
@@ -165,7 +169,7 @@ class ExpertMemory:
         }
         frame_bytes = max(layer.frame_bytes for layer in self._layers.values())
         memory = transfer.allocate(staging_experts * frame_bytes)
-        self._frames = list(memory.split(frame_bytes))
+        self._frames = _pieces(memory, frame_bytes)
         self._free = deque(range(staging_experts))
         self._frame_views: dict[tuple[int, Part, int], FfnWeights] = {}
         self.wait_s = 0.0

@@ -7,7 +7,7 @@ result does not depend on the budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,22 +47,42 @@ def add_experts(moe: MoeSpec, blocks: Sequence[Block], arrivals: Iterable[Arriva
     if len(blocks) == 1 and blocks[0].inputs.shape[0] == 1:
         _add_one_token(moe, blocks[0], arrivals)
         return
-    rows: dict[int, list[tuple[Block, torch.Tensor, torch.Tensor]]] = {}
+    chosen: dict[int, list[_Rows]] = {}
     for block in blocks:
-        for expert in block.routing.ids.unique().tolist():
-            tokens, ranks = (block.routing.ids == expert).nonzero(as_tuple=True)
-            weights = block.routing.weights[tokens, ranks].unsqueeze(1)  # [chosen, 1]
-            rows.setdefault(expert, []).append((block, tokens, weights))
+        for expert, rows in _rows_by_expert(block, moe.num_experts):
+            chosen.setdefault(expert, []).append(rows)
+    activation = moe.activation_spec
     for expert, segment in arrivals:
-        for block, tokens, weights in rows[expert]:
-            partial = gated_ffn(block.inputs[tokens], segment, moe.activation_spec)
+        for block, tokens, weights in chosen[expert]:
+            partial = gated_ffn(block.inputs[tokens], segment, activation)
             block.total.index_add_(0, tokens, partial.float() * weights)
 
 
+class _Rows(NamedTuple):
+    """The tokens of a block that chose an expert, and its weight for each, [chosen, 1]."""
+
+    block: Block
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+
+def _rows_by_expert(block: Block, num_experts: int) -> Iterator[tuple[int, _Rows]]:
+    """Every expert that the block uses, with its tokens in ascending order."""
+    ids = block.routing.ids
+    order = ids.flatten().argsort(stable=True)
+    tokens = order // ids.shape[1]
+    weights = block.routing.weights.flatten()[order].unsqueeze(1)
+    begin = 0
+    for expert, count in enumerate(ids.flatten().bincount(minlength=num_experts).tolist()):
+        if count:
+            end = begin + count
+            yield expert, _Rows(block, tokens[begin:end], weights[begin:end])
+            begin = end
+
+
 def _add_one_token(moe: MoeSpec, block: Block, arrivals: Iterable[Arrival]) -> None:
-    weights = dict(
-        zip(block.routing.ids[0].tolist(), block.routing.weights[0].tolist(), strict=True)
-    )
+    routing, activation = block.routing, moe.activation_spec
+    weights = dict(zip(routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True))
     for expert, segment in arrivals:
-        partial = gated_ffn(block.inputs, segment, moe.activation_spec)
+        partial = gated_ffn(block.inputs, segment, activation)
         block.total.add_(partial, alpha=weights[expert])

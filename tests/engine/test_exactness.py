@@ -1,0 +1,129 @@
+"""The engine computes what transformers computes, and the same bits wherever things lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from moepack_runtime.store import PackStore
+from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer, Transfer
+
+from moepack.checkpoint import Checkpoint
+from moepack.pack import pack
+from tests.conftest import TinyFolder
+from tests.support.engines import all_logits, greedy, open_engine
+from tests.support.packs import plan_for
+from tests.support.plans import mixed_layout, placement
+from tests.support.tiny_models import TINY_MODELS
+
+KEYS = [(model.family, model.variant) for model in TINY_MODELS]
+
+#: Longer than every sliding window of the tiny models, and no multiple of the block.
+PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(45)]
+FOLLOWING = [17, 99, 4, 250, 31, 8]
+NEW_TOKENS = 32
+CONTEXT = 96
+
+#: Near the ratios of a mixed pack; each layer takes the next.
+MIXED = (0.3, 1.0, 0.5, 0.0)
+
+
+def reference(folder: Path) -> tuple[torch.Tensor, list[int]]:
+    """Logits at each prompt position and the greedy continuation, by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    with torch.inference_mode():
+        ids = torch.tensor([PROMPT])
+        logits = model(ids).logits[0]
+        # Its own cached decode; stop tokens are disabled so that both go on.
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(PROMPT) :].tolist()
+    return logits, tokens
+
+
+@pytest.mark.parametrize(("family", "variant"), KEYS)
+def test_every_family_agrees_with_transformers(
+    tiny_folder: TinyFolder, tmp_path: Path, family: str, variant: str
+) -> None:
+    """From the plain checkpoint, and from packs of several splits and placements."""
+    folder = tiny_folder(family, variant)
+    logits, tokens = reference(folder)
+    checkpoint = Checkpoint.open(folder)
+    spec = checkpoint.spec
+    for number, ratios in enumerate([(1.0,), MIXED, MIXED[::-1]]):
+        layout = mixed_layout(spec, ratios)
+        place = placement(spec, layout, tops=2, bottoms=1, staging=2, context=CONTEXT)
+        store = None
+        if number:
+            out = tmp_path / f"pack{number}"
+            pack(checkpoint, plan_for(spec, layout, place), out)
+            store = PackStore.open(out)
+        with open_engine(checkpoint, layout, place, store=store) as engine:
+            found = engine.forward(PROMPT, all_logits=True)
+            torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+            engine.reset()
+            assert greedy(engine, PROMPT, NEW_TOKENS) == tokens
+
+
+TWINS: dict[str, Callable[[Transfer], Transfer]] = {
+    "host": lambda transfer: transfer,
+    "hostile-1": partial(HostileTransfer, seed=1),
+    "hostile-2": partial(HostileTransfer, seed=2),
+    "throttled": partial(ThrottledTransfer, rate_bytes_per_s=2e9, latency_s=1e-5),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [key for key in KEYS if key[0] in {"qwen3_moe", "gpt_oss", "deepseek_v3"}],
+)
+@pytest.mark.parametrize("ratios", [(1.0,), (0.0,), MIXED], ids=["whole", "none", "mixed"])
+def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
+    tiny_folder: TinyFolder, family: str, variant: str, ratios: tuple[float, ...]
+) -> None:
+    checkpoint = Checkpoint.open(tiny_folder(family, variant))
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, ratios)
+    everything = placement(spec, layout, tops=99, bottoms=99, staging=1, context=CONTEXT)
+    with open_engine(checkpoint, layout, everything) as engine:
+        resident = all_logits(engine, PROMPT, FOLLOWING)
+        assert engine.stats().link_bytes_per_s is None or not engine.stats().wait_s
+    places = [
+        placement(spec, layout, tops=0, bottoms=0, staging=1, context=CONTEXT),
+        placement(spec, layout, tops=1, bottoms=0, staging=2, context=CONTEXT),
+        placement(spec, layout, tops=3, bottoms=2, staging=5, context=CONTEXT),
+        placement(spec, layout, tops=5, bottoms=5, staging=3, context=CONTEXT, coldest_first=True),
+    ]
+    for name, twin in TWINS.items():
+        for place in places:
+            with open_engine(checkpoint, layout, place, twin=twin) as engine:
+                found = all_logits(engine, PROMPT, FOLLOWING)
+                assert torch.equal(found, resident), (name, place.layers[0])
+                # A second sequence meets warm caches.
+                engine.reset()
+                again = all_logits(engine, PROMPT, FOLLOWING)
+                assert torch.equal(again, resident), (name, "again", place.layers[0])
+
+
+def test_packs_of_different_splits_agree_within_rounding(tiny_folder: TinyFolder) -> None:
+    checkpoint = Checkpoint.open(tiny_folder(*KEYS[0]))
+    spec = checkpoint.spec
+    found = []
+    for ratio in (0.0, 0.2, 0.5, 0.8, 1.0):
+        layout = mixed_layout(spec, (ratio,))
+        place = placement(spec, layout, tops=2, bottoms=0, staging=2, context=CONTEXT)
+        with open_engine(checkpoint, layout, place) as engine:
+            found.append(all_logits(engine, PROMPT, FOLLOWING))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-5, rtol=0)
+    assert torch.equal(found[0], found[-1]), "one segment is one segment, top or bottom"
