@@ -1,0 +1,200 @@
+"""Queues, priorities and failures of the readers, with reads held up at a gate."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from time import perf_counter, sleep
+
+import pytest
+import torch
+from moepack_runtime.transfer import HostTransfer, Priority, Ticket
+
+from moepack.errors import TransferError
+from tests.link.support import STORED_BYTES, PatternStore, content, segment
+
+
+class Gate:
+    """A transfer with one reader that reads nothing until the gate is opened."""
+
+    def __init__(self, *, stall_s: float = 30.0) -> None:
+        self.opened = threading.Event()
+        self.entered = threading.Event()
+        self.store = PatternStore(self._pass)
+        self.transfer = HostTransfer(self.store, readers=1, stall_s=stall_s)
+        self.places: dict[int, torch.Tensor] = {}
+
+    def _pass(self, _: object) -> None:
+        self.entered.set()
+        self.opened.wait(30.0)
+
+    def start(self, number: int, priority: Priority = Priority.DEMAND) -> Ticket:
+        self.places[number] = self.transfer.allocate(STORED_BYTES)
+        return self.transfer.start(segment(number), self.places[number], priority)
+
+    def start_and_enter(self, number: int) -> Ticket:
+        """Start one, and see the reader take it up."""
+        ticket = self.start(number)
+        assert self.entered.wait(30.0)
+        return ticket
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+    gate.transfer.close()
+
+
+def test_demands_go_before_prefetches_and_equals_in_their_order(gate: Gate) -> None:
+    tickets = [gate.start_and_enter(0)]
+    tickets += [gate.start(n, Priority.PREFETCH) for n in (1, 2)]
+    tickets += [gate.start(n) for n in (3, 4)]
+    gate.opened.set()
+    for ticket in tickets:
+        gate.transfer.wait(ticket)
+    assert gate.store.read == [0, 3, 4, 1, 2]
+
+
+def test_a_prefetch_that_is_waited_for_is_a_demand(gate: Gate) -> None:
+    gate.start_and_enter(0)
+    tickets = [gate.start(n, Priority.PREFETCH) for n in (1, 2, 3)]
+    threading.Timer(0.05, gate.opened.set).start()
+    gate.transfer.wait(tickets[2])
+    for ticket in tickets:
+        gate.transfer.wait(ticket)
+    assert gate.store.read == [0, 3, 1, 2]
+    assert gate.transfer.statistics.reads == 4
+
+
+def test_what_is_queued_can_be_cancelled_and_what_is_being_read_cannot(gate: Gate) -> None:
+    reading = gate.start_and_enter(0)
+    queued = gate.start(1, Priority.PREFETCH)
+    last = gate.start(2)
+    assert not gate.transfer.cancel(reading)
+    assert gate.transfer.cancel(queued)
+    assert gate.transfer.cancel(queued)
+    gate.opened.set()
+    gate.transfer.wait(reading)
+    gate.transfer.wait(last)
+    assert not gate.transfer.cancel(last)
+    assert gate.store.read == [0, 2]
+    assert not gate.places[1].any()
+    assert gate.transfer.statistics.bytes == 2 * STORED_BYTES
+    with pytest.raises(AssertionError, match="waiting for a cancelled one"):
+        gate.transfer.wait(queued)
+
+
+def test_starting_does_not_wait_for_the_disk(gate: Gate) -> None:
+    gate.start_and_enter(0)
+    for number in range(1, 200):
+        gate.start(number)
+    assert not gate.opened.is_set()
+    assert gate.store.read == [0]
+
+
+def test_ready_means_that_waiting_would_not_wait(gate: Gate) -> None:
+    ticket = gate.start_and_enter(0)
+    assert not gate.transfer.is_ready(ticket)
+    gate.opened.set()
+    gate.transfer.wait(ticket)
+    assert gate.transfer.is_ready(ticket)
+
+
+def test_closing_sees_the_read_in_flight_through_and_drops_the_rest(gate: Gate) -> None:
+    reading = gate.start_and_enter(0)
+    queued = [gate.start(n) for n in (1, 2, 3)]
+    threading.Timer(0.05, gate.opened.set).start()
+    gate.transfer.close()
+    gate.transfer.wait(reading)
+    assert (gate.places[0].numpy() == content(0)).all()
+    for ticket in queued:
+        with pytest.raises(TransferError, match="the transfer was closed"):
+            gate.transfer.wait(ticket)
+    assert gate.store.read == [0]
+    assert gate.store.closed
+    assert not any(reader.is_alive() for reader in gate.transfer._readers)
+
+
+def test_closing_wakes_whoever_waits_elsewhere(gate: Gate) -> None:
+    gate.start_and_enter(0)
+    queued = gate.start(1)
+    raised: list[Exception] = []
+
+    def consume() -> None:
+        try:
+            gate.transfer.wait(queued)
+        except TransferError as failure:
+            raised.append(failure)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    sleep(0.02)
+    threading.Timer(0.05, gate.opened.set).start()
+    gate.transfer.close()
+    consumer.join(10.0)
+    assert not consumer.is_alive()
+    assert len(raised) == 1
+
+
+def test_a_dead_disk_is_named_and_does_not_hold_up_the_end() -> None:
+    gate = Gate(stall_s=0.1)
+    try:
+        ticket = gate.start_and_enter(0)
+        with pytest.raises(TransferError, match=r"expert 0, top .* no read has finished for 0.1 s"):
+            gate.transfer.wait(ticket)
+        begin_s = perf_counter()
+        gate.transfer.close()
+        assert perf_counter() - begin_s < 5.0
+        # The memory under the read is still held: the kernel may write there.
+        assert ticket.destination.data_ptr() == gate.places[0].data_ptr()  # type: ignore[attr-defined]
+    finally:
+        gate.opened.set()
+
+
+def test_a_long_queue_on_a_slow_disk_is_not_a_dead_disk() -> None:
+    store = PatternStore(lambda _: sleep(0.05))
+    with HostTransfer(store, readers=1, stall_s=0.4) as transfer:
+        places = [transfer.allocate(STORED_BYTES) for _ in range(12)]
+        tickets = [transfer.start(segment(n), place) for n, place in enumerate(places)]
+        transfer.wait(tickets[-1])
+
+
+def test_ctrl_c_while_waiting_leaves_a_transfer_that_closes(gate: Gate) -> None:
+    ticket = gate.start_and_enter(0)
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        gate.transfer.wait(ticket)
+    gate.opened.set()
+    gate.transfer.close()
+    assert not any(reader.is_alive() for reader in gate.transfer._readers)
+
+
+def test_busy_time_is_the_time_with_something_outstanding(gate: Gate) -> None:
+    begin_s = perf_counter()
+    tickets = [gate.start_and_enter(0), gate.start(1)]
+    sleep(0.05)
+    half_way_s = gate.transfer.statistics.busy_s
+    assert 0.05 <= half_way_s <= perf_counter() - begin_s
+    gate.opened.set()
+    for ticket in tickets:
+        gate.transfer.wait(ticket)
+    end_s = perf_counter() - begin_s
+    busy_s = gate.transfer.statistics.busy_s
+    assert half_way_s <= busy_s <= end_s
+    sleep(0.05)
+    assert gate.transfer.statistics.busy_s == busy_s
+    gate.transfer.wait(gate.start(2))
+    assert busy_s < gate.transfer.statistics.busy_s < busy_s + 0.05
+
+
+def test_readers_read_at_once() -> None:
+    together = threading.Barrier(3, timeout=10.0)
+    with HostTransfer(PatternStore(lambda _: together.wait()), readers=3) as transfer:
+        places = [transfer.allocate(STORED_BYTES) for _ in range(3)]
+        for ticket in [transfer.start(segment(n), place) for n, place in enumerate(places)]:
+            transfer.wait(ticket)
