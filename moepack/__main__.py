@@ -1,0 +1,10 @@
+"""``python -m moepack``."""
+
+from __future__ import annotations
+
+import sys
+
+from moepack.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

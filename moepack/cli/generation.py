@@ -1,0 +1,120 @@
+"""What ``run`` and ``bench`` share: opening the engine to plan, and the JSON of a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+from moepack import records
+from moepack.cli.models import open_pack, plan_to_run
+from moepack.cli.output import note
+from moepack.drift import Drift, compare
+from moepack.units import format_duration, format_rate
+
+if TYPE_CHECKING:
+    from moepack_runtime.engine import Engine
+    from moepack_runtime.stats import RunStats
+    from moepack_runtime.tokenizer import Tokenizer
+
+    from moepack.formats import PackedModel
+    from moepack.plan import Plan
+    from moepack.workspace import Workspace
+
+
+class Session(NamedTuple):
+    """A packed model, open and ready to generate."""
+
+    plan: Plan
+    engine: Engine
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+
+
+def open_session(workspace: Workspace, model: str | None, *, check: str) -> Session:
+    """Open the packed model that is meant, under its newest plan. The caller closes the engine.
+
+    Raises
+    ------
+    WorkspaceError, PackError, PlanError, RunError
+        When it has not been packed, or the plan cannot be carried out.
+    """
+    from moepack_runtime.loading import open_packed
+    from moepack_runtime.store import CheckMode
+    from moepack_runtime.tokenizer import Tokenizer
+
+    packed = open_pack(workspace, model)
+    plan = plan_to_run(workspace, packed, named=model is not None)
+    tokenizer = Tokenizer.load(packed.folder)
+    if plan.link is not None:
+        rate_bytes_per_s, latency_s = plan.link
+        note(
+            f"the link is throttled to {format_rate(rate_bytes_per_s)} and "
+            f"{format_duration(latency_s)}, as planned"
+        )
+    engine = open_packed(packed.folder, plan, check=CheckMode(check), link=plan.link)
+    return Session(plan, engine, tokenizer, _stop_ids(packed, tokenizer))
+
+
+def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a text, as config, generation config and tokenizer name them."""
+    stops = set(packed.spec.eos_token_ids)
+    if tokenizer.eos_id is not None:
+        stops.add(tokenizer.eos_id)
+    path = packed.folder / "generation_config.json"
+    if path.exists():
+        named = json.loads(path.read_bytes()).get("eos_token_id")
+        stops.update(named if isinstance(named, list) else [] if named is None else [named])
+    return frozenset(stops)
+
+
+def drift_of(plan: Plan, stats: RunStats) -> dict[str, Drift]:
+    """What was predicted beside what was measured.
+
+    The first token is compared only after a prompt as long as the one that was priced.
+    """
+    measured = dataclasses.asdict(stats)
+    if stats.prompt_tokens != plan.placement.prompt_tokens:
+        del measured["ttft_s"]
+    return compare(plan.prediction, measured)
+
+
+def link_efficiency(workspace: Workspace, plan: Plan, stats: RunStats) -> float | None:
+    """Bytes per second while the link had work, over what the link gives at that size.
+
+    None where nothing crossed the link, or this machine's link is not known.
+    """
+    from moepack.cost import LinkSeconds, throttled
+    from moepack.hardware import load_hardware
+
+    if not workspace.hardware_path.exists():
+        return None
+    if stats.link_bytes_per_s is None or stats.mean_read_bytes is None:
+        return None
+    link: LinkSeconds = load_hardware(workspace.hardware_path).link_seconds
+    if plan.link is not None:
+        link = throttled(link, *plan.link)
+    size_bytes = round(stats.mean_read_bytes)
+    return stats.link_bytes_per_s / (size_bytes / link(size_bytes))
+
+
+def run_document(
+    workspace: Workspace, plan: Plan, stats: RunStats, *, tokens: list[int], text: str
+) -> dict[str, object]:
+    """What ``--json`` says of a generation; what was not measured is absent."""
+    measured = records.to_data(stats) | {"link_efficiency": link_efficiency(workspace, plan, stats)}
+    measured["demand"] = measured.pop("demand_bytes_per_token")
+    return {
+        "tokens": tokens,
+        "text": text,
+        **_present(measured),
+        "prediction": records.to_data(plan.prediction),
+        "drift": {
+            metric: _present(dataclasses.asdict(drift))
+            for metric, drift in drift_of(plan, stats).items()
+        },
+    }
+
+
+def _present(values: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,115 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
+
+import typer
+
+from moepack import units
+
+if TYPE_CHECKING:
+    from moepack.model_spec import ModelSpec
+
+T = TypeVar("T")
+
+
+class Link(NamedTuple):
+    """A throttled link."""
+
+    rate_bytes_per_s: float
+    latency_s: float
+
+
+def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser whose ``ValueError`` is the user's: exit 2, with its message."""
+
+    @wraps(parse)
+    def checked(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as failure:
+            raise typer.BadParameter(str(failure)) from None
+
+    return checked
+
+
+#: Bytes of ``24G``.
+size = _usage(units.parse_size)
+
+
+@_usage
+def link(text: str) -> Link:
+    """Bytes per second and seconds of ``2G`` or ``2G,50us``."""
+    rate, comma, latency = text.partition(",")
+    return Link(units.parse_rate(rate), units.parse_duration(latency) if comma else 0.0)
+
+
+class Lengths(NamedTuple):
+    """What a plan is priced for, in tokens."""
+
+    context_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+DEFAULT_LENGTHS = Lengths(context_tokens=4096, prompt_tokens=512, new_tokens=128)
+
+
+def lengths(
+    spec: ModelSpec, context: int | None = None, prompt: int | None = None, new: int | None = None
+) -> Lengths:
+    """What was asked for; a default gives way where the model's or the asked context is short."""
+    if context is None:
+        context = min(DEFAULT_LENGTHS.context_tokens, spec.context_length)
+    if prompt is None:
+        prompt = max(1, min(DEFAULT_LENGTHS.prompt_tokens, context // 2))
+    if new is None:
+        new = max(1, min(DEFAULT_LENGTHS.new_tokens, context - prompt))
+    return Lengths(context, prompt, new)
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a hub id such as Qwen/Qwen3-30B-A3B, or 'default' for the model that ships "
+        "with moepack. Without it: the current model.",
+        show_default=False,
+    ),
+]
+PackOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR|MODEL",
+        help="A packed folder, or a model that has been packed. Without it: the current model.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.")
+]
+LinkOption = Annotated[
+    Link | None,
+    typer.Option(
+        "--link",
+        parser=link,
+        metavar="RATE[,LATENCY]",
+        help="Throttle the link, as in 2G,50us, to study a slower one.",
+        show_default=False,
+    ),
+]
+CheckOption = Annotated[
+    Literal["first", "always", "never"],
+    typer.Option("--check", help="Which reads of a segment are compared with its CRC-32."),
+]
+OutFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Where to write. Default: the workspace.", show_default=False
+    ),
+]

@@ -1,0 +1,130 @@
+"""``moepack run``: execute the packed model, to plan."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moepack.cli.generation import Session, drift_of, open_session, run_document
+from moepack.cli.options import CheckOption, JsonOption, PackOption
+from moepack.cli.output import emit, note, show_beside
+from moepack.errors import ContextLengthError
+from moepack.workspace import Workspace
+
+if TYPE_CHECKING:
+    from moepack_runtime.sampling import SamplingParams
+
+
+def run(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to go on from; '-' reads standard input.")
+    ],
+    model: PackOption = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="New tokens at most. Default: what was planned, as far as the context reaches.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Draw among the K likeliest; 0: among all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, metavar="P", help="Draw among the likeliest P.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Of the draw.")] = 0,
+    check: CheckOption = "first",
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say afterwards what was measured.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write on from a prompt, to plan."""
+    from moepack_runtime.sampling import SamplingParams
+
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    workspace = Workspace.locate()
+    session = open_session(workspace, model, check=check)
+    with session.engine:
+        ids = _encode(session, prompt)
+        tokens, text = _generate(
+            session, ids, _new_tokens(session, len(ids), max_new_tokens), params, quiet=json
+        )
+        measured = session.engine.stats()
+    if json:
+        document = run_document(workspace, session.plan, measured, tokens=tokens, text=text)
+        emit(document, as_json=True)
+    if stats:
+        from moepack.report.run import drift_view, stats_view
+
+        drifts = drift_of(session.plan, measured)
+        show_beside(stats_view(measured))
+        show_beside(drift_view(drifts, session.plan.prediction.band))
+        if "ttft_s" not in drifts:
+            note(
+                "the first token is not compared: planned for "
+                f"{session.plan.placement.prompt_tokens} prompt tokens, given "
+                f"{measured.prompt_tokens}"
+            )
+
+
+def _encode(session: Session, prompt: str) -> list[int]:
+    """Tokens of the prompt, as a user's turn where the model has a chat template."""
+    tokenizer = session.tokenizer
+    if tokenizer.template is not None:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode(prompt)
+
+
+def _new_tokens(session: Session, prompt_tokens: int, wanted: int | None) -> int:
+    """How many to draw. What was asked for is the engine's to refuse; a default gives way."""
+    if wanted is not None:
+        return wanted
+    placement = session.plan.placement
+    room = placement.context_tokens - prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"prompt of {prompt_tokens} tokens leaves no room in the planned context of "
+            f"{placement.context_tokens}; plan with --context {prompt_tokens + 1} or more (at most "
+            f"{session.plan.max_context_tokens} fits the budget), or shorten the prompt"
+        )
+    return min(placement.new_tokens, room)
+
+
+def _generate(
+    session: Session, ids: list[int], new_tokens: int, params: SamplingParams, *, quiet: bool
+) -> tuple[list[int], str]:
+    """Draw tokens, and show their text as it comes unless ``quiet``."""
+    from moepack_runtime.sampling import Sampler
+
+    stream = session.tokenizer.stream()
+    tokens: list[int] = []
+    pieces: list[str] = []
+
+    def say(piece: str) -> None:
+        pieces.append(piece)
+        if not quiet:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+
+    try:
+        for token in session.engine.generate(
+            ids, max_new_tokens=new_tokens, sampler=Sampler(params), stop_ids=session.stop_ids
+        ):
+            tokens.append(token)
+            say(stream.push(token))
+        say(stream.finish())
+    finally:
+        if not quiet and tokens:
+            typer.echo()
+    return tokens, "".join(pieces)
