@@ -52,7 +52,7 @@ def decode(cls: type[T], text: str | bytes, *, what: str, error: type[MoepackErr
     from pydantic import ValidationError
 
     try:
-        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return]
+        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return, arg-type]
     except ValidationError as failure:
         first = failure.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
@@ -103,9 +103,8 @@ def to_yaml(item: Any, *, header: str) -> bytes:
     """A record as YAML under a line of comment."""
     import yaml
 
-    text = yaml.safe_dump(
-        to_data(item), sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
-    )
+    # Other than ASCII is escaped: PyYAML writes some of it (U+0085) so that it reads back changed.
+    text = yaml.safe_dump(to_data(item), sort_keys=False, default_flow_style=None, width=100)
     return f"# {header}\n{text}".encode()
 
 

@@ -82,7 +82,8 @@ def format_duration(duration_s: float) -> str:
     if duration_s >= 90:
         minutes, seconds = divmod(round(duration_s), 60)
         return f"{minutes} min {seconds} s"
+    rounded_s = float(f"{duration_s:.3g}")  # 999.6 us is 1 ms, not 1e+03 us
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if duration_s >= scale:
-            return f"{duration_s / scale:.3g} {unit}"
+        if rounded_s >= scale:
+            return f"{rounded_s / scale:.3g} {unit}"
     return f"{duration_s * 1e9:.3g} ns"
