@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,16 +221,22 @@ _RENAME_EXCHANGE = 2
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Let two folders change places in one step; in two where the system cannot."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        left, right = os.fsencode(new), os.fsencode(old)
-        if libc.renameat2(_AT_FDCWD, left, _AT_FDCWD, right, _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), str(old))
+    """Let two folders change places: in one step, or in two where the system cannot."""
+    if _exchange_at_once(new, old):
+        return
     aside = old.with_name(f"{old.name}.previous")
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
+
+
+def _exchange_at_once(new: Path, old: Path) -> bool:
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    if exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), str(old))
+    return False
