@@ -44,7 +44,9 @@ class LinkPoint:
     spread: float
 
     def __post_init__(self) -> None:
-        _require_positive(self.size_bytes, self.bytes_per_s, self.repeats)
+        _require_positive(
+            size_bytes=self.size_bytes, bytes_per_s=self.bytes_per_s, repeats=self.repeats
+        )
         _require_spread(self.spread)
 
     @property
@@ -79,7 +81,7 @@ class LinkCurve:
     points: tuple[LinkPoint, ...]
 
     def __post_init__(self) -> None:
-        _require_positive(self.readers, self.latency_s)
+        _require_positive(readers=self.readers, latency_s=self.latency_s)
         _require_ascending("points", [point.size_bytes for point in self.points])
 
     def seconds(self, size_bytes: int) -> float:
@@ -106,7 +108,7 @@ class MemoryRate:
     spread: float
 
     def __post_init__(self) -> None:
-        _require_positive(self.bytes_per_s)
+        _require_positive(bytes_per_s=self.bytes_per_s)
         _require_spread(self.spread)
 
 
@@ -119,7 +121,7 @@ class MatmulPoint:
     spread: float
 
     def __post_init__(self) -> None:
-        _require_positive(self.tokens, self.flop_per_s)
+        _require_positive(tokens=self.tokens, flop_per_s=self.flop_per_s)
         _require_spread(self.spread)
 
 
@@ -136,7 +138,7 @@ class MatmulCurve:
     points: tuple[MatmulPoint, ...]
 
     def __post_init__(self) -> None:
-        _require_positive(self.rows, self.columns)
+        _require_positive(rows=self.rows, columns=self.columns)
         _require_ascending("points", [point.tokens for point in self.points])
 
     def flop_per_s(self, tokens: float) -> float:
@@ -208,12 +210,18 @@ class HardwareProfile:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require_positive(self.cores, self.ram_bytes, self.process_base_bytes, self.launch_s)
+        _require_positive(
+            cores=self.cores,
+            ram_bytes=self.ram_bytes,
+            process_base_bytes=self.process_base_bytes,
+            launch_s=self.launch_s,
+        )
         if self.device_base_bytes < 0:
             raise ValueError(f"device_base_bytes is {self.device_base_bytes}, expected 0 or more")
         if self.vram_bytes is not None:
-            _require_positive(self.vram_bytes)
-        if (self.device == "cuda") != (self.bus is not None and self.vram_bytes is not None):
+            _require_positive(vram_bytes=self.vram_bytes)
+        gpu = self.device == "cuda"
+        if gpu != (self.bus is not None) or gpu != (self.vram_bytes is not None):
             raise ValueError("vram_bytes and bus belong to a machine whose device is cuda")
         if not self.matmul:
             raise ValueError("matmul has no curve, expected one for BF16 or F32 at least")
@@ -313,10 +321,10 @@ def _dump(data: object, *, flow: bool | None) -> str:
     return text
 
 
-def _require_positive(*values: float) -> None:
-    for value in values:
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
         if not (0 < value < math.inf):
-            raise ValueError(f"a size, count, rate or time is {value}, expected more than 0")
+            raise ValueError(f"{name} is {value}, expected more than 0")
 
 
 def _require_spread(spread: float) -> None:

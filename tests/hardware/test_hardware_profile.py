@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from moepack.errors import ProfileError
+from moepack.hardware import (
+    HardwareProfile,
+    LinkCurve,
+    LinkPoint,
+    MatmulCurve,
+    MatmulPoint,
+    MemoryRate,
+    find_hardware,
+    load_hardware,
+)
+from moepack.units import KIB, MIB
+
+CPU = find_hardware("cpu-sata")
+GPU = find_hardware("rtx-4090")
+
+
+def link(*points: tuple[int, float]) -> LinkCurve:
+    """A link with the given seconds for the given sizes."""
+    return LinkCurve(
+        readers=1,
+        latency_s=1e-4,
+        past_cache=True,
+        how="test",
+        points=tuple(LinkPoint(size, size / seconds, 3, 0.0) for size, seconds in points),
+    )
+
+
+@pytest.mark.parametrize("profile", [CPU, GPU])
+def test_a_profile_comes_back_from_its_file_as_it_was(
+    profile: HardwareProfile, tmp_path: Path
+) -> None:
+    path = tmp_path / "machine.yaml"
+    profile.save(path)
+    assert load_hardware(path) == profile
+    measured = dataclasses.replace(profile, source="measured", sources={})
+    measured.save(path)
+    assert load_hardware(path) == measured
+    assert "sources" not in path.read_text()
+    assert path.read_text().startswith("# A machine as moepack sees it. Sizes in bytes")
+
+
+def test_the_digest_is_of_the_numbers_and_not_of_the_time() -> None:
+    later = dataclasses.replace(CPU, recorded_utc="2030-01-01T00:00:00+00:00")
+    assert later != CPU
+    assert later.digest == CPU.digest
+    assert dataclasses.replace(CPU, cores=CPU.cores + 1).digest != CPU.digest
+
+
+def test_the_link_is_exact_at_its_points_and_log_log_between() -> None:
+    curve = link((4096, 1e-4), (64 * KIB, 2e-4), (MIB, 8e-4))
+    assert curve.seconds(4096) == pytest.approx(1e-4)
+    assert curve.seconds(64 * KIB) == pytest.approx(2e-4)
+    assert curve.seconds(MIB) == pytest.approx(8e-4)
+    assert curve.seconds(16 * KIB) == pytest.approx(math.sqrt(2) * 1e-4)  # halfway, in logarithms
+    assert curve.seconds(256 * KIB) == pytest.approx(4e-4)
+
+
+def test_beyond_its_points_a_link_costs_its_latency_and_its_bandwidth() -> None:
+    curve = link((4096, 1e-4), (MIB, 8e-4))
+    assert curve.seconds(1) == pytest.approx(1e-4)
+    assert curve.seconds(3 * MIB) == pytest.approx(3 * 8e-4)
+    assert link((4096, 2e-4)).seconds(2 * 4096) == pytest.approx(4e-4)
+
+
+def test_the_link_feeds_the_fast_tier() -> None:
+    assert CPU.link is CPU.disk
+    assert CPU.fast_bytes == CPU.ram_bytes
+    assert GPU.link is GPU.bus
+    assert GPU.fast_bytes == GPU.vram_bytes
+    assert GPU.link_seconds(MIB) < CPU.link_seconds(MIB)
+    assert CPU.link_seconds(MIB) == CPU.disk.seconds(MIB)
+
+
+def test_matmul_rates_are_interpolated_and_flat_outside() -> None:
+    curve = MatmulCurve("BF16", 64, 64, (MatmulPoint(1, 1e9, 0.0), MatmulPoint(16, 16e9, 0.0)))
+    assert curve.flop_per_s(1) == 1e9
+    assert curve.flop_per_s(4) == pytest.approx(4e9)
+    assert curve.flop_per_s(1000) == 16e9
+    assert curve.flop_per_s(0.5) == 1e9
+
+
+def test_a_dtype_that_was_not_measured_takes_the_curve_of_its_width() -> None:
+    assert CPU.matmul_curve("BF16").dtype == "BF16"
+    assert CPU.matmul_curve("F16").dtype == "BF16"
+    assert CPU.matmul_curve("F32").dtype == "F32"
+    assert CPU.matmul_curve("F64").dtype == "F32"
+
+
+GARBAGE = [
+    ("", "document"),
+    ("just text", "document"),
+    ("[1, 2]", "document"),
+    ("a: [", "not YAML"),
+    ("version: 1\nversion: *missing\n", "not YAML"),
+    ("[" * 1200, "not YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "named"), GARBAGE)
+def test_what_is_not_a_profile_at_all_is_a_named_error(
+    text: str, named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "machine.yaml"
+    path.write_text(text)
+    with pytest.raises(ProfileError, match=named):
+        load_hardware(path)
+
+
+def test_bytes_that_are_no_text_are_a_named_error(tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ProfileError, match="not YAML"):
+        load_hardware(path)
+    path.write_bytes(b"#" * (2 * MIB))
+    with pytest.raises(ProfileError, match="larger than"):
+        load_hardware(path)
+    with pytest.raises(ProfileError, match="Is a directory"):
+        load_hardware(tmp_path)
+
+
+WRONG = [
+    ("cores: 6", "cores: six", "cores"),
+    ("cores: 6", "cores: 0", "cores is 0"),
+    ("cores: 6", "cores: 6.5", "cores"),
+    ("cores: 6", "cores: 6\ncolour: red", "colour"),
+    ("cores: 6\n", "", "cores"),
+    ("device: cpu", "device: abacus", "device"),
+    ("device: cpu", "device: cuda", "bus belong to a machine whose device is cuda"),
+    ("vram_bytes: null", "vram_bytes: 5", "bus belong to a machine"),
+    ("device_base_bytes: 0", "device_base_bytes: -1", "device_base_bytes is -1"),
+    ("past_cache: true", "past_cache: perhaps", r"disk\.past_cache"),
+    ("{size_bytes: 4096,", "{size_bytes: -4096,", r"disk\.points\.0"),
+    ("{size_bytes: 4096,", "{size_bytes: 4194304,", "ascending"),
+    ("dtype: BF16", "dtype: BF8", r"matmul\.0\.dtype"),
+    ("version: 1", "version: 2", "version 2, this moepack reads 1"),
+    ("launch_s: 2.0e-06", "launch_s: .nan", "launch_s is nan"),
+    ("launch_s: 2.0e-06", "launch_s: .inf", "launch_s is inf"),
+    ("source: preset", "source: hearsay", "source"),
+    ("recorded_utc: '", "recorded_utc: 2026-11-22 #'", "not JSON serializable"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "named"), WRONG)
+def test_a_wrong_field_is_named(right: str, wrong: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    CPU.save(path)
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong, 1))
+    with pytest.raises(ProfileError, match=named) as caught:
+        load_hardware(path)
+    assert str(caught.value).startswith(f"hardware profile {path}: ")
+
+
+def test_rates_and_spreads_have_to_be_numbers_that_can_be() -> None:
+    with pytest.raises(ValueError, match="bytes_per_s is inf, expected more than 0"):
+        MemoryRate(math.inf, 0.0)
+    with pytest.raises(ValueError, match="a spread is -1"):
+        MemoryRate(1.0, -1.0)
+    with pytest.raises(ValueError, match="at least one, ascending"):
+        link()

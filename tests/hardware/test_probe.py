@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from moepack_runtime import direct_io
+
+from moepack import probe, probe_link
+from moepack.errors import DeviceError, DiskFullError, OutputError
+from moepack.hardware import HardwareProfile, LinkCurve, load_hardware
+from moepack.progress import Unit
+from moepack.units import GIB, MIB
+
+
+class Recorder:
+    """Progress that adds up."""
+
+    def __init__(self) -> None:
+        self.work: list[list[object]] = []
+        self.open = False
+
+    def start(self, what: str, total: int | None, unit: Unit = "bytes") -> None:
+        assert not self.open
+        self.open = True
+        self.work.append([what, total, unit, 0])
+
+    def advance(self, amount: int) -> None:
+        assert self.open
+        done = self.work[-1][3]
+        assert isinstance(done, int)
+        self.work[-1][3] = done + amount
+
+    def done(self) -> None:
+        assert self.open
+        self.open = False
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less of everything: the numbers mean little, their form is the same."""
+    monkeypatch.setattr(probe_link, "SCRATCH_BYTES", 64 * MIB)
+    monkeypatch.setattr(probe_link, "_BATCH_BYTES", 16 * MIB)
+    monkeypatch.setattr(probe_link, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(probe_link, "_MOST_ROUNDS", 2)
+    monkeypatch.setattr(probe, "_MEMORY_BYTES", 32 * MIB)
+    monkeypatch.setattr(probe, "_WEIGHTS_BYTES", 32 * MIB)
+    monkeypatch.setattr(probe, "_LAUNCHES", 100)
+    monkeypatch.setattr(probe, "_MATMUL_LIMIT_S", 0.01)
+
+
+class Probed(NamedTuple):
+    profile: HardwareProfile
+    progress: Recorder
+    left: list[str]
+
+
+@pytest.fixture
+def probed(hasty: None, tmp_path: Path) -> Probed:  # noqa: ARG001
+    progress = Recorder()
+    scratch = tmp_path / "not" / "yet"
+    profile = probe.probe_hardware(scratch, progress=progress, device="cpu", name="test")
+    return Probed(profile, progress, os.listdir(scratch))  # noqa: PTH208
+
+
+def test_a_machine_is_measured_and_its_profile_comes_back_from_a_file(
+    probed: Probed, tmp_path: Path
+) -> None:
+    profile = probed.profile
+    assert (profile.name, profile.source, profile.device) == ("test", "measured", "cpu")
+    assert profile.bus is None
+    assert f"torch {torch.__version__}" in profile.measured_by
+    assert [point.size_bytes for point in profile.disk.points] == list(probe_link.LINK_SIZES)
+    assert {curve.dtype for curve in profile.matmul} == {"BF16", "F32"}
+    assert 50 * MIB < profile.process_base_bytes < 2 * GIB
+    assert 1e-8 < profile.launch_s < 1e-3
+    assert profile.memory.bytes_per_s > 1e8
+    path = tmp_path / "machine.yaml"
+    profile.save(path)
+    assert load_hardware(path) == profile
+    # Progress added up, and nothing was left behind.
+    assert [item[0] for item in probed.progress.work] == [
+        "write a scratch file",
+        "measure the disk",
+        "measure memory and arithmetic",
+    ]
+    for _, total, _, done in probed.progress.work:
+        assert done == total
+    assert not probed.progress.open
+    assert probed.left == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_a_named_error(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        probe.probe_hardware(tmp_path, device="cuda")
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(GIB, GIB, 100 * MIB))
+    with pytest.raises(DiskFullError, match=r"100\.00 MiB are free, measuring .* 256\.00 MiB"):
+        probe_link.probe_disk(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        probe_link.probe_disk(tmp_path / "file" / "folder")
+
+
+class Stop(BaseException):
+    """As Ctrl-C would."""
+
+
+@pytest.fixture
+def interrupted(hasty: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: ARG001
+    real = direct_io.DirectFile.read_into
+    reads: list[int] = []
+
+    def read_into(
+        self: direct_io.DirectFile,
+        destination: direct_io.Buffer,
+        offset_bytes: int,
+        needed_bytes: int | None = None,
+    ) -> None:
+        reads.append(offset_bytes)
+        if len(reads) > 50:
+            raise Stop
+        real(self, destination, offset_bytes, needed_bytes)
+
+    monkeypatch.setattr(direct_io.DirectFile, "read_into", read_into)
+    yield
+    assert len(reads) > 50
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interruption_leaves_no_file_no_descriptor_and_no_open_progress(tmp_path: Path) -> None:
+    progress = Recorder()
+    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(Stop):
+        probe_link.probe_disk(tmp_path, progress)
+    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    assert not progress.open
+
+
+@pytest.mark.usefixtures("hasty")
+def test_measuring_memory_instead_of_a_disk_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_io, "_is_memory", lambda _: True)
+    link = probe_link.probe_disk(tmp_path)
+    assert not link.past_cache
+    assert "through the page cache (its file system keeps files in memory)" in link.how
+
+
+@pytest.mark.usefixtures("hasty")
+def test_direct_reads_that_never_reach_a_device_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_link, "_device_read_bytes", lambda: 0)
+    link = probe_link.probe_disk(tmp_path)
+    assert not link.past_cache
+    assert "from memory" in link.how or "through the page cache" in link.how
+
+
+def curve(rates: dict[int, dict[int, float]]) -> LinkCurve:
+    """From bytes per second by readers and size, the same in each of three rounds."""
+    batches_s = {
+        readers: {size: [size / rate] * 3 for size, rate in sizes.items()}
+        for readers, sizes in rates.items()
+    }
+    return probe_link._curve(batches_s, 1e-4, past_cache=True, how="test")
+
+
+def test_the_fewest_readers_that_are_about_as_fast_are_taken() -> None:
+    alike = curve({1: {4096: 1e8, MIB: 1.00e9}, 2: {4096: 2e8, MIB: 1.04e9}})
+    assert alike.readers == 1
+    assert [point.bytes_per_s for point in alike.points] == [1e8, 1e9]
+    faster = curve({1: {4096: 1e8, MIB: 1.0e9}, 2: {4096: 2e8, MIB: 1.5e9}})
+    assert faster.readers == 2
+    assert [point.bytes_per_s for point in faster.points] == [2e8, 1.5e9]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_bus_is_measured() -> None:
+    link = probe_link.probe_bus(torch.device("cuda"))
+    rates = [point.bytes_per_s for point in link.points]
+    assert rates[-1] > rates[0]
+    assert rates[-1] > 1e9

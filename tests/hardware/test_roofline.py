@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moepack.hardware import HardwareProfile, MatmulCurve, MatmulPoint, MemoryRate, find_hardware
+from moepack.model_spec import AttentionSpec, LayerSpec, MlaSpec, ModelSpec, TensorInfo
+from moepack.roofline import TOKENS, derive_compute
+from tests.pack.fake_models import make_spec
+
+#: A gigabyte and a teraflop a second, nothing else.
+PLAIN = dataclasses.replace(
+    find_hardware("cpu-sata"),
+    memory=MemoryRate(1e9, 0.0),
+    launch_s=1e-12,
+    matmul=(MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e12, 0.0),)),),
+)
+
+
+def with_launch(seconds: float) -> HardwareProfile:
+    return dataclasses.replace(PLAIN, launch_s=seconds)
+
+
+def model() -> ModelSpec:
+    """One dense and two MoE layers: experts of 3 x 480 x 320, queries of 320 x 320."""
+    spec = make_spec(hidden=320, width=480, vocab=1000)
+    trunk = list(spec.trunk)
+    for layer in range(3):
+        trunk.append(TensorInfo(f"layers.{layer}.attn.q.weight", "BF16", (320, 320)))
+        trunk.append(TensorInfo(f"layers.{layer}.attn.q.bias", "BF16", (320,)))
+    trunk.append(TensorInfo("layers.0.mlp.up.weight", "BF16", (960, 320)))
+    return dataclasses.replace(spec, trunk=tuple(trunk))
+
+
+def test_one_token_costs_reading_the_weights() -> None:
+    profile = derive_compute(model(), PLAIN, context_tokens=0)
+    dense, moe = profile.layers
+    assert dense.layers == (0,)
+    assert moe.layers == (1, 2)
+    assert dense.ffn is not None
+    assert moe.expert is not None
+    assert moe.router is not None
+    assert moe.attention.at(1) == pytest.approx(2 * 320 * 320 / 1e9)
+    assert moe.expert.at(1) == pytest.approx(2 * 3 * 480 * 320 / 1e9)
+    assert moe.router.at(1) == pytest.approx(2 * 3 * 320 / 1e9, rel=1e-3)
+    assert dense.ffn.at(1) == pytest.approx(2 * 960 * 320 / 1e9)
+    assert profile.head_s == pytest.approx(2 * 1000 * 320 / 1e9)
+    assert (dense.router, dense.expert, moe.ffn) == (None, None, None)
+
+
+def test_many_tokens_cost_arithmetic() -> None:
+    slow = dataclasses.replace(
+        PLAIN, matmul=(MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),)),)
+    )
+    moe = derive_compute(model(), slow).layers[1]
+    assert moe.expert is not None
+    assert moe.expert.at(512) == pytest.approx(2 * 512 * 3 * 480 * 320 / 1e9)
+
+
+def test_context_costs_reading_the_cache() -> None:
+    spec = model()
+    short = derive_compute(spec, PLAIN, context_tokens=0).layers[1].attention.at(1)
+    long = derive_compute(spec, PLAIN, context_tokens=10_000).layers[1].attention.at(1)
+    cache_bytes = 10_000 * spec.layers[1].attention.cache_width * 2
+    assert long - short == pytest.approx(cache_bytes / 1e9)
+
+
+def test_a_window_bounds_what_is_read_of_the_cache() -> None:
+    spec = model()
+    window = dataclasses.replace(spec.layers[1].attention, window=100)
+    layers = tuple(dataclasses.replace(layer, attention=window) for layer in spec.layers)
+    windowed = dataclasses.replace(spec, layers=layers)
+    far = derive_compute(windowed, PLAIN, context_tokens=10_000).layers[1].attention.at(1)
+    near = derive_compute(spec, PLAIN, context_tokens=100).layers[1].attention.at(1)
+    assert far == pytest.approx(near)
+
+
+def test_a_latent_cache_is_expanded_over_the_context() -> None:
+    latent = AttentionSpec(2, 2, 24, 16, 8, 0.2, mla=MlaSpec(None, 24, 16, 8))
+    spec = model()
+    layers = tuple(LayerSpec(latent, layer.moe, 960) for layer in spec.layers)
+    trunk = (*spec.trunk, TensorInfo("layers.1.attn.kv_b.weight", "BF16", (64, 24)))
+    mla = dataclasses.replace(spec, layers=layers, trunk=trunk)
+    slow = dataclasses.replace(
+        PLAIN, matmul=(MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),)),)
+    )
+    some, more = (
+        next(
+            entry
+            for entry in derive_compute(mla, slow, context_tokens=n).layers
+            if 1 in entry.layers
+        ).attention.at(1)
+        for n in (1000, 2000)
+    )
+    scores = 2 * 1000 * 2 * (24 + 16)
+    assert more - some == pytest.approx((2 * 1000 * 64 * 24 + scores) / 1e9)
+
+
+def test_two_segments_cost_their_launches_twice_and_their_bytes_once() -> None:
+    moe = derive_compute(model(), with_launch(1e-3)).layers[1]
+    plain = derive_compute(model(), PLAIN).layers[1]
+    assert moe.expert is not None
+    assert moe.expert_split is not None
+    assert plain.expert is not None
+    launches_s = moe.expert.at(1) - plain.expert.at(1)
+    assert launches_s > 1e-3
+    assert moe.expert_split.at(1) - plain.expert.at(1) == pytest.approx(2 * launches_s)
+
+
+def test_the_profile_says_that_it_was_derived_and_from_what() -> None:
+    profile = derive_compute(model(), find_hardware("rtx-4090"))
+    assert profile.source == "derived"
+    assert profile.model_digest == model().digest
+    assert profile.device == "cuda"
+    assert "rtx-4090 (preset); never run there" in profile.how
+    assert profile.layers[0].attention.tokens == TOKENS
+    for entry in profile.layers:
+        blocks = entry.attention.seconds[1:]  # the first point is behind a context, these are not
+        assert list(blocks) == sorted(blocks)
