@@ -1,0 +1,90 @@
+"""A workspace of its own for each test, and the command line as a function."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from moepack.cli.app import main
+from moepack.presets import preset_path
+from tests.conftest import TinyFolder
+
+
+class Outcome(NamedTuple):
+    """What one command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON object on standard output."""
+        document = json.loads(self.out)
+        assert isinstance(document, dict)
+        return document
+
+
+Moepack = Callable[..., Outcome]
+
+
+@pytest.fixture
+def moepack(capsys: pytest.CaptureFixture[str]) -> Moepack:
+    """Run a command line in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("MOEPACK_HOME", str(folder))
+    monkeypatch.delenv("MOEPACK_DEBUG", raising=False)
+    return folder
+
+
+@pytest.fixture
+def measured(home: Path) -> Path:
+    """A workspace whose machine has been measured: a preset stands in for the measurement."""
+    home.mkdir()
+    shutil.copy(preset_path("hardware", "cpu-nvme4"), home / "hardware.yaml")
+    return home
+
+
+@pytest.fixture(scope="session")
+def model(tiny_folder: TinyFolder) -> Path:
+    """A small random Qwen3-MoE in float32, with a tokenizer of bytes."""
+    return tiny_folder("qwen3_moe", "plain")
+
+
+@pytest.fixture
+def packed(measured: Path, model: Path, moepack: Moepack) -> Path:
+    """The packed folder of the current model, planned so that some experts do not fit."""
+    assert moepack("plan", model, "--vram", "4M", "--context", "256").code == 0
+    done = moepack("pack", "--json")
+    assert done.code == 0, done.err
+    return Path(done.document["folder"])
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Texts in place of those that ship."""
+    paths = []
+    for name in ("one", "two", "three"):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(f"This is text {name}, and it says the same again and again. " * 40)
+        paths.append(path)
+    for module in ("bench", "profile"):
+        monkeypatch.setattr(f"moepack.cli.{module}.shipped_texts", lambda: tuple(paths))
+    return paths

@@ -1,0 +1,256 @@
+"""Each command on a small random model: what it answers, and where the answer goes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Moepack
+
+
+def test_plan_pack_run_find_what_the_step_before_left(
+    packed: Path, moepack: Moepack, home: Path
+) -> None:
+    assert packed.is_relative_to(home)
+    run = moepack("run", "abc", "--max-new-tokens", "5", "--json")
+    assert run.code == 0, run.err
+    assert len(run.document["tokens"]) == 5
+
+
+def test_run_writes_the_tokens_that_transformers_writes(
+    packed: Path, model: Path, moepack: Moepack
+) -> None:
+    import torch
+    import transformers
+
+    found = moepack("run", "Once upon", "--max-new-tokens", "24", "--json").document
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    alphabet = sorted(bytes_to_characters().values())
+    prompt = [alphabet.index(bytes_to_characters()[byte]) for byte in b"Once upon"]
+    expected = oracle.generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, use_cache=True
+    )[0, len(prompt) :].tolist()
+    assert found["tokens"] == expected
+
+
+def bytes_to_characters() -> dict[int, str]:
+    """The characters that stand in for bytes in a byte-level BPE (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + index) for index, byte in enumerate(others)
+    }
+
+
+def test_run_streams_the_text_that_json_holds(packed: Path, moepack: Moepack) -> None:
+    plain = moepack("run", "abc", "--max-new-tokens", "12")
+    document = moepack("run", "abc", "--max-new-tokens", "12", "--json").document
+    assert plain.out == document["text"] + "\n"
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(
+    packed: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = moepack("run", "abc", "--max-new-tokens", "6", "--json").document["tokens"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    assert moepack("run", "-", "--max-new-tokens", "6", "--json").document["tokens"] == expected
+
+
+def test_equal_seeds_draw_equal_texts(packed: Path, moepack: Moepack) -> None:
+    def drawn(seed: int) -> list[int]:
+        options = ("--max-new-tokens", "8", "--temperature", "2", "--seed", str(seed), "--json")
+        tokens: list[int] = moepack("run", "abc", *options).document["tokens"]
+        return tokens
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_plan_answers_with_the_documented_keys(
+    measured: Path, model: Path, moepack: Moepack
+) -> None:
+    plan = moepack("plan", model, "--vram", "4M", "--context", "256", "--json").document
+    assert plan["fast_budget_bytes"] == 4 * 2**20
+    assert plan["fast_used_bytes"] == sum(plan["memory"].values()) <= plan["fast_budget_bytes"]
+    assert [layer["layer"] for layer in plan["layers"]] == [0, 1, 2]
+    assert plan["layers"][0].keys() >= {
+        "layer",
+        "budget_bytes",
+        "split_ratio",
+        "cached_tops",
+        "policy",
+        "prefetch",
+    }
+    assert plan["prediction"].keys() >= {
+        "ttft_s",
+        "tpot_s",
+        "tokens_per_s",
+        "hit_rate",
+        "ready_rate",
+        "link_bytes_per_token",
+        "band",
+    }
+    assert plan["planner"]["seconds"] > 0
+    assert plan["max_context"] >= 256
+    for baseline in plan["baselines"].values():
+        assert baseline.keys() == {"ttft_s", "tpot_s", "eligible"}
+    assert no_nulls(plan)
+
+
+def test_run_and_bench_answer_with_the_documented_keys(
+    packed: Path, texts: list[Path], moepack: Moepack
+) -> None:
+    run = moepack("run", "abc", "--max-new-tokens", "4", "--json").document
+    bench = moepack("bench", "--prompt", "16", "--new", "4", "--json").document
+    for document in (run, bench):
+        assert document.keys() >= {
+            "tokens",
+            "text",
+            "ttft_s",
+            "tpot_s",
+            "tokens_per_s",
+            "prefill_tokens_per_s",
+            "hit_rate",
+            "ready_rate",
+            "link_bytes_per_token",
+            "demand",
+            "link_busy_fraction",
+            "link_efficiency",
+            "peak_fast_bytes",
+            "process_base_bytes",
+            "prediction",
+            "drift",
+        }
+        assert document["peak_fast_bytes"] <= 4 * 2**20
+        assert document["drift"].keys() >= {"tpot_s", "hit_rate"}
+        for drift in document["drift"].values():
+            assert drift.keys() >= {"predicted", "measured", "in_band"}
+        assert no_nulls(document)
+    assert len(bench["tokens"]) == 3 * 4
+
+
+def no_nulls(value: Any) -> bool:
+    """A key whose thing does not exist is absent; provenance may hold what it likes."""
+    if isinstance(value, dict):
+        return all(no_nulls(item) for key, item in value.items() if key != "provenance")
+    if isinstance(value, list):
+        return all(map(no_nulls, value))
+    return value is not None
+
+
+def test_the_first_token_is_compared_only_at_the_planned_length(
+    packed: Path, texts: list[Path], moepack: Moepack
+) -> None:
+    other = moepack("bench", "--prompt", "16", "--new", "2", "--json").document
+    planned = moepack("bench", "--new", "2", "--json").document
+    assert "ttft_s" not in other["drift"]
+    assert "ttft_s" in planned["drift"]
+
+
+def test_strict_bench_fails_outside_the_band(
+    packed: Path, texts: list[Path], moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepack.planner.DERIVED_BAND", 1.000001)
+    assert moepack("plan", "--vram", "4M", "--context", "256", "--keep-layout").code == 0
+    relaxed = moepack("bench", "--prompt", "16", "--new", "3", "--json")
+    strict = moepack("bench", "--prompt", "16", "--new", "3", "--json", "--strict")
+    assert relaxed.code == 0
+    assert strict.code == 1
+    assert strict.document.keys() == relaxed.document.keys()
+    assert strict.err.splitlines()[-1].startswith("DriftError: outside the band")
+
+
+def test_verify_finds_nothing_in_a_whole_pack(packed: Path, moepack: Moepack) -> None:
+    document = moepack("verify", "--json").document
+    assert document["damages"] == []
+    assert document == document | {"folder": str(packed), "extra_files": []}
+
+
+def test_inspect_tells_models_from_packs(packed: Path, model: Path, moepack: Moepack) -> None:
+    of_model = moepack("inspect", model, "--json").document
+    of_pack = moepack("inspect", packed, "--json").document
+    assert (of_model["kind"], of_pack["kind"]) == ("model", "pack")
+    assert of_model["digest"] == of_pack["model"]["digest"]
+    assert of_model["experts_bytes"] == 3 * 16 * 3 * 96 * 64 * 4
+    assert 0 < of_model["needs"]["least_bytes"] < of_model["needs"]["resident_bytes"]
+
+
+def test_reports_for_people_state_sizes_with_units(
+    packed: Path, texts: list[Path], moepack: Moepack
+) -> None:
+    plan = moepack("plan", "--vram", "4M", "--context", "256")
+    assert "4.00 MiB" in plan.out
+    bench = moepack("bench", "--prompt", "16", "--new", "2")
+    assert "predicted" in bench.out
+    assert "measured" in bench.out
+    for answer in (plan, bench, moepack("verify"), moepack("inspect"), moepack("inspect", packed)):
+        assert answer.code == 0
+        assert all(line == line.rstrip() for line in answer.out.splitlines())
+        assert "\x1b" not in answer.out
+
+
+def test_stats_go_beside_the_text(packed: Path, moepack: Moepack) -> None:
+    bare = moepack("run", "abc", "--max-new-tokens", "4")
+    with_stats = moepack("run", "abc", "--max-new-tokens", "4", "--stats")
+    assert with_stats.out == bare.out
+    assert "predicted" in with_stats.err
+
+
+def test_a_plan_written_out_is_not_current(
+    measured: Path, model: Path, moepack: Moepack, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    assert moepack("plan", model, "--vram", "4M", "--context", "256", "--out", out).code == 0
+    assert out.exists()
+    assert moepack("pack", model).err.startswith("WorkspaceError: ")
+
+
+def test_a_plan_for_another_machine_is_shown_and_never_current(
+    measured: Path, model: Path, moepack: Moepack
+) -> None:
+    options = ("--vram", "4M", "--context", "256", "--hardware", "cpu-sata")
+    shown = moepack("plan", model, *options, "--json")
+    assert shown.code == 0
+    assert shown.document["provenance"]["hardware_is_this_machine"] is False
+    assert moepack("pack", model).err.startswith("WorkspaceError: ")
+
+
+def test_a_slower_link_is_planned_and_run_as_such(
+    measured: Path, model: Path, texts: list[Path], moepack: Moepack
+) -> None:
+    options = ("--vram", "4M", "--context", "256")
+    full = moepack("plan", model, *options, "--json").document["prediction"]
+    slow = moepack("plan", model, *options, "--link", "8M,1ms", "--json").document["prediction"]
+    assert slow["tpot_s"] > full["tpot_s"]
+    assert moepack("pack").code == 0
+    bench = moepack("bench", "--prompt", "16", "--new", "4", "--link", "8M,1ms", "--json")
+    assert "throttled to 8.00 MiB/s and 1 ms" in bench.err
+    other = moepack("bench", "--prompt", "16", "--new", "4", "--link", "9M")
+    assert other.err.splitlines()[-1].startswith("PlanMismatchError: ")
+
+
+def test_what_is_named_once_stays_current(measured: Path, model: Path, moepack: Moepack) -> None:
+    assert moepack("plan", model, "--vram", "4M", "--context", "256").code == 0
+    assert moepack("inspect", "--json").document["name"] == model.name
+
+
+def test_a_short_model_gets_a_context_that_it_has(
+    measured: Path, model: Path, moepack: Moepack
+) -> None:
+    plan = moepack("plan", model, "--vram", "64M", "--json").document
+    assert plan["context"] == 512
+
+
+def test_a_pack_elsewhere_is_found_again(
+    measured: Path, model: Path, moepack: Moepack, tmp_path: Path
+) -> None:
+    assert moepack("plan", model, "--vram", "4M", "--context", "256").code == 0
+    out = tmp_path / "elsewhere"
+    assert moepack("pack", "--out", out).code == 0
+    assert moepack("verify", "--json").document["folder"] == str(out)
+    by_folder = moepack("run", "abc", "--model", out, "--max-new-tokens", "3", "--json")
+    by_model = moepack("run", "abc", "--model", model, "--max-new-tokens", "3", "--json")
+    assert by_folder.document["tokens"] == by_model.document["tokens"]
