@@ -15,6 +15,7 @@ from shipped_model.tokenizer import END_OF_TEXT_ID
 
 MAX_POSITIONS = 8192
 LOGITS_TOLERANCE = 1e-4
+GENERATION = {"temperature": 0.7, "top_k": 40}
 LAYER_NAMES = {
     "input_norm.weight": "input_layernorm.weight",
     "post_attention_norm.weight": "post_attention_layernorm.weight",
@@ -121,9 +122,7 @@ def export(folder: Path, out: Path) -> None:
             "do_sample": True,
             "eos_token_id": END_OF_TEXT_ID,
             "pad_token_id": END_OF_TEXT_ID,
-            "temperature": 0.7,
-            "top_k": 40,
-            "top_p": 0.95,
+            **GENERATION,
         },
     }
     for name, content in files.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shipped_model.corpus import load_part
-from shipped_model.export import check_against_transformers, load_exported
+from shipped_model.export import GENERATION, check_against_transformers, load_exported
 from shipped_model.model import DecoderLayer, MoEModel, Trace
 from shipped_model.ngrams import Ngrams
 from shipped_model.tokenizer import load, load_tokens
@@ -108,21 +108,16 @@ class _RoutingCounts:
                 hits[layer] += found.float().mean(-1).sum()
 
 
-def _sample(model_folder: Path, prompts: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Continue each prompt with the folder's own generation settings, through transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    samples = {}
-    for name, prompt in prompts.items():
-        torch.manual_seed(0)
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_NEW_TOKENS
-        )
-        samples[name] = (prompt, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    return samples
+def _sample(model: MoEModel, prompts: Tensor) -> Tensor:
+    """Continue [prompts, length] token ids with the exported generation settings, seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    ids = prompts
+    for _ in range(SAMPLE_NEW_TOKENS):
+        logits = model.logits(model(ids).hidden[:, -1]) / GENERATION["temperature"]
+        best = logits.topk(int(GENERATION["top_k"]), dim=-1)
+        choice = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, best.indices.gather(1, choice)], dim=1)
+    return ids[:, prompts.shape[1] :]
 
 
 @torch.no_grad()
@@ -135,7 +130,7 @@ def measure(folder: Path, model_folder: Path, names: list[str], window: int) -> 
     pooled = Ngrams(list(train.values()), vocab)
     discount = pooled.best_discount(list(dev.values()))
     qualities, usage, long_losses = [], {}, []
-    whole, prompts = _RoutingCounts(model), {}
+    whole, prompts = _RoutingCounts(model), []
     for name in names:
         text = held_out_text(folder, name)
         ids = tokenizer.encode(text).ids
@@ -158,7 +153,12 @@ def measure(folder: Path, model_folder: Path, names: list[str], window: int) -> 
             DomainQuality(name, len(ids), len(text.encode()) / len(ids), *np.exp(means).tolist())
         )
         long_losses.append(_token_losses(model, _windows(ids, LONG_WINDOW))[0])
-        prompts[name] = tokenizer.decode(ids[:SAMPLE_PROMPT_TOKENS])
+        prompts.append(ids[:SAMPLE_PROMPT_TOKENS])
+    samples = {}
+    for name, start, new in zip(
+        names, prompts, _sample(model, torch.tensor(prompts)).tolist(), strict=True
+    ):
+        samples[name] = (tokenizer.decode(start), tokenizer.decode(new))
     by_position = torch.cat(long_losses)
     ranges = pairwise(POSITION_BOUNDS)
     result = Measurements(
@@ -171,7 +171,7 @@ def measure(folder: Path, model_folder: Path, names: list[str], window: int) -> 
         recall_at_4=(whole.hits[4] / whole.tokens).tolist(),
         recall_at_8=(whole.hits[8] / whole.tokens).tolist(),
         logits_difference=check_against_transformers(model_folder, rows[:2, :-1]),
-        samples=_sample(model_folder, prompts),
+        samples=samples,
     )
     text = json.dumps(asdict(result), indent=1, ensure_ascii=False)
     (folder / "measurements.json").write_text(text + "\n", "utf-8")
