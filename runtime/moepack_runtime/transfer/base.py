@@ -89,7 +89,8 @@ class Transfer(ABC):
         Returns
         -------
         torch.Tensor
-            uint8 [size_bytes], 4 KiB aligned or better, contents unspecified.
+            uint8 [size_bytes], aligned to 4 KiB or better (in VRAM: 512 bytes), contents
+            unspecified.
 
         Raises
         ------
@@ -109,8 +110,8 @@ class Transfer(ABC):
         Parameters
         ----------
         destination
-            uint8, from :meth:`allocate`, starting on 4 KiB, of at least the segment's stored
-            bytes, which are what is written; the rest stays as it is.
+            uint8, from :meth:`allocate`, at a multiple of 4 KiB inside it, of at least the segment's
+            stored bytes, which are what is written; the rest stays as it is.
 
         Raises
         ------

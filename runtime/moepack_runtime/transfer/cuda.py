@@ -43,7 +43,7 @@ class PinnedSegments:
     def __init__(self, disk: HostTransfer, stored_bytes: Mapping[SegmentId, int]) -> None:
         _require_cuda()
         memory = allocate(sum(stored_bytes.values()))
-        if _cuda_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) != 0:
+        if int(_cuda_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
             raise OutOfMemoryError(
                 f"CUDA refused to pin {format_size(memory.nbytes)} of RAM; raise the limit on "
                 "locked memory (ulimit -l) or plan with a smaller --ram"
@@ -54,9 +54,13 @@ class PinnedSegments:
         for segment, size_bytes in stored_bytes.items():
             self.segments[segment] = memory[offset_bytes : offset_bytes + size_bytes]
             offset_bytes += size_bytes
-        tickets = [disk.start(segment, place) for segment, place in self.segments.items()]
-        for ticket in tickets:
-            disk.wait(ticket)
+        try:
+            tickets = [disk.start(segment, place) for segment, place in self.segments.items()]
+            for ticket in tickets:
+                disk.wait(ticket)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Unpin the memory. No copy may be in flight."""

@@ -221,6 +221,7 @@ class HostTransfer(Transfer):
             self._queue.clear()
             self._queued.notify_all()
             self._finished.notify_all()
+        deadline_s = perf_counter() + self._stall_s
         for reader in self._readers:
-            reader.join(self._stall_s)
+            reader.join(max(0.0, deadline_s - perf_counter()))
         self._store.close()
