@@ -193,6 +193,7 @@ def _write_layer(
             segment = pair[expert % 2]
             cut_expert_into(weights, cut.shape, cut.part, segment)
             progress.advance(writer.append(segment.data))
+        del weights  # before the next expert is read
     groups = [
         SegmentGroup(
             layer=layer,
