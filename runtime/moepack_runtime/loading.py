@@ -104,17 +104,14 @@ def open_transfer(
 
     from moepack_runtime.transfer.cuda import CudaTransfer, PinnedSegments
 
-    try:
-        stored_bytes = {
-            SegmentId(cut.layer, expert, part): shape.stored_bytes
-            for cut in layout.layers
-            for part in PARTS
-            if (shape := layer_segment(spec, cut, part)) is not None
-            for expert in range(spec.moe(cut.layer).num_experts)
-        }
-        return CudaTransfer(PinnedSegments(disk, stored_bytes), torch.device(device))
-    finally:
-        disk.close()
+    stored_bytes = {
+        SegmentId(cut.layer, expert, part): shape.stored_bytes
+        for cut in layout.layers
+        for part in PARTS
+        if (shape := layer_segment(spec, cut, part)) is not None
+        for expert in range(spec.moe(cut.layer).num_experts)
+    }
+    return CudaTransfer(PinnedSegments(disk, stored_bytes), torch.device(device))
 
 
 def require_same_layout(packed: Layout, planned: Layout) -> None:

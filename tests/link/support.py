@@ -97,6 +97,5 @@ def hostile_throttled(store: SegmentStore) -> Transfer:
 
 def cuda(store: SegmentStore) -> Transfer:
     """Holds the first 1,000 segments."""
-    with HostTransfer(store) as disk:
-        sizes = {segment(number): STORED_BYTES for number in range(1000)}
-        return CudaTransfer(PinnedSegments(disk, sizes), torch.device("cuda"))
+    sizes = {segment(number): STORED_BYTES for number in range(1000)}
+    return CudaTransfer(PinnedSegments(HostTransfer(store), sizes), torch.device("cuda"))

@@ -110,8 +110,8 @@ class Transfer(ABC):
         Parameters
         ----------
         destination
-            uint8, from :meth:`allocate`, at a multiple of 4 KiB inside it, of at least the segment's
-            stored bytes, which are what is written; the rest stays as it is.
+            uint8, from :meth:`allocate`, at a multiple of 4 KiB inside it, of at least the stored
+            bytes of the segment, which are what is written; the rest stays as it is.
 
         Raises
         ------

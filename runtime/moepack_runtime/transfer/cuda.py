@@ -26,7 +26,8 @@ class PinnedSegments:
     Parameters
     ----------
     disk
-        Reads every segment once, here.
+        Reads every segment once, here. Closed with the segments (its store is asked for the trunk
+        meanwhile), and when this fails.
     stored_bytes
         The segments, and what each takes.
 
@@ -41,32 +42,33 @@ class PinnedSegments:
     """
 
     def __init__(self, disk: HostTransfer, stored_bytes: Mapping[SegmentId, int]) -> None:
-        _require_cuda()
-        memory = allocate(sum(stored_bytes.values()))
-        if int(_cuda_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
-            raise OutOfMemoryError(
-                f"CUDA refused to pin {format_size(memory.nbytes)} of RAM; raise the limit on "
-                "locked memory (ulimit -l) or plan with a smaller --ram"
-            )
-        self._memory = memory
+        self._disk = disk
+        self._memory: torch.Tensor | None = None
         self.segments: dict[SegmentId, torch.Tensor] = {}
-        offset_bytes = 0
-        for segment, size_bytes in stored_bytes.items():
-            self.segments[segment] = memory[offset_bytes : offset_bytes + size_bytes]
-            offset_bytes += size_bytes
         try:
-            tickets = [disk.start(segment, place) for segment, place in self.segments.items()]
-            for ticket in tickets:
-                disk.wait(ticket)
+            _require_cuda()
+            self._memory = _pinned(sum(stored_bytes.values()))
+            self._load(self._memory, stored_bytes)
         except BaseException:
             self.close()
             raise
 
+    def _load(self, memory: torch.Tensor, stored_bytes: Mapping[SegmentId, int]) -> None:
+        offset_bytes = 0
+        for segment, size_bytes in stored_bytes.items():
+            self.segments[segment] = memory[offset_bytes : offset_bytes + size_bytes]
+            offset_bytes += size_bytes
+        tickets = [self._disk.start(segment, place) for segment, place in self.segments.items()]
+        for ticket in tickets:
+            self._disk.wait(ticket)
+
     def close(self) -> None:
-        """Unpin the memory. No copy may be in flight."""
-        if self.segments:
+        """Unpin the memory, close the disk. No copy may be in flight."""
+        self._disk.close()
+        memory, self._memory = self._memory, None
+        if memory is not None:
             self.segments = {}
-            _cuda_runtime().cudaHostUnregister(self._memory.data_ptr())
+            _cuda_runtime().cudaHostUnregister(memory.data_ptr())
 
 
 class _CudaTicket(Ticket):
@@ -187,6 +189,16 @@ class CudaTransfer(Transfer):
 def _require_cuda() -> None:
     if not torch.cuda.is_available():
         raise DeviceError("there is no CUDA device that torch can use; plan with --device cpu")
+
+
+def _pinned(size_bytes: int) -> torch.Tensor:
+    memory = allocate(size_bytes)
+    if int(_cuda_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
+        raise OutOfMemoryError(
+            f"CUDA refused to pin {format_size(size_bytes)} of RAM; raise the limit on locked "
+            "memory (ulimit -l) or plan with a smaller --ram"
+        )
+    return memory
 
 
 def _cuda_runtime() -> Any:
