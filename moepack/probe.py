@@ -20,17 +20,11 @@ from typing import TYPE_CHECKING, Literal
 import moepack
 from moepack import machine
 from moepack.errors import DeviceError
-from moepack.hardware import (
-    HARDWARE_VERSION,
-    HardwareProfile,
-    LinkCurve,
-    MatmulCurve,
-    MatmulPoint,
-    MemoryRate,
-)
+from moepack.hardware import HARDWARE_VERSION, HardwareProfile
 from moepack.plan import DeviceKind
 from moepack.probe_link import probe_bus, probe_disk
 from moepack.progress import NO_PROGRESS, Progress
+from moepack.rates import LinkCurve, MatmulCurve, MatmulPoint, MemoryRate
 from moepack.timing import measure, rounded
 from moepack.units import MIB
 

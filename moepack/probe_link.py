@@ -18,8 +18,8 @@ from typing import IO, TYPE_CHECKING
 
 from moepack.atomic import output_error
 from moepack.errors import DiskFullError
-from moepack.hardware import LinkCurve, LinkPoint
 from moepack.progress import NO_PROGRESS, Progress
+from moepack.rates import LinkCurve, LinkPoint
 from moepack.segments import ALIGNMENT_BYTES
 from moepack.timing import Timing, measure, rounded, summarise
 from moepack.units import KIB, MIB, format_size

@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from moepack.errors import ProfileError
-from moepack.hardware import (
-    HardwareProfile,
-    LinkCurve,
-    LinkPoint,
-    MatmulCurve,
-    MatmulPoint,
-    MemoryRate,
-    find_hardware,
-    load_hardware,
-)
+from moepack.hardware import HardwareProfile, find_hardware, load_hardware
+from moepack.rates import LinkCurve, LinkPoint, MatmulCurve, MatmulPoint, MemoryRate
 from moepack.units import KIB, MIB
 
 CPU = find_hardware("cpu-sata")

@@ -12,8 +12,9 @@ from moepack_runtime import direct_io
 
 from moepack import probe, probe_link
 from moepack.errors import DeviceError, DiskFullError, OutputError
-from moepack.hardware import HardwareProfile, LinkCurve, load_hardware
+from moepack.hardware import HardwareProfile, load_hardware
 from moepack.progress import Unit
+from moepack.rates import LinkCurve
 from moepack.units import GIB, MIB
 
 
@@ -60,7 +61,7 @@ class Probed(NamedTuple):
 
 
 @pytest.fixture
-def probed(hasty: None, tmp_path: Path) -> Probed:  # noqa: ARG001
+def probed(hasty: None, tmp_path: Path) -> Probed:
     progress = Recorder()
     scratch = tmp_path / "not" / "yet"
     profile = probe.probe_hardware(scratch, progress=progress, device="cpu", name="test")
@@ -120,7 +121,7 @@ class Stop(BaseException):
 
 
 @pytest.fixture
-def interrupted(hasty: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: ARG001
+def interrupted(hasty: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = direct_io.DirectFile.read_into
     reads: list[int] = []
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from moepack.hardware import HardwareProfile, MatmulCurve, MatmulPoint, MemoryRate, find_hardware
+from moepack.hardware import HardwareProfile, find_hardware
 from moepack.model_spec import AttentionSpec, LayerSpec, MlaSpec, ModelSpec, TensorInfo
+from moepack.rates import MatmulCurve, MatmulPoint, MemoryRate
 from moepack.roofline import TOKENS, derive_compute
 from tests.pack.fake_models import make_spec
 

@@ -1,0 +1,165 @@
+"""What a machine does in a second: links, memory, matrix products, as curves that were measured.
+
+``spread`` is everywhere the interquartile range of the repeats over their median; 0 where nothing
+was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from moepack.records import record
+
+
+@record
+class LinkPoint:
+    """How fast transfers of one size go, one after the other: the median of the repeats."""
+
+    size_bytes: int
+    bytes_per_s: float
+    repeats: int
+    spread: float
+
+    def __post_init__(self) -> None:
+        require_positive(
+            size_bytes=self.size_bytes, bytes_per_s=self.bytes_per_s, repeats=self.repeats
+        )
+        _require_spread(self.spread)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of the link for one transfer."""
+        return self.size_bytes / self.bytes_per_s
+
+
+@record
+class LinkCurve:
+    """A link: bandwidth over the size of a transfer.
+
+    Attributes
+    ----------
+    readers : int
+        Transfers in flight at once: the fewest that go about as fast as any number does.
+    latency_s : float
+        From asking for the smallest transfer to having it, on an idle link.
+    past_cache : bool
+        Whether every byte came from the device. False: the page cache (or a disk that is memory)
+        was measured, which says nothing about reading a model that does not fit in it.
+    how : str
+        What was measured, or assumed.
+    points : tuple of LinkPoint
+        Ascending in size.
+    """
+
+    readers: int
+    latency_s: float
+    past_cache: bool
+    how: str
+    points: tuple[LinkPoint, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(readers=self.readers, latency_s=self.latency_s)
+        _require_ascending("points", [point.size_bytes for point in self.points])
+
+    def seconds(self, size_bytes: int) -> float:
+        """Seconds of the link for one transfer among others of its size.
+
+        Log-log between the points; below the first, the first one's (latency is all there is);
+        beyond the last, the additional bytes at its rate.
+        """
+        last = self.points[-1]
+        if size_bytes > last.size_bytes:
+            return last.duration_s + (size_bytes - last.size_bytes) / last.bytes_per_s
+        return _interpolate(
+            size_bytes,
+            [point.size_bytes for point in self.points],
+            [point.duration_s for point in self.points],
+        )
+
+
+@record
+class MemoryRate:
+    """Bytes per second that the computing device reads from its memory."""
+
+    bytes_per_s: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        require_positive(bytes_per_s=self.bytes_per_s)
+        _require_spread(self.spread)
+
+
+@record
+class MatmulPoint:
+    """Rate for one number of tokens: two operations for each weight and token."""
+
+    tokens: int
+    flop_per_s: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        require_positive(tokens=self.tokens, flop_per_s=self.flop_per_s)
+        _require_spread(self.spread)
+
+
+@record
+class MatmulCurve:
+    """Matrix products with weights [rows, columns] read from memory, over the number of tokens.
+
+    ``dtype`` as safetensors spells it.
+    """
+
+    dtype: Literal["BF16", "F16", "F32"]
+    rows: int
+    columns: int
+    points: tuple[MatmulPoint, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(rows=self.rows, columns=self.columns)
+        _require_ascending("points", [point.tokens for point in self.points])
+
+    def flop_per_s(self, tokens: float) -> float:
+        """Rate at a number of tokens: log-log between the points, flat outside."""
+        return _interpolate(
+            tokens,
+            [point.tokens for point in self.points],
+            [point.flop_per_s for point in self.points],
+        )
+
+
+def require_positive(**values: float) -> None:
+    """Refuse, by name, a value that is not a positive finite number.
+
+    Raises
+    ------
+    ValueError
+        Which a record that is being read turns into the error of its document.
+    """
+    for name, value in values.items():
+        if not (0 < value < math.inf):
+            raise ValueError(f"{name} is {value}, expected more than 0")
+
+
+def _require_spread(spread: float) -> None:
+    if not (0 <= spread < math.inf):
+        raise ValueError(f"a spread is {spread}, expected 0 or more")
+
+
+def _require_ascending(what: str, values: Sequence[int]) -> None:
+    if not values or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{what} are {list(values)}, expected at least one, ascending")
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Log-log between the points, flat outside them."""
+    if x <= xs[0]:
+        return ys[0]
+    if x >= xs[-1]:
+        return ys[-1]
+    right = bisect_right(xs, x)
+    share = math.log(x / xs[right - 1]) / math.log(xs[right] / xs[right - 1])
+    return ys[right - 1] * math.exp(share * math.log(ys[right] / ys[right - 1]))
