@@ -34,16 +34,19 @@ class Work:
         self.began_s = began_s
         self.amount = 0
 
-    def describe(self, now_s: float) -> str:
-        """``1.20 GiB of 3.40 GiB (35 %), 12 s left``."""
-        done = self._count(self.amount)
-        if not self.total:
-            return done
-        text = f"{done} of {self._count(self.total)} ({self.amount / self.total:.0%})"
-        if 0 < self.amount < self.total:
-            left_s = (now_s - self.began_s) * (self.total - self.amount) / self.amount
-            text += f", {format_duration(left_s)} left"
+    def done(self) -> str:
+        """``1.20 GiB of 3.40 GiB (35%)``."""
+        text = self._count(self.amount)
+        if self.total:
+            text += f" of {self._count(self.total)} ({self.amount / self.total:.0%})"
         return text
+
+    def describe(self, now_s: float) -> str:
+        """The same, and ``, 12 s left`` where that can be told."""
+        if not self.total or not 0 < self.amount < self.total:
+            return self.done()
+        left_s = (now_s - self.began_s) * (self.total - self.amount) / self.amount
+        return f"{self.done()}, {format_duration(left_s)} left"
 
     def _count(self, amount: int) -> str:
         return format_size(amount) if self.unit == "bytes" else str(amount)
@@ -95,9 +98,7 @@ class _Lines:
             self._write(f"{work.what}: {work.describe(now_s)}")
 
     def finish(self, work: Work, now_s: float) -> None:
-        self._write(
-            f"{work.what}: {work.describe(now_s)} in {format_duration(now_s - work.began_s)}"
-        )
+        self._write(f"{work.what}: {work.done()} in {format_duration(now_s - work.began_s)}")
 
     def _write(self, line: str) -> None:
         self._stream.write(f"{line}\n")

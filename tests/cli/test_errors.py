@@ -1,0 +1,214 @@
+"""Everything that a user can get wrong: one line on standard error, exit 1, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from moepack.errors import MoepackError, PlanError
+from tests.cli.conftest import Moepack, Outcome
+
+PLAN = ("--vram", "4M", "--context", "256")
+
+
+def assert_named(outcome: Outcome, name: str, *words: str) -> None:
+    """One line ``name: message`` holding ``words``, and nothing on standard output."""
+    assert outcome.code == 1, outcome
+    assert outcome.out == ""
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"{name}: "), outcome.err
+    for word in words:
+        assert word in last
+    assert "Traceback" not in outcome.err
+
+
+def test_a_folder_that_is_not_there(home: Path, moepack: Moepack) -> None:
+    assert_named(moepack("inspect", "/no/such/folder"), "ModelNotFoundError", "/no/such/folder")
+
+
+def test_a_folder_without_a_model(home: Path, moepack: Moepack, tmp_path: Path) -> None:
+    assert_named(moepack("inspect", tmp_path), "ModelNotFoundError", "config.json")
+
+
+def test_a_hub_that_does_not_answer(home: Path, moepack: Moepack) -> None:
+    # The tests run with the hub's client offline.
+    assert_named(moepack("plan", "some/model", *PLAN), "HubUnreachableError", "some/model")
+
+
+def test_a_dense_model(home: Path, model: Path, moepack: Moepack, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(model, dense)
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64}
+    (dense / "config.json").write_text(json.dumps(config))
+    assert_named(moepack("inspect", dense), "NotMixtureOfExpertsError")
+
+
+def test_a_machine_that_was_not_measured(home: Path, model: Path, moepack: Moepack) -> None:
+    outcome = moepack("plan", model, *PLAN)
+    assert_named(outcome, "WorkspaceError", "moepack profile --hardware-only")
+
+
+def test_a_preset_that_does_not_exist(home: Path, model: Path, moepack: Moepack) -> None:
+    outcome = moepack("plan", model, *PLAN, "--hardware", "rtx-409")
+    assert_named(outcome, "PresetNotFoundError", "rtx-4090")
+
+
+def test_a_budget_that_is_too_small(measured: Path, model: Path, moepack: Moepack) -> None:
+    outcome = moepack("plan", model, "--vram", "100K")
+    assert_named(outcome, "BudgetTooSmallError", "bytes) are missing", "--vram")
+
+
+def test_a_model_without_a_plan(measured: Path, model: Path, moepack: Moepack) -> None:
+    assert_named(moepack("pack", model), "WorkspaceError", "moepack plan")
+
+
+def test_a_model_that_was_not_packed(measured: Path, model: Path, moepack: Moepack) -> None:
+    assert moepack("plan", model, *PLAN).code == 0
+    assert_named(moepack("run", "abc"), "WorkspaceError", "moepack pack")
+
+
+def test_a_hub_model_that_was_never_here(home: Path, moepack: Moepack) -> None:
+    assert_named(moepack("run", "abc", "--model", "some/model"), "WorkspaceError", "some/model")
+
+
+def test_a_disk_without_room(
+    measured: Path, model: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert moepack("plan", model, *PLAN).code == 0
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    assert_named(moepack("pack"), "DiskFullError", "1000 B")
+
+
+def test_a_place_that_cannot_be_written(measured: Path, model: Path, moepack: Moepack) -> None:
+    assert moepack("plan", model, *PLAN).code == 0
+    outcome = moepack("pack", "--out", "/proc/moepack")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].split(": ")[0] in {"OutputError", "ReadOnlyError"}
+
+
+def test_a_shard_that_was_damaged(packed: Path, moepack: Moepack) -> None:
+    for shard in packed.glob("experts/*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[8192] ^= 1
+        shard.write_bytes(data)
+    outcome = moepack("run", "abc", "--max-new-tokens", "30")
+    assert_named(outcome, "DamagedSegmentError", "layer ", "expert ")
+    verified = moepack("verify", "--json")
+    assert verified.code == 1
+    assert len(verified.document["damages"]) == len(list(packed.glob("experts/*")))
+    assert verified.err.splitlines()[-1].startswith("DamagedSegmentError: ")
+
+
+def test_a_prompt_beyond_the_context(packed: Path, moepack: Moepack) -> None:
+    assert_named(moepack("run", "x" * 300), "ContextLengthError", "300", "256")
+    outcome = moepack("run", "abc", "--max-new-tokens", "300")
+    assert_named(outcome, "ContextLengthError", "256")
+
+
+def test_a_prompt_without_tokens(packed: Path, moepack: Moepack) -> None:
+    assert_named(moepack("run", ""), "ContextLengthError", "no tokens")
+
+
+def test_a_plan_that_needs_other_segments(
+    packed: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratio = moepack("inspect", packed, "--json").document["layers"][0]["split_ratio"]
+    monkeypatch.setattr("moepack.planner.SPLIT_RATIOS", (0.3 if ratio > 0.5 else 0.7,))
+    assert moepack("plan", *PLAN).code == 0
+    assert_named(moepack("run", "abc"), "PlanMismatchError", "layers 0, 1, 2", "pack")
+    # A folder that is named has its own plan.
+    assert moepack("run", "abc", "--model", packed, "--max-new-tokens", "2").code == 0
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'{"version": 1}'])
+def test_garbage_for_a_plan(packed: Path, moepack: Moepack, home: Path, garbage: bytes) -> None:
+    (plan,) = home.glob("models/*/plan.json")
+    plan.write_bytes(garbage)
+    assert_named(moepack("run", "abc"), "PlanError", str(plan))
+
+
+@pytest.mark.parametrize("garbage", [b"", b"a: [", b"\xff\xfe\x00", b"- 1", b"version: 1"])
+@pytest.mark.parametrize("file", ["hardware.yaml", "routing.yaml", "compute.yaml"])
+def test_garbage_for_a_profile(
+    packed: Path, moepack: Moepack, home: Path, file: str, garbage: bytes
+) -> None:
+    folder = home if file == "hardware.yaml" else next(home.glob("models/*"))
+    (folder / file).write_bytes(garbage)
+    (folder / "routing.npz").write_bytes(b"")
+    assert_named(moepack("plan", *PLAN), "ProfileError", str(folder / file))
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b'{"key": 1}', b'{"key": "../.."}', b'{"key": ""}'])
+def test_garbage_for_the_current_model(
+    packed: Path, moepack: Moepack, home: Path, garbage: bytes
+) -> None:
+    (home / "current").write_bytes(garbage)
+    assert_named(moepack("run", "abc"), "WorkspaceError")
+
+
+def test_texts_that_cannot_be_read(home: Path, moepack: Moepack, tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    assert_named(moepack("profile", "--text", binary), "ProfileError", "UTF-8")
+    assert_named(moepack("profile", "--text", tmp_path / "none"), "ProfileError", "none")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan",),
+        ("plan", "--vram", "lots"),
+        ("plan", "--vram", "1G", "--link", "fast"),
+        ("plan", "--vram", "1G", "--link", "1G,5"),
+        ("plan", "--vram", "1G", "--context", "0"),
+        ("run",),
+        ("run", "abc", "--check", "sometimes"),
+        ("run", "abc", "--top-p", "2"),
+        ("run", "abc", "--temperature", "-1"),
+        ("bench", "--new", "1"),
+        ("profile", "--device", "tpu"),
+        ("unpack",),
+        ("--no-such-option",),
+    ],
+)
+def test_wrong_usage_is_told_and_exits_2(
+    home: Path, moepack: Moepack, arguments: tuple[str, ...]
+) -> None:
+    outcome = moepack(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "Error: " in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_messages_of_several_lines_become_one(
+    home: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PlanError("first line\nsecond line")
+
+    monkeypatch.setattr("moepack.cli.inspect.open_source", fail)
+    assert moepack("inspect").err == "PlanError: first line second line\n"
+
+
+def test_debugging_shows_where_an_error_came_from(
+    home: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEPACK_DEBUG", "1")
+    with pytest.raises(MoepackError):
+        moepack("inspect", "/no/such/folder")
+
+
+def test_an_interrupt_exits_130(
+    home: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moepack.cli.inspect.open_source", interrupt)
+    assert moepack("inspect", "/no/such/folder") == Outcome(130, "", "interrupted\n")

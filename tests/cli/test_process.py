@@ -1,0 +1,76 @@
+"""The command line as a process: its start, signals and pipes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MOEPACK = (sys.executable, "-m", "moepack")
+
+
+def help_s(*command: str) -> float:
+    started_s = time.perf_counter()
+    subprocess.run([*MOEPACK, *command, "--help"], check=True, capture_output=True)
+    return time.perf_counter() - started_s
+
+
+@pytest.mark.parametrize("command", [(), ("plan",), ("run",)])
+def test_help_answers_within_half_a_second(command: tuple[str, ...]) -> None:
+    # The best of five: what else the machine is doing is not the command's time.
+    assert min(help_s(*command) for _ in range(5)) < 0.5
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, moepack.cli.app; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"torch", "numpy", "scipy", "pydantic", "rich", "huggingface_hub"}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "pack", "verify"])
+def test_what_plans_and_packs_works_without_torch(
+    packed: Path, tmp_path: Path, command: str
+) -> None:
+    arguments = {
+        "plan": ["plan", "--vram", "4M", "--context", "256"],
+        "inspect": ["inspect"],
+        "pack": ["pack", "--out", str(tmp_path / "again")],
+        "verify": ["verify"],
+    }[command]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from moepack.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(packed: Path) -> None:
+    command = [*MOEPACK, "run", "abc", "--max-new-tokens", "250", "--temperature", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)  # the first text is there while the rest is being generated
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read().decode()
+    assert process.returncode == 130
+    assert told == "interrupted\n"
+
+
+def test_a_reader_that_leaves_causes_no_complaint(packed: Path) -> None:
+    command = [*MOEPACK, "inspect", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        complaint = process.stderr.read()
+    assert process.returncode == 1
+    assert complaint == b""

@@ -1,0 +1,50 @@
+"""Predicted beside measured: ratios, and the band on both sides."""
+
+from __future__ import annotations
+
+import pytest
+
+from moepack.drift import compare
+from moepack.plan import Prediction
+
+PREDICTION = Prediction(
+    ttft_s=2.0,
+    tpot_s=0.1,
+    tokens_per_s=10.0,
+    hit_rate=0.5,
+    ready_rate=0.5,
+    link_bytes_per_token=0.0,
+    fast_bytes=1,
+    slow_bytes=1,
+    band=1.25,
+)
+
+
+@pytest.mark.parametrize(
+    ("measured_s", "ratio", "in_band"),
+    [
+        (2.0, 1.0, True),
+        (2.5, 1.25, True),
+        (2.51, 1.255, False),
+        (1.6, 0.8, True),
+        (1.5, 0.75, False),
+    ],
+)
+def test_the_band_is_a_factor_on_both_sides(measured_s: float, ratio: float, in_band: bool) -> None:
+    drift = compare(PREDICTION, {"ttft_s": measured_s})["ttft_s"]
+    assert drift.ratio == pytest.approx(ratio)
+    assert drift.in_band is in_band
+
+
+def test_what_was_not_measured_is_not_compared() -> None:
+    assert compare(PREDICTION, {"tpot_s": None, "hit_rate": 0.5}).keys() == {"hit_rate"}
+
+
+def test_nothing_predicted_and_nothing_measured_agree() -> None:
+    drift = compare(PREDICTION, {"link_bytes_per_token": 0.0})["link_bytes_per_token"]
+    assert (drift.ratio, drift.in_band) == (1.0, True)
+
+
+def test_something_measured_where_nothing_was_predicted_is_outside() -> None:
+    drift = compare(PREDICTION, {"link_bytes_per_token": 4096.0})["link_bytes_per_token"]
+    assert (drift.ratio, drift.in_band) == (None, False)
