@@ -8,9 +8,7 @@ memory beyond the engine's: the experts of one token, twice.
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
 from moepack.layouts import layer_layout
 from moepack.plan import DeviceKind, LayerPlacement, Layout
 from moepack.progress import NO_PROGRESS, Progress
+from moepack.timing import measure
 
 if TYPE_CHECKING:
     import torch
@@ -33,33 +32,22 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 #: Context behind which the attention of one token is measured, where the model has as much.
 CONTEXT_TOKENS = 512
 
-# A point is measured until it has this many repeats, or has taken this long with three at least.
+# A point is measured until it has this many repeats, or has taken this long.
 _REPEATS = 15
 _LIMIT_S = 0.4
 
 
 class _Timer:
-    """Medians of repeated calls, and the largest relative interquartile range seen."""
+    """Medians of repeated calls, and the largest spread seen."""
 
-    def __init__(self, synchronise: Callable[[], None]) -> None:
-        self._synchronise = synchronise
+    def __init__(self, synchronize: Callable[[], object] | None) -> None:
+        self._synchronize = synchronize
         self.spread = 0.0
 
     def median_s(self, call: Callable[[], object]) -> float:
-        call()  # kernels are chosen and caches filled on the first
-        times_s: list[float] = []
-        began_s = time.perf_counter()
-        while len(times_s) < _REPEATS:
-            if len(times_s) >= 3 and time.perf_counter() - began_s > _LIMIT_S:
-                break
-            start_s = time.perf_counter()
-            call()
-            self._synchronise()
-            times_s.append(time.perf_counter() - start_s)
-        median_s = statistics.median(times_s)
-        low_s, _, high_s = statistics.quantiles(times_s, n=4)
-        self.spread = max(self.spread, (high_s - low_s) / median_s)
-        return median_s
+        timing = measure(call, repeats=_REPEATS, limit_s=_LIMIT_S, synchronize=self._synchronize)
+        self.spread = max(self.spread, timing.spread)
+        return timing.median_s
 
 
 def measure_compute(
@@ -69,7 +57,10 @@ def measure_compute(
     device: DeviceKind,
     progress: Progress = NO_PROGRESS,
 ) -> ComputeProfile:
-    """Measure every kind of layer of a model.
+    """Measure every kind of layer of a model, with one thread and with all, and keep the faster.
+
+    Small layers lose more to the barriers between threads than they gain, and lose far more where
+    the cores have other work.
 
     Parameters
     ----------
@@ -81,22 +72,60 @@ def measure_compute(
     """
     import torch
 
-    spec = engine.spec
+    counts = {1, torch.get_num_threads()} if device == "cpu" else {torch.get_num_threads()}
     kinds: dict[LayerSpec, list[int]] = {}
-    for number, layer in enumerate(spec.layers):
+    for number, layer in enumerate(engine.spec.layers):
         kinds.setdefault(layer, []).append(number)
-    timer = _Timer(torch.cuda.synchronize if device == "cuda" else lambda: None)
-    progress.start(f"measure the compute of {spec.name}", len(kinds) + 1, "items")
+    found = []
+    progress.start(
+        f"measure the compute of {engine.spec.name}", (len(kinds) + 1) * len(counts), "items"
+    )
     try:
-        layers = []
-        for numbers in kinds.values():
-            layers.append(_measure_kind(source, engine, tuple(numbers), device, timer))
-            progress.advance(1)
-        head_s = _measure_head(engine, timer)
-        progress.advance(1)
+        for threads in sorted(counts):
+            torch.set_num_threads(threads)
+            found.append(_measure(source, engine, list(kinds.values()), device, progress))
     finally:
         progress.done()
         engine.reset()
+    best = min(found, key=lambda profile: _nominal_s(engine.spec, profile))
+    torch.set_num_threads(best.threads)
+    return best
+
+
+def _nominal_s(spec: ModelSpec, profile: ComputeProfile) -> float:
+    """Compute of a prompt of one block and a quarter as many new tokens: what is compared."""
+    block = max(profile.layers[0].attention.tokens)
+    total_s = 0.0
+    for entry in profile.layers:
+        pieces = [piece for piece in (entry.attention, entry.router, entry.ffn) if piece]
+        token_s = sum(piece.at(1) for piece in pieces)
+        block_s = sum(piece.at(block) for piece in pieces)
+        moe = spec.layers[entry.layers[0]].moe
+        if moe is not None and entry.expert is not None:
+            token_s += moe.top_k * entry.expert.at(1)
+            block_s += moe.num_experts * entry.expert.at(block * moe.top_k / moe.num_experts)
+        total_s += len(entry.layers) * (block_s + token_s * block / 4)
+    return total_s
+
+
+def _measure(
+    source: ExpertSource,
+    engine: Engine,
+    kinds: Sequence[Sequence[int]],
+    device: DeviceKind,
+    progress: Progress,
+) -> ComputeProfile:
+    """Measure with the present number of threads."""
+    import torch
+
+    spec = engine.spec
+    timer = _Timer(torch.cuda.synchronize if device == "cuda" else None)
+    layers = []
+    for numbers in kinds:
+        layers.append(_measure_kind(source, engine, tuple(numbers), device, timer))
+        progress.advance(1)
+    head_s = _measure_head(engine, timer)
+    progress.advance(1)
     return ComputeProfile(
         version=COMPUTE_VERSION,
         model_name=spec.name,

@@ -168,7 +168,7 @@ class RouterSpec:
     correction_bias : bool
         A bias that counts for the choice and not for the weights (DeepSeek-V3).
     num_groups, top_groups : int
-        Experts are chosen within the best ``top_groups`` of ``num_groups`` groups (1, 1: no groups).
+        Experts are chosen within the best ``top_groups`` of ``num_groups`` groups; 1, 1: none.
     group_score : {"max", "top2_sum"}
         The score of a group.
     masked_score : float
@@ -207,8 +207,8 @@ class MoeSpec:
     """The mixture-of-experts half of a layer.
 
     ``shared_intermediate_size`` is 0 where there is no shared expert; ``shared_gate`` weighs the
-    shared expert by a sigmoid (Qwen2-MoE). ``activation_alpha`` and ``activation_limit`` belong to
-    ``clamped_swiglu``: (min(up, l) clamped both ways + 1) * g * sigmoid(alpha * g), g = min(gate, l).
+    shared expert by a sigmoid (Qwen2-MoE). ``activation_alpha`` (a) and ``activation_limit`` (l)
+    belong to ``clamped_swiglu``: (clamp(up, -l, l) + 1) * g * sigmoid(a * g), g = min(gate, l).
     """
 
     num_experts: int

@@ -109,7 +109,11 @@ class MemoryBreakdown:
 
 @record
 class Placement:
-    """What happens with the bytes of a layout on one machine. May change without repacking."""
+    """What happens with the bytes of a layout on one machine. May change without repacking.
+
+    ``threads`` is the number that the processor's kernels use; like the layout, it decides the
+    bits of a result.
+    """
 
     device: DeviceKind
     fast_budget_bytes: int
@@ -119,6 +123,11 @@ class Placement:
     new_tokens: int
     memory: MemoryBreakdown
     layers: tuple[LayerPlacement, ...]
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, expected 1 or more")
 
 
 @record

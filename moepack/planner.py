@@ -237,6 +237,7 @@ class _Planner:
                 context_tokens=request.context_tokens,
             ),
             layers=layers,
+            threads=request.compute.threads,
         )
         return _Candidate(layout, placement, self.price(layout, layers, staging, "select"))
 

@@ -46,12 +46,12 @@ class LayerRouting(NamedTuple):
     shares : tuple of float
         Share of all activations, by expert id.
     hits : dict
-        Hit rate over the cache size, float64 [experts + 1], on each part of the trace.
+        Hit rate over the cache size, float [experts + 1], on each part of the trace.
     """
 
     hot: tuple[int, ...]
     shares: tuple[float, ...]
-    hits: dict[RoutingPart, npt.NDArray[np.float64]]
+    hits: dict[RoutingPart, npt.NDArray[np.floating]]
 
 
 def layer_routing(spec: ModelSpec, profile: RoutingProfile | None) -> dict[int, LayerRouting]:
@@ -62,7 +62,7 @@ def layer_routing(spec: ModelSpec, profile: RoutingProfile | None) -> dict[int, 
         if profile is None:
             even = np.arange(experts + 1) / experts
             ids = tuple(range(experts))
-            hits: dict[RoutingPart, npt.NDArray[np.float64]] = {"select": even, "test": even}
+            hits: dict[RoutingPart, npt.NDArray[np.floating]] = {"select": even, "test": even}
             known[number] = LayerRouting(ids, (1 / experts,) * experts, hits)
             continue
         counts = profile.counts(number) + 1.0  # add-one smoothing: nothing is impossible

@@ -110,26 +110,21 @@ class Trace:
     sequence: npt.NDArray[np.uint32]
     part: npt.NDArray[np.uint8]
 
-    def to_bytes(self) -> bytes:
-        """The trace as a compressed ``.npz`` file."""
-        out = io.BytesIO()
-        np.savez_compressed(
-            out,
-            ids=self.ids,
-            weights=self.weights,
-            predicted=self.predicted,
-            sequence=self.sequence,
-            part=self.part,
-        )
-        return out.getvalue()
-
 
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
-    """Summary and trace together."""
+    """Summary and trace together.
+
+    Attributes
+    ----------
+    hits : float32 [parts, L, experts + 1]
+        Hit rate of an LRU cache of 0, 1 ... N experts, scored on each part; see
+        :func:`lru_hit_curves`.
+    """
 
     summary: RoutingSummary
     trace: Trace
+    hits: npt.NDArray[np.float32]
 
     def layer_index(self, layer: int) -> int:
         """Where a decoder layer stands on the trace's layer axis."""
@@ -138,30 +133,22 @@ class RoutingProfile:
     def counts(self, layer: int, part: RoutingPart = "fit") -> npt.NDArray[np.int64]:
         """Activations of every expert of a layer in one part of the trace, int64 [experts]."""
         index = self.layer_index(layer)
-        chosen = self.trace.part == ROUTING_PARTS.index(part)
-        ids = self.trace.ids[chosen, index, : self.summary.layers[index].top_k]
-        return np.bincount(ids.ravel(), minlength=self.summary.layers[index].num_experts)
+        entry = self.summary.layers[index]
+        return _counts(self.trace, index, entry.num_experts, entry.top_k, part)
 
     def hot_ranking(self, layer: int) -> tuple[int, ...]:
         """Every expert of a layer, most used in *fit* first; ties to the lower id."""
-        return tuple(np.argsort(-self.counts(layer), kind="stable").tolist())
+        return _by_count(self.counts(layer))
 
-    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float64]:
-        """Hit rate of an LRU cache of 0, 1 ... N experts over one part, float64 [N + 1].
-
-        The cache starts from the hot ranking and sees every token in order; only those of
-        ``part`` are scored.
-        """
+    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float32]:
+        """Hit rate of an LRU cache of 0, 1 ... N experts on one part, float32 [N + 1]."""
         index = self.layer_index(layer)
-        entry = self.summary.layers[index]
-        scored = self.trace.part == ROUTING_PARTS.index(part)
-        return lru_hit_curve(
-            self.trace.ids[:, index, : entry.top_k], scored, self.hot_ranking(layer)
-        )
+        experts = self.summary.layers[index].num_experts
+        return self.hits[ROUTING_PARTS.index(part), index, : experts + 1]
 
     def save(self, folder: Path) -> None:
         """Write ``routing.npz`` and then ``routing.yaml``, each atomically."""
-        write_atomically(folder / "routing.npz", self.trace.to_bytes())
+        write_atomically(folder / "routing.npz", _to_bytes(self.trace, self.hits))
         header = "How this model routes on the texts below: made by moepack profile."
         write_atomically(folder / "routing.yaml", records.to_yaml(self.summary, header=header))
 
@@ -200,11 +187,26 @@ def load_routing(path: Path) -> RoutingProfile:
             f"{trace_path}: SHA-256 {found[:12]}, {summary_path.name} says "
             f"{summary.trace_sha256[:12]}; the two do not belong together: profile again"
         )
-    return RoutingProfile(summary, _read_trace(trace_path, blob, summary))
+    return _read_trace(trace_path, blob, summary)
 
 
-def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> Trace:
+def _to_bytes(trace: Trace, hits: npt.NDArray[np.float32]) -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(
+        out,
+        ids=trace.ids,
+        weights=trace.weights,
+        predicted=trace.predicted,
+        sequence=trace.sequence,
+        part=trace.part,
+        hits=hits,
+    )
+    return out.getvalue()
+
+
+def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> RoutingProfile:
     top_k = max((layer.top_k for layer in summary.layers), default=0)
+    experts = max((layer.num_experts for layer in summary.layers), default=0)
     shape = (summary.tokens, len(summary.layers))
     expected: dict[str, tuple[type[Any], tuple[int, ...]]] = {
         "ids": (np.uint16, (*shape, top_k)),
@@ -212,6 +214,7 @@ def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> Trace:
         "predicted": (np.uint16, (*shape, 2 * top_k)),
         "sequence": (np.uint32, (summary.tokens,)),
         "part": (np.uint8, (summary.tokens,)),
+        "hits": (np.float32, (len(ROUTING_PARTS), len(summary.layers), experts + 1)),
     }
     try:
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
@@ -232,7 +235,10 @@ def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> Trace:
                 f"{path}: layer {layer.layer} names expert {int(ids.max())} of "
                 f"{layer.num_experts}; profile again"
             )
-    return Trace(**found)
+    hits = found.pop("hits")
+    if not ((hits >= 0) & (hits <= 1)).all():
+        raise ProfileError(f"{path}: a hit rate is not between 0 and 1; profile again")
+    return RoutingProfile(summary, Trace(**found), hits)
 
 
 def make_profile(
@@ -252,6 +258,7 @@ def make_profile(
     layers
         (decoder layer, experts, top-k) for every layer of the trace.
     """
+    hits = lru_hit_curves(trace, layers)
     summary = RoutingSummary(
         version=ROUTING_VERSION,
         model_name=model_name,
@@ -260,14 +267,14 @@ def make_profile(
         how=how,
         tokens=len(trace.ids),
         sequences=len(np.unique(trace.sequence)),
-        trace_sha256=hashlib.sha256(trace.to_bytes()).hexdigest(),
+        trace_sha256=hashlib.sha256(_to_bytes(trace, hits)).hexdigest(),
         sources=sources,
         layers=tuple(
             _summarise_layer(trace, index, layer, experts, top_k)
             for index, (layer, experts, top_k) in enumerate(layers)
         ),
     )
-    return RoutingProfile(summary, trace)
+    return RoutingProfile(summary, trace, hits)
 
 
 def _summarise_layer(
@@ -308,59 +315,77 @@ def part_of_tokens(count: int) -> npt.NDArray[np.uint8]:
     )
 
 
-def lru_hit_curve(
-    ids: Ids, scored: npt.NDArray[np.bool_], hot: tuple[int, ...]
-) -> npt.NDArray[np.float64]:
-    """Hit rate of every LRU cache size over one layer's trace.
+def _counts(
+    trace: Trace, index: int, num_experts: int, top_k: int, part: RoutingPart
+) -> npt.NDArray[np.int64]:
+    ids = trace.ids[trace.part == ROUTING_PARTS.index(part), index, :top_k]
+    return np.bincount(ids.ravel(), minlength=num_experts)
 
-    From K slots on, LRU with whole-token admission is a stack algorithm (Mattson et al. 1970): a
-    cache of n holds the n best keys, so one pass over the ranks serves all sizes. Below K slots
-    the runtime's own cache is replayed.
+
+def _by_count(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    return tuple(np.argsort(-counts, kind="stable").tolist())
+
+
+def lru_hit_curves(
+    trace: Trace, layers: tuple[tuple[int, int, int], ...]
+) -> npt.NDArray[np.float32]:
+    """Hit rate of every LRU cache size, for every part and layer.
+
+    A cache starts from the hot ranking of *fit* and sees every token in order. From K slots on,
+    LRU with whole-token admission is a stack algorithm (Mattson et al. 1970): a cache of n holds
+    the n best keys, so one pass over the ranks serves all sizes. Below K slots the runtime's own
+    cache is replayed over each part.
 
     Parameters
     ----------
-    ids : uint16 [tokens, K]
-    scored : bool [tokens]
-        Which tokens count; the others only warm the cache.
-    hot
-        The ranking that every cache starts from.
+    layers
+        (decoder layer, experts, top-k) for every layer of the trace.
 
     Returns
     -------
-    float64 [N + 1]
+    float32 [parts, L, experts + 1]
+        Past a layer's own number of experts, 1.
     """
-    tokens, top_k = ids.shape
-    experts = len(hot)
-    total = int(scored.sum()) * top_k
-    if total == 0:
-        return np.zeros(experts + 1)
-    # Sorts like the cache's own (last use, lower id first): one integer a rank.
-    key = np.empty(experts, dtype=np.int64)
-    for place, expert in enumerate(hot):
-        key[expert] = -1 - place
-    spread = experts + 1
-    tie = -np.arange(experts, dtype=np.int64)
-    at_rank = np.zeros(experts, dtype=np.int64)
-    for token in range(tokens):
-        row = ids[token].astype(np.int64)
-        if scored[token]:
-            combined = key * spread + tie
-            ranks = (combined[None, :] > combined[row][:, None]).sum(axis=1)
-            np.add.at(at_rank, ranks, 1)
-        key[row] = token
-    curve: npt.NDArray[np.float64] = np.concatenate([[0], np.cumsum(at_rank)]) / total
-    for capacity in range(1, min(top_k, experts)):
-        curve[capacity] = _replayed_hit_rate(ids, scored, hot, capacity)
-    return curve
+    widest = max((experts for _, experts, _ in layers), default=0)
+    curves = np.ones((len(ROUTING_PARTS), len(layers), widest + 1), dtype=np.float32)
+    for index, (_, experts, top_k) in enumerate(layers):
+        hot = _by_count(_counts(trace, index, experts, top_k, "fit"))
+        ids = trace.ids[:, index, :top_k]
+        at_rank = _hits_by_rank(ids, trace.part, hot)
+        for part in range(len(ROUTING_PARTS)):
+            total = int((trace.part == part).sum()) * top_k
+            if total:
+                curves[part, index, 1 : experts + 1] = np.cumsum(at_rank[part]) / total
+            curves[part, index, 0] = 0.0
+            for capacity in range(1, min(top_k, experts)):
+                tokens = ids[trace.part == part].tolist()
+                curves[part, index, capacity] = _replayed_hit_rate(tokens, hot, capacity)
+    return curves
 
 
-def _replayed_hit_rate(
-    ids: Ids, scored: npt.NDArray[np.bool_], hot: tuple[int, ...], capacity: int
-) -> float:
+def _hits_by_rank(
+    ids: Ids, part: npt.NDArray[np.uint8], hot: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    """How often an activated expert stood at each rank of the LRU order, int64 [parts, N].
+
+    The order is the cache's own: last use, then the lower id.
+    """
+    order = list(hot)  # most recently used first
+    counts = [[0] * len(hot) for _ in ROUTING_PARTS]
+    for row, of_part in zip(ids.tolist(), part.tolist(), strict=True):
+        tally = counts[of_part]
+        ranks = sorted(map(order.index, row))
+        for rank in ranks:
+            tally[rank] += 1
+        for rank in reversed(ranks):
+            del order[rank]
+        order[:0] = sorted(row)
+    return np.array(counts)
+
+
+def _replayed_hit_rate(tokens: list[list[int]], hot: tuple[int, ...], capacity: int) -> float:
+    if not tokens:
+        return 0.0
     cache = ExpertCache(capacity, hot)
-    hits = 0
-    for row, counts in zip(ids.tolist(), scored.tolist(), strict=True):
-        access = cache.step([row])
-        if counts:
-            hits += len(access.resident)
-    return hits / (int(scored.sum()) * int(ids.shape[1]))
+    hits = sum(len(cache.step([row]).resident) for row in tokens)
+    return hits / (len(tokens) * len(tokens[0]))

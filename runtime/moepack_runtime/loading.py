@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from moepack.budget import layer_segment
 from moepack.errors import PlanMismatchError
 from moepack.formats import PackedModel
@@ -65,6 +67,7 @@ def _open(
     link: tuple[float, float] | None,
     process_base_bytes: int,
 ) -> Engine:
+    torch.set_num_threads(placement.threads)  # of the process: torch knows no other
     transfer = open_transfer(spec, layout, store, placement.device, check=check)
     if link is not None:
         transfer = ThrottledTransfer(transfer, *link)
@@ -100,8 +103,6 @@ def open_transfer(
     disk = HostTransfer(store, check=check)
     if device == "cpu":
         return disk
-    import torch
-
     from moepack_runtime.transfer.cuda import CudaTransfer, PinnedSegments
 
     stored_bytes = {
