@@ -77,6 +77,7 @@ def _quality_table(measured: Measurements) -> str:
         [
             f"`{q.name}`",
             f"{q.model:.2f}",
+            f"{math.log(q.model):.3f}",
             f"{q.bigram_own_domain:.1f}",
             f"{q.bigram:.1f}",
             f"{q.unigram:.0f}",
@@ -87,6 +88,7 @@ def _quality_table(measured: Measurements) -> str:
     header = [
         "held-out text",
         "this model",
+        "its loss (nats)",
         "bigram, own domain",
         "bigram, all domains",
         "unigram",
@@ -101,11 +103,13 @@ def _routing_table(measured: Measurements) -> str:
     for layer in range(len(measured.top_weight)):
         shares = _mean_usage(usage, layer)
         between = [divergence(usage[a][layer], usage[b][layer]) for a, b in pairs]
+        within = [entropy(layers[layer]) / math.log(len(shares)) for layers in usage.values()]
         busiest = sum(sorted(shares)[-len(shares) // 4 :])
         rows.append(
             [
                 str(layer),
                 f"{entropy(shares) / math.log(len(shares)):.3f}",
+                f"{sum(within) / len(within):.3f}",
                 f"{100 * busiest:.0f} %",
                 f"{min(shares) * len(shares):.2f}",
                 f"{sum(between) / len(between):.3f}",
@@ -116,6 +120,7 @@ def _routing_table(measured: Measurements) -> str:
     header = [
         "layer",
         "usage entropy",
+        "within a domain",
         "busiest quarter's share",
         "least used expert",
         "JSD between domains, mean",
@@ -217,7 +222,7 @@ def render(
         length=length,
         long_length=2 * length,
         max_positions=MAX_POSITIONS,
-        long_from=f"{100 * float(str(options['long_sequences_from'])):.0f} %",
+        long_from=f"{100 * float(str(options['second_phase_from'])):.0f} %",
         seed=options["seed"],
         steps=f"{training.steps:,}",
         tokens=f"{training.tokens:,}",
@@ -227,6 +232,7 @@ def render(
         muon_lr=options["muon_lr"],
         adam_lr=options["adam_lr"],
         balance=options["balance_weight"],
+        late_balance=options["second_phase_balance_weight"],
         processes=options["processes"],
         batch_tokens=f"{batch_tokens:,}",
         shingle=SHINGLE_BYTES,

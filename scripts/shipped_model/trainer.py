@@ -37,7 +37,9 @@ class TrainingOptions:
     processes: int = 2
     sequence_length: int = 512
     sequences_per_process: int = 10
-    long_sequences_from: float = 0.7  # from this progress on, half as many, twice as long
+    # From this progress on: half as many sequences, twice as long, and a lighter balance loss.
+    second_phase_from: float = 0.7
+    second_phase_balance_weight: float = 5e-4
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.01
@@ -158,13 +160,17 @@ class Trainer:
     def _step(self) -> tuple[float, float]:
         """Train on one batch; return its loss and the least used expert's share of uniform."""
         options = self._options
-        longer = 2 if self.progress.fraction >= options.long_sequences_from else 1
+        second_phase = self.progress.fraction >= options.second_phase_from
+        longer = 2 if second_phase else 1
         ids = self._batches.draw(
             options.sequences_per_process // longer, options.sequence_length * longer
         )
         loss, trace = self.model.loss(ids[:, :-1], ids[:, 1:])
         balance = torch.stack([balance_loss(routing) for routing in trace.routings]).sum()
-        torch.autograd.backward(loss + options.balance_weight * balance)
+        balance_weight = (
+            options.second_phase_balance_weight if second_phase else options.balance_weight
+        )
+        torch.autograd.backward(loss + balance_weight * balance)
         self._exchange_gradients()
         factor = learning_rate_factor(self.progress, options)
         for optimizer, peak in zip(
