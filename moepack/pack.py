@@ -82,8 +82,8 @@ def pack(
     out
         Appears, or is replaced, in one step; it may exist if it is a packed folder or empty.
     reuse
-        An earlier pack, whose layers of the same cut are linked; the folder at ``out`` is always
-        considered.
+        An earlier pack, whose whole layers of the same cut are linked; the folder at ``out`` is
+        always considered. Where neither is a pack of these weights, everything is written.
 
     Raises
     ------
@@ -99,19 +99,16 @@ def pack(
         When another process packs to the same place.
     OutputError
         When ``out`` exists and is something else.
-    PackError
-        When ``reuse`` is no packed folder.
     """
     started_s = time.perf_counter()
     check_plan_for(source.spec, plan)
     out = out.resolve()
-    earlier = [] if reuse is None else [PackedModel.open(reuse)]
     units = draft_units(source.spec, plan.layout)
     try:
         with WorkFolder.hold(
             out, model_digest=source.spec.digest, weights_digest=source.weights_digest
         ) as work:
-            donors = find_donors(source, out, earlier)
+            donors = find_donors(source, out, reuse)
             resumed_bytes = _resume(work, units)
             linked_bytes = _fill(source, work, units, donors, progress)
             size_bytes = sum(unit.size_bytes for unit in units)

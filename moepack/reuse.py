@@ -21,11 +21,15 @@ from moepack.verify import damages_in
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOTSUP)
 
 
-def find_donors(source: Source, out: Path, earlier: Iterable[PackedModel]) -> list[PackedModel]:
-    """Packs of the same weights on the same disk as ``out``: those given, and ``out`` itself."""
-    models = list(earlier)
-    with suppress(PackError):  # nothing there yet, or broken: it is replaced
-        models.append(PackedModel.open(out))
+def find_donors(source: Source, out: Path, reuse: Path | None) -> list[PackedModel]:
+    """Packs of the same weights on the same disk as ``out``: ``reuse``, and ``out`` itself.
+
+    A folder that cannot be opened gives nothing: packing again is how it is repaired.
+    """
+    models = []
+    for folder in dict.fromkeys(path.resolve() for path in (reuse, out) if path is not None):
+        with suppress(PackError):
+            models.append(PackedModel.open(folder))
     device = out.parent.stat().st_dev
     return [
         model

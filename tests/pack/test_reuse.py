@@ -133,11 +133,23 @@ def test_an_empty_folder_and_a_link_to_one_may_become_the_pack(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
-def test_a_folder_to_reuse_has_to_be_a_pack(tmp_path: Path) -> None:
+def test_a_folder_of_broken_structure_is_repaired_from_the_source(tmp_path: Path) -> None:
     source = FakeSource(make_spec())
-    with pytest.raises(PackFormatError, match="made by moepack pack"):
-        pack(source, make_plan(source.spec, [16, 32]), tmp_path / "pack", reuse=tmp_path)
-    assert not any(tmp_path.iterdir())
+    plan = make_plan(source.spec, [16, 32])
+    out = tmp_path / "pack"
+    pack(source, plan, out)
+    whole = contents(out)
+    (out / UNCHANGED).write_bytes(b"")
+    with pytest.raises(PackFormatError, match="pack again"):
+        verify(out)
+    pack(source, plan, out, reuse=out)
+    assert contents(out) == whole
+
+
+def test_a_folder_to_reuse_that_is_no_pack_gives_nothing(tmp_path: Path) -> None:
+    source = FakeSource(make_spec())
+    report = pack(source, make_plan(source.spec, [16, 32]), tmp_path / "pack", reuse=tmp_path)
+    assert report.linked_bytes == 0
 
 
 def test_where_folders_cannot_change_places_in_one_step_they_do_in_two(
