@@ -61,6 +61,7 @@ class LayerCache:
         self._capacity = capacity
         self._window = window
         self._sink_rows = 1 if sinks else 0
+        self.size_bytes = sum(tensor.nbytes for tensor in self._tensors)
         self.reset()
 
     def reset(self) -> None:
@@ -134,12 +135,10 @@ class LayerCache:
 class KvCache:
     """The caches of all layers, and how long the sequence in them is."""
 
-    def __init__(
-        self, layers: Sequence[LayerCache], *, context_tokens: int, size_bytes: int
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerCache], *, context_tokens: int) -> None:
         self.layers = tuple(layers)
         self.context_tokens = context_tokens
-        self.size_bytes = size_bytes
+        self.size_bytes = sum(layer.size_bytes for layer in layers)
         self.length = 0
 
     @classmethod
@@ -155,11 +154,9 @@ class KvCache:
         block_tokens
             The most tokens that are appended at a time.
         """
-        size_bytes = kv_bytes(spec, context_tokens, block_tokens)
-        memory = torch.zeros(
-            size_bytes // DTYPE_BYTES[spec.dtype], dtype=TORCH_DTYPE[spec.dtype], device=device
-        )
-        memory.fill_(0)  # zeros() alone only promises the pages
+        elements = kv_bytes(spec, context_tokens, block_tokens) // DTYPE_BYTES[spec.dtype]
+        memory = torch.empty(elements, dtype=TORCH_DTYPE[spec.dtype], device=device)
+        memory.zero_()  # the sinks' rows; and the pages are taken now, not while generating
         layers = []
         for layer in spec.layers:
             attention = layer.attention
@@ -176,7 +173,7 @@ class KvCache:
             )
             memory = memory[count:]
         assert memory.numel() == 0, f"{memory.numel()} elements of the cache belong to no layer"
-        return cls(layers, context_tokens=context_tokens, size_bytes=size_bytes)
+        return cls(layers, context_tokens=context_tokens)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that have gone through every layer."""

@@ -75,7 +75,9 @@ class RotaryEmbedding:
         """Tell how long the sequence is once this pass is over.
 
         LongRoPE has two sets of frequencies and takes the one for ``length``, as the transformers
-        library does: keys that are cached keep the angles of the pass that made them.
+        library does: keys that are cached keep the angles of the pass that made them. (Its
+        ``generate`` computes them anew where a text crosses the length between the two sets; for
+        PhiMoE as published, whose two magnitudes are equal, that changes nothing.)
         """
         original = self._rope.original_context
         is_long = self._rope.kind == "longrope" and original is not None and length > original
