@@ -7,7 +7,6 @@ operations. Other work on the machine shows in the spreads. Links are in :mod:`m
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import moepack
 from moepack import machine
-from moepack.errors import DeviceError
+from moepack.errors import DeviceError, ProfileError
 from moepack.hardware import HARDWARE_VERSION, HardwareProfile
 from moepack.plan import DeviceKind
 from moepack.probe_link import probe_bus, probe_disk
@@ -48,7 +47,7 @@ _MATMUL_LIMIT_S = 0.3
 _BUSY_SPREAD = 1.0
 
 _BASE_PROGRAM = """
-import torch, moepack_runtime.transfer
+import torch, moepack_runtime.loading, moepack_runtime.tokenizer
 from moepack.machine import resident_bytes
 torch.nn.functional.linear(torch.ones(2, 64), torch.ones(64, 64))
 print(resident_bytes())
@@ -72,7 +71,7 @@ def probe_hardware(
     device
         What computes; auto: a GPU where there is one.
     name
-        Of the profile; the machine's own when None.
+        Of the profile; made from the device and the cores when None.
 
     Raises
     ------
@@ -80,6 +79,8 @@ def probe_hardware(
         When CUDA is asked for and there is none.
     DiskFullError, OutputError
         When the scratch file cannot be written.
+    ProfileError
+        When a process that loads the runtime cannot be started.
     """
     import torch
 
@@ -101,15 +102,16 @@ def probe_hardware(
     finally:
         progress.done()
     cuda = kind == "cuda"
+    device_name = torch.cuda.get_device_name(place) if cuda else machine.cpu_name()
     return HardwareProfile(
         version=HARDWARE_VERSION,
-        name=name or platform.node() or "this machine",
+        name=name or f"{device_name}, {machine.core_count()} cores",
         source="measured",
         how=_how(disk, memory, matmul),
         measured_by=f"moepack {moepack.__version__}, torch {torch.__version__}",
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         device=kind,
-        device_name=torch.cuda.get_device_name(place) if cuda else machine.cpu_name(),
+        device_name=device_name,
         cpu_name=machine.cpu_name(),
         cores=machine.core_count(),
         ram_bytes=machine.ram_bytes(),
@@ -150,9 +152,15 @@ def _process_base_bytes() -> int:
         [sys.executable, "-c", _BASE_PROGRAM],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
-        check=True,
+        check=False,
         text=True,
     )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ProfileError(
+            f"a process of its own could not load the runtime ({reason}); "
+            "check the installation with moepack --version"
+        )
     return int(done.stdout)
 
 
@@ -196,10 +204,11 @@ def _dtypes() -> tuple[Literal["BF16", "F32"], ...]:
     return ("BF16", "F32")
 
 
-def _multiply(inputs: torch.Tensor, weights: Iterator[torch.Tensor]) -> None:
+def _multiply(inputs: torch.Tensor, weights: Iterator[torch.Tensor], count: int) -> None:
     import torch
 
-    torch.nn.functional.linear(inputs, next(weights))
+    for _ in range(count):
+        torch.nn.functional.linear(inputs, next(weights))
 
 
 def _probe_matmul(place: torch.device, dtype: Literal["BF16", "F32"]) -> MatmulCurve:
@@ -210,15 +219,17 @@ def _probe_matmul(place: torch.device, dtype: Literal["BF16", "F32"]) -> MatmulC
     rows, columns = MATMUL_SHAPE
     count = _WEIGHTS_BYTES // (rows * columns * kind.itemsize)
     weights = cycle(torch.randn(count, rows, columns, dtype=kind, device=place).unbind())
+    # A GPU is given several at a time, or the waiting for it would be what is timed.
+    batch = 20 if place.type == "cuda" else 1
     points = []
     for tokens in MATMUL_TOKENS:
         inputs = torch.randn(tokens, columns, dtype=kind, device=place)
         timing = measure(
-            partial(_multiply, inputs, weights),
+            partial(_multiply, inputs, weights, batch),
             repeats=200,
             limit_s=_MATMUL_LIMIT_S,
             synchronize=_synchronize(place),
         )
-        rate = 2 * tokens * rows * columns / timing.median_s
+        rate = 2 * tokens * rows * columns * batch / timing.median_s
         points.append(MatmulPoint(tokens, rounded(rate), rounded(timing.spread)))
     return MatmulCurve(dtype, rows, columns, tuple(points))

@@ -11,7 +11,7 @@ import torch
 from moepack_runtime import direct_io
 
 from moepack import probe, probe_link
-from moepack.errors import DeviceError, DiskFullError, OutputError
+from moepack.errors import DeviceError, DiskFullError, OutputError, ProfileError
 from moepack.hardware import HardwareProfile, load_hardware
 from moepack.progress import Unit
 from moepack.rates import LinkCurve
@@ -99,6 +99,12 @@ def test_a_machine_is_measured_and_its_profile_comes_back_from_a_file(
 def test_a_missing_gpu_is_a_named_error(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="no CUDA device"):
         probe.probe_hardware(tmp_path, device="cuda")
+
+
+def test_a_runtime_that_cannot_be_loaded_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_BASE_PROGRAM", "raise ImportError('no runtime')")
+    with pytest.raises(ProfileError, match="ImportError: no runtime"):
+        probe._process_base_bytes()
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(
