@@ -17,7 +17,7 @@ import torch
 from typing_extensions import override
 
 from moepack.budget import layer_segment
-from moepack.errors import DamagedSegmentError, PlanMismatchError
+from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.manifest import TRUNK_FILE
 from moepack.model_spec import ModelSpec, TensorInfo
@@ -178,7 +178,11 @@ class PackStore(SegmentStore):
     @override
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
         entry = self._packed.entry(segment)
-        self._files[entry.path].read_into(destination[: entry.stored_bytes], entry.offset_bytes)
+        file = self._files[entry.path]
+        try:
+            file.read_into(destination[: entry.stored_bytes], entry.offset_bytes)
+        except TransferError as failure:
+            raise TransferError(f"{segment}: {failure}") from None
         if check is CheckMode.NEVER or (check is CheckMode.FIRST and segment in self._checked):
             return
         # Without the interpreter lock, so that the other readers go on.
