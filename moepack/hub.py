@@ -132,7 +132,8 @@ class Repository:
     def download(self, needed: tuple[str, ...], progress: Progress) -> Path:
         """Download files, or what of them is missing, and say where they are.
 
-        An interrupted download goes on where it stopped when this is called again.
+        A connection that breaks is taken up again by range. Of a download that was interrupted the
+        files that were complete are kept, and the others start anew: the client's own rule.
 
         Raises
         ------
@@ -148,15 +149,21 @@ class Repository:
         progress.start(f"download {self.name}", missing_bytes)
         try:
             with _named_errors(self.name):
-                folder = snapshot_download(
-                    self.name,
-                    revision=self.revision,
-                    allow_patterns=list(needed),
-                    tqdm_class=_bar(progress),
+                # By branch, not by commit: only so does the client note the commit of the branch,
+                # which is what it is found by when the hub is out of reach.
+                folder = Path(
+                    snapshot_download(
+                        self.name, allow_patterns=list(needed), tqdm_class=_bar(progress)
+                    )
                 )
         finally:
             progress.done()
-        return Path(folder)
+        if folder.name != self.revision:
+            raise CheckpointError(
+                f"{self.name}: its commit changed from {self.revision} to {folder.name} meanwhile;"
+                " expected one; try again"
+            )
+        return folder
 
     def missing(self, needed: tuple[str, ...]) -> tuple[str, ...]:
         """The files that are not in the cache."""
@@ -178,15 +185,18 @@ class Repository:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
-            get_session,
             hf_raise_for_status,
+            http_stream_backoff,
         )
 
         headers = build_hf_headers()
         if size_bytes is not None:
             headers["range"] = f"bytes=0-{size_bytes - 1}"
         url = hf_hub_url(self.name, file, revision=self.revision)
-        with _named_errors(self.name), get_session().stream("GET", url, headers=headers) as answer:
+        with (
+            _named_errors(self.name),
+            http_stream_backoff("GET", url, headers=headers, max_retries=2) as answer,
+        ):
             hf_raise_for_status(answer)
             if size_bytes is not None and answer.status_code != 206:
                 raise HubUnreachableError(
@@ -261,12 +271,12 @@ def _named_errors(name: str) -> Iterator[None]:
         raise HubUnreachableError(
             f"{name}: no folder here has this name and {constants.ENDPOINT} cannot be reached"
             f" ({_first_line(failure)}); expected an answer; check the connection and"
-            " HF_HUB_OFFLINE and try again: a download goes on where it stopped"
+            " HF_HUB_OFFLINE and try again: files that are complete are not downloaded again"
         ) from None
     except OSError as failure:
         raise CheckpointError(
-            f"{name}: the download cannot be written ({failure.strerror or failure}); expected a"
-            f" writable cache in {constants.HF_HUB_CACHE}; point HF_HOME at another place"
+            f"{name}: the download failed ({failure.strerror or failure}); expected a complete"
+            f" transfer into {constants.HF_HUB_CACHE}; try again, or point HF_HOME at another place"
         ) from None
 
 
@@ -284,11 +294,16 @@ def _bar(progress: Progress) -> type[Any]:
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._counts = kwargs.get("name") == _BYTES_BAR
+            self._bytes = self._told_bytes = 0
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
-            if self._counts and n:
-                with lock:
-                    progress.advance(int(n))
+            if not self._counts:
+                return
+            with lock:
+                self._bytes += int(n or 0)  # negative where a server made it start over
+                if self._bytes > self._told_bytes:
+                    progress.advance(self._bytes - self._told_bytes)
+                    self._told_bytes = self._bytes
 
     return Bar

@@ -273,11 +273,7 @@ def read_range(path: Path, offset_bytes: int, size_bytes: int) -> bytearray:
     except OSError as failure:
         raise damaged(str(path), f"unreadable ({failure.strerror})", "a shard") from None
     if done < size_bytes:
-        raise damaged(
-            str(path),
-            f"its end at {offset_bytes + done}",
-            f"bytes up to {offset_bytes + size_bytes}",
-        )
+        raise damaged(str(path), "it ends too early", f"{offset_bytes + size_bytes} bytes or more")
     return buffer
 
 

@@ -20,6 +20,7 @@ from moepack.errors import (
 )
 from moepack.families.config import Config
 from moepack.families.experts import ExpertLayout, TensorSource, find_experts
+from moepack.families.outlines import Outline
 from moepack.families.table import FAMILIES, Family
 from moepack.families.tensors import (
     Header,
@@ -85,7 +86,7 @@ def find_family(config: Mapping[str, Any], what: str = "config.json") -> Family:
     architecture = named[0] if isinstance(named, list) and named else None
     model_type = config.get("model_type")
     for family in FAMILIES:
-        if architecture == family.architecture:
+        if architecture in family.architectures:
             return family
     for family in FAMILIES:
         if architecture is None and model_type == family.name:
@@ -96,7 +97,7 @@ def find_family(config: Mapping[str, Any], what: str = "config.json") -> Family:
             f"{what} names {shown}, a model without routed experts; expected a"
             " mixture-of-experts model, because experts are all that moepack moves"
         )
-    known = ", ".join(family.architecture for family in FAMILIES)
+    known = ", ".join(family.architectures[0] for family in FAMILIES)
     raise UnknownArchitectureError(
         f"{what} names {shown}, which no family reads; expected one of {known}"
     )
@@ -138,6 +139,7 @@ def read_spec(config: Mapping[str, Any], headers: Mapping[str, Header], name: st
             f"{what} counts 0 experts; expected a mixture-of-experts model"
         )
     outline = family.outline(reader)
+    _check_rope(reader, outline)
     if all(layer.moe is None for layer in outline.layers):
         raise NotMixtureOfExpertsError(
             f"{what} makes every layer dense; expected routed experts in some"
@@ -145,7 +147,7 @@ def read_spec(config: Mapping[str, Any], headers: Mapping[str, Header], name: st
     spec = ModelSpec(
         name=name,
         family=family.name,
-        architecture=family.architecture,
+        architecture=family.architectures[0],
         dtype="",
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
@@ -188,6 +190,13 @@ def source_of(spec: ModelSpec, headers: Mapping[str, Header]) -> Sources:
             for i in spec.moe_layers
         },
     )
+
+
+def _check_rope(config: Config, outline: Outline) -> None:
+    pairs = outline.layers[0].attention.rotary_dim // 2
+    for factors in (outline.rope.short_factor, outline.rope.long_factor):
+        if factors is not None and len(factors) != pairs:
+            raise config.damaged(f"{len(factors)} factors of longrope", f"{pairs}, one a pair")
 
 
 def _with_tensors(spec: ModelSpec, family: Family, headers: Mapping[str, Header]) -> ModelSpec:

@@ -23,8 +23,8 @@ class Family:
     ----------
     name : str
         As transformers' ``model_type`` spells it.
-    architecture : str
-        The class that ``config["architectures"]`` names.
+    architectures : tuple of str
+        What ``config["architectures"]`` calls it.
     defaults : mapping
         Values of the keys that a config leaves out.
     outline : callable
@@ -36,7 +36,7 @@ class Family:
     """
 
     name: str
-    architecture: str
+    architectures: tuple[str, ...]
     defaults: Mapping[str, Any]
     outline: Callable[[Config], Outline]
     extra_layers: bool = False
@@ -65,7 +65,7 @@ _DEEPSEEK: dict[str, Any] = {
 FAMILIES: tuple[Family, ...] = (
     Family(
         "mixtral",
-        "MixtralForCausalLM",
+        ("MixtralForCausalLM",),
         {
             **_COMMON,
             "bos_token_id": 1,
@@ -86,7 +86,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_moe",
-        "Qwen2MoeForCausalLM",
+        ("Qwen2MoeForCausalLM",),
         {
             **_COMMON,
             "decoder_sparse_step": 1,
@@ -111,7 +111,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen3_moe",
-        "Qwen3MoeForCausalLM",
+        ("Qwen3MoeForCausalLM",),
         {
             **_COMMON,
             "attention_bias": False,
@@ -134,7 +134,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "olmoe",
-        "OlmoeForCausalLM",
+        ("OlmoeForCausalLM",),
         {
             **_COMMON,
             "attention_bias": False,
@@ -154,7 +154,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "deepseek_v2",
-        "DeepseekV2ForCausalLM",
+        ("DeepseekV2ForCausalLM",),
         {
             **_DEEPSEEK,
             "first_k_dense_replace": 0,
@@ -176,7 +176,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "deepseek_v3",
-        "DeepseekV3ForCausalLM",
+        ("DeepseekV3ForCausalLM",),
         {
             **_DEEPSEEK,
             "bos_token_id": 0,
@@ -204,7 +204,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "phimoe",
-        "PhimoeForCausalLM",
+        ("PhimoeForCausalLM", "PhiMoEForCausalLM"),
         {
             **_COMMON,
             "attention_bias": False,
@@ -228,7 +228,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gpt_oss",
-        "GptOssForCausalLM",
+        ("GptOssForCausalLM",),
         {
             **_COMMON,
             "attention_bias": True,
@@ -261,7 +261,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "glm4_moe",
-        "Glm4MoeForCausalLM",
+        ("Glm4MoeForCausalLM",),
         {
             **_COMMON,
             "attention_bias": False,
