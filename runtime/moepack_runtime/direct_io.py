@@ -26,7 +26,7 @@ Buffer = npt.NDArray[np.uint8]
 
 HUGE_PAGE_BYTES = 2 * MIB
 
-# Linux 5.14; Python names it from 3.14 on, if at all.
+# Since Linux 5.14; the mmap module of our oldest Python does not name it.
 _MADV_POPULATE_WRITE = 23
 
 # Populating holds the interpreter lock: in steps, so that Ctrl-C is heard.
