@@ -101,6 +101,7 @@ def _check_groups(manifest: Manifest) -> None:
         if (shape := layer_segment(spec, cut, part)) is not None
     }
     experts: defaultdict[tuple[int, str, str], list[int]] = defaultdict(list)
+    contents: dict[str, tuple[int, str, str] | None] = {TRUNK_FILE: None}
     for group in manifest.groups:
         what = f"layer {group.layer}, {group.part} ({group.variant})"
         expected = base.get((group.layer, group.part))
@@ -112,7 +113,12 @@ def _check_groups(manifest: Manifest) -> None:
             )
         else:
             _check_shape(what, group)
-        experts[group.layer, group.part, group.variant] += [item.expert for item in group.segments]
+        key = (group.layer, group.part, group.variant)
+        _require(
+            contents.setdefault(group.shard, key) == key,
+            f"{group.shard} holds {what} and something else",
+        )
+        experts[key] += [item.expert for item in group.segments]
     for (layer, part, variant), numbers in experts.items():
         known = range(spec.moe(layer).num_experts)
         what = f"layer {layer}, {part} ({variant})"

@@ -125,6 +125,14 @@ def segment(document: dict[str, Any], group: int = 0, index: int = 0) -> dict[st
         (lambda d: d["groups"][0].update(layer=0), "layer 0, top (base) is not part of the layout"),
         (lambda d: d["groups"][0].update(encoding="F32"), "not cut as the layout says"),
         (lambda d: d["groups"][0]["shape"].update(neurons=17), "not cut as the layout says"),
+        (
+            lambda d: d["groups"][1].update(shard=d["groups"][0]["shard"]),
+            "holds layer 1, bottom (base) and something else",
+        ),
+        (
+            lambda d: d["groups"][0].update(shard="trunk.safetensors"),
+            "trunk.safetensors holds layer 1, top (base) and something else",
+        ),
         (lambda d: d["trunk"].pop(), "does not list the model's trunk tensors"),
         (lambda d: d["shards"].append(d["shards"][0]), "a file is listed twice"),
         (lambda d: d["shards"].pop(), "holds segments and is not listed as a shard"),
