@@ -125,11 +125,6 @@ class ModelFolder:
             raise WorkspaceError(f"{self.record.name} has not been packed; run moepack pack")
         return Path(self.record.pack)
 
-    def earlier_pack(self) -> Path | None:
-        """The packed folder, where there is one and it is still there."""
-        folder = None if self.record.pack is None else Path(self.record.pack)
-        return folder if folder is not None and folder.exists() else None
-
     def with_pack(self, folder: Path) -> ModelFolder:
         """Remember where the model's newest packed folder is."""
         known = dataclasses.replace(self.record, pack=str(folder.resolve()))

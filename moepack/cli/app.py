@@ -56,8 +56,7 @@ def moepack_command(
     profile, plan, pack, run: each step finds what the step before it left. A model that is named
     once stays current; with none named, it is the small one that ships with moepack.
     """
-    if debug:
-        os.environ["MOEPACK_DEBUG"] = "1"
+    os.environ["MOEPACK_DEBUG"] = "1" if debug else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

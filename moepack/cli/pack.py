@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moepack import records
 from moepack.cli.models import current_plan, open_source
 from moepack.cli.options import JsonOption, ModelArgument, OutFolderOption
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
+from moepack.errors import PackError
 from moepack.units import format_size
-from moepack.workspace import Workspace
+from moepack.workspace import ModelFolder, Workspace
 
 
 def pack(
@@ -31,7 +34,26 @@ def pack(
         f"packing {source.record.name} to {place}: at most {format_size(space.needed_bytes)}, "
         f"{format_size(space.free_bytes)} free"
     )
-    earlier = folder.earlier_pack()
-    done = write_pack(source.checkpoint, plan, place, progress=TerminalProgress(), reuse=earlier)
+    done = write_pack(
+        source.checkpoint,
+        plan,
+        place,
+        progress=TerminalProgress(),
+        reuse=_earlier_pack(folder, place),
+    )
     workspace.make_current(folder.with_pack(place))
     emit(records.to_data(done), as_json=json, view=lambda: pack_done_view(done))
+
+
+def _earlier_pack(folder: ModelFolder, place: Path) -> Path | None:
+    """The model's pack at another place, whose layers may be linked; none if it is damaged."""
+    from moepack.formats import PackedModel
+
+    earlier = folder.record.pack
+    if earlier is None or Path(earlier) == place.resolve() or not Path(earlier).exists():
+        return None
+    try:
+        return PackedModel.open(Path(earlier)).folder
+    except PackError as failure:
+        note(f"nothing is reused of {earlier}: {failure}")
+        return None

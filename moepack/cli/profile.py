@@ -69,8 +69,9 @@ def profile(
         return
     compute, routing = profile_model(
         source.checkpoint,
-        device=hardware.device,
+        hardware=hardware,
         texts=texts,
+        scratch=workspace.root,
         progress=progress,
     )
     folder = workspace.remember(source.record)

@@ -50,8 +50,7 @@ def run(
     """Write on from a prompt, to plan."""
     from moepack_runtime.sampling import SamplingParams
 
-    if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
+    prompt = _read_prompt(prompt)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     workspace = Workspace.locate()
     session = open_session(workspace, model, check=check)
@@ -76,6 +75,17 @@ def run(
                 f"{session.plan.placement.prompt_tokens} prompt tokens, given "
                 f"{measured.prompt_tokens}"
             )
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt, or standard input for ``-``; its last line break belongs to the terminal."""
+    try:
+        if prompt == "-":
+            return sys.stdin.read().removesuffix("\n")
+        prompt.encode()  # what the shell passed may not have been UTF-8
+    except UnicodeError as failure:
+        raise typer.BadParameter(f"the prompt is not UTF-8: {failure}") from None
+    return prompt
 
 
 def _encode(session: Session, prompt: str) -> list[int]:

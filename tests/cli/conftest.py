@@ -34,8 +34,10 @@ Moepack = Callable[..., Outcome]
 
 
 @pytest.fixture
-def moepack(capsys: pytest.CaptureFixture[str]) -> Moepack:
+def moepack(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Moepack:
     """Run a command line in this process."""
+    # Set by the command line itself for what comes after; here, the next test comes after.
+    monkeypatch.setenv("MOEPACK_DEBUG", "")
 
     def call(*arguments: str | Path) -> Outcome:
         code = main([str(argument) for argument in arguments])
@@ -50,7 +52,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty workspace."""
     folder = tmp_path / "home"
     monkeypatch.setenv("MOEPACK_HOME", str(folder))
-    monkeypatch.delenv("MOEPACK_DEBUG", raising=False)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moepack.hardware import load_hardware
 from tests.cli.conftest import Moepack
 
 
@@ -18,6 +19,33 @@ def test_plan_pack_run_find_what_the_step_before_left(
     run = moepack("run", "abc", "--max-new-tokens", "5", "--json")
     assert run.code == 0, run.err
     assert len(run.document["tokens"]) == 5
+
+
+def test_profile_measures_what_the_plan_is_made_from(
+    measured: Path,
+    model: Path,
+    texts: list[Path],
+    moepack: Moepack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = load_hardware(measured / "hardware.yaml")
+    monkeypatch.setattr("moepack.probe.probe_hardware", lambda **_: machine)
+    monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
+    profile = moepack("profile", model, "--json")
+    assert profile.code == 0, profile.err
+    assert profile.document.keys() == {"hardware", "compute", "routing"}
+    assert profile.document["compute"]["source"] == "measured"
+    assert [layer["layer"] for layer in profile.document["routing"]["layers"]] == [0, 1, 2]
+    plan = moepack("plan", "--vram", "4M", "--context", "256", "--json").document
+    assert plan["provenance"]["compute"].startswith("measured")
+    assert plan["provenance"]["assumptions"] == []
+    uniform = ("plan", "--vram", "4M", "--context", "256", "--routing", "uniform", "--json")
+    assert "equally likely" in moepack(*uniform).document["provenance"]["assumptions"][0]
+    shown = moepack("profile", model)
+    assert shown.code == 0
+    assert "recall at k" in shown.out
+    alone = moepack("profile", "--hardware-only", "--json").document
+    assert alone == {"hardware": profile.document["hardware"]}
 
 
 def test_run_writes_the_tokens_that_transformers_writes(

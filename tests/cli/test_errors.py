@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections import namedtuple
@@ -156,6 +157,28 @@ def test_texts_that_cannot_be_read(home: Path, moepack: Moepack, tmp_path: Path)
     binary.write_bytes(b"\xff\xfe")
     assert_named(moepack("profile", "--text", binary), "ProfileError", "UTF-8")
     assert_named(moepack("profile", "--text", tmp_path / "none"), "ProfileError", "none")
+
+
+def test_a_damaged_pack_can_be_packed_again(packed: Path, moepack: Moepack, tmp_path: Path) -> None:
+    manifest = packed / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert_named(moepack("run", "abc"), "DamagedSegmentError", "pack again")
+    elsewhere = moepack("pack", "--out", tmp_path / "elsewhere")
+    assert elsewhere.code == 0, elsewhere.err
+    assert "nothing is reused" in elsewhere.err
+    assert moepack("pack").code == 0
+    assert moepack("verify").code == 0
+
+
+def test_a_prompt_that_is_not_text(
+    packed: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", piped)
+    for prompt in ("-", "\udcff"):
+        outcome = moepack("run", prompt)
+        assert outcome.code == 2
+        assert "not UTF-8" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,16 @@ MOEPACK = (sys.executable, "-m", "moepack")
 
 
 def help_s(*command: str) -> float:
-    started_s = time.perf_counter()
+    """Processor time of ``--help``: what else the machine is doing is not its time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*MOEPACK, *command, "--help"], check=True, capture_output=True)
-    return time.perf_counter() - started_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("command", [(), ("plan",), ("run",)])
 def test_help_answers_within_half_a_second(command: tuple[str, ...]) -> None:
-    # The best of five: what else the machine is doing is not the command's time.
-    assert min(help_s(*command) for _ in range(5)) < 0.5
+    assert statistics.median(help_s(*command) for _ in range(5)) < 0.5
 
 
 def test_help_loads_nothing_heavy() -> None:
