@@ -49,7 +49,7 @@ AUXILIARY_FILES = (
 _NUMPY_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 _SAMPLE_BYTES = 256
-_HEADER_THREADS = 8
+_THREADS = 8
 
 
 class Checkpoint:
@@ -140,8 +140,9 @@ class Checkpoint:
         """Cheap identity of the weights, lower-case hex: tells one model from another.
 
         For a hub id it is made from the hub's digests of the shards, the same for headers alone
-        and for the downloaded files; for a folder, from the headers and 256 bytes of each trunk
-        tensor and of each layer's first and last expert, which takes milliseconds.
+        and for the downloaded files; for a folder, from the headers and 256 bytes out of the middle
+        of each trunk tensor and of each tensor of each expert: every fine-tuning shows, and a
+        repair of single bytes may not.
         """
         return self._known_digest or self._sampled_digest()
 
@@ -199,28 +200,47 @@ class Checkpoint:
                 f"{self.name}: only its headers were fetched; open it with its weights to read them"
             )
         header = self.headers[source.name]
-        shape, offset_bytes, size_bytes = header.shape, header.offset_bytes, header.size_bytes
-        if source.index is not None:
-            size_bytes //= shape[0]
-            shape, offset_bytes = shape[1:], offset_bytes + source.index * size_bytes
+        offset_bytes, size_bytes, shape = self._place(source)
         raw = source_files.read_range(self.folder / header.file, offset_bytes, size_bytes)
         return np.frombuffer(raw, _NUMPY_DTYPES[header.dtype]).reshape(shape)
 
+    def _place(self, source: TensorSource) -> tuple[int, int, tuple[int, ...]]:
+        """Offset and size in its shard, and shape, of what :meth:`_read` reads."""
+        header = self.headers[source.name]
+        if source.index is None:
+            return header.offset_bytes, header.size_bytes, header.shape
+        size_bytes = header.size_bytes // header.shape[0]
+        return header.offset_bytes + source.index * size_bytes, size_bytes, header.shape[1:]
+
     def _sampled_digest(self) -> str:
-        sampled = set(self._sources.trunk.values())
-        for layout in self._sources.experts.values():
-            for expert in (0, layout.moe.num_experts - 1):
-                sampled.update(source.name for source in layout.expert(expert).values())
         digest = hashlib.sha256()
         for name in sorted(self.headers):
             header = self.headers[name]
-            digest.update(f"{name} {header.dtype} {header.shape}\n".encode())
-            if name in sampled and self.folder is not None:
-                size_bytes = min(_SAMPLE_BYTES, header.size_bytes)
-                middle = header.offset_bytes + (header.size_bytes - size_bytes) // 2
-                path = self.folder / header.file
-                digest.update(source_files.read_range(path, middle, size_bytes))
+            digest.update(f"{name} {header.dtype} {header.shape} {header.file}\n".encode())
+        if self.folder is not None:
+            samples = self._samples()
+            paths = [self.folder / shard for shard in self.shards]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                places = (sorted(samples[shard]) for shard in self.shards)
+                for read in pool.map(source_files.read_places, paths, places):
+                    digest.update(read)
         return digest.hexdigest()
+
+    def _samples(self) -> dict[str, set[tuple[int, int]]]:
+        """Per shard, (offset, size) of what is sampled: the middle of each tensor and expert."""
+        experts = (
+            source
+            for layout in self._sources.experts.values()
+            for expert in range(layout.moe.num_experts)
+            for source in layout.expert(expert).values()
+        )
+        samples: dict[str, set[tuple[int, int]]] = {shard: set() for shard in self.shards}
+        for source in (*map(TensorSource, self._sources.trunk.values()), *experts):
+            offset_bytes, size_bytes, _ = self._place(source)
+            sample_bytes = min(_SAMPLE_BYTES, size_bytes)
+            middle_bytes = offset_bytes + (size_bytes - sample_bytes) // 2
+            samples[self.headers[source.name].file].add((middle_bytes, sample_bytes))
+        return samples
 
 
 def _read_json(source: ModelFiles, file: str) -> dict[str, Any]:
@@ -250,7 +270,7 @@ def _read_headers(source: ModelFiles) -> dict[str, TensorHeader]:
         if shard not in source.files:
             raise source_files.damaged(source.name, f"no {shard}", "every shard of the index")
     headers: dict[str, TensorHeader] = {}
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for found in pool.map(source.read_header, shards):
             headers.update(found)
     source_files.check_index(weight_map, headers, what)

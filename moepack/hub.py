@@ -293,7 +293,7 @@ def _bar(progress: Progress) -> type[Any]:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._counts = kwargs.get("name") == _BYTES_BAR
+            self._counts = kwargs.get("name") == _BYTES_BAR and kwargs.get("unit") == "B"
             self._bytes = self._told_bytes = 0
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 

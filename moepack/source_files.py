@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -260,21 +260,32 @@ def read_range(path: Path, offset_bytes: int, size_bytes: int) -> bytearray:
     DamagedCheckpointError
         When the file ends before, or cannot be read.
     """
-    buffer = bytearray(size_bytes)
+    return read_places(path, [(offset_bytes, size_bytes)])
+
+
+def read_places(path: Path, places: Sequence[tuple[int, int]]) -> bytearray:
+    """Several (offset, size) of a file, one after another. Raises as :func:`read_range` does."""
+    buffer = bytearray(sum(size_bytes for _, size_bytes in places))
     view = memoryview(buffer)
-    done = 0
     try:
         with path.open("rb", buffering=0) as file:
-            while done < size_bytes:
-                count = os.preadv(file.fileno(), [view[done:]], offset_bytes + done)
-                if count == 0:
-                    break
-                done += count
+            for offset_bytes, size_bytes in places:
+                _read_into(file.fileno(), view[:size_bytes], offset_bytes)
+                view = view[size_bytes:]
+    except EOFError as failure:
+        raise damaged(str(path), "it ends too early", f"{failure} bytes or more") from None
     except OSError as failure:
         raise damaged(str(path), f"unreadable ({failure.strerror})", "a shard") from None
-    if done < size_bytes:
-        raise damaged(str(path), "it ends too early", f"{offset_bytes + size_bytes} bytes or more")
     return buffer
+
+
+def _read_into(descriptor: int, view: memoryview, offset_bytes: int) -> None:
+    done_bytes = 0
+    while done_bytes < len(view):
+        count = os.preadv(descriptor, [view[done_bytes:]], offset_bytes + done_bytes)
+        if count == 0:
+            raise EOFError(offset_bytes + len(view))
+        done_bytes += count
 
 
 def damaged(what: str, got: str, expected: str) -> DamagedCheckpointError:

@@ -92,7 +92,9 @@ def find_family(config: Mapping[str, Any], what: str = "config.json") -> Family:
         if architecture is None and model_type == family.name:
             return family
     shown = architecture or model_type or "nothing"
-    if not any(config.get(key) for key in _EXPERT_COUNTS):
+    # Models of several modalities keep what we look for one level down.
+    nested = (value for value in config.values() if isinstance(value, Mapping))
+    if not any(section.get(key) for section in (config, *nested) for key in _EXPERT_COUNTS):
         raise NotMixtureOfExpertsError(
             f"{what} names {shown}, a model without routed experts; expected a"
             " mixture-of-experts model, because experts are all that moepack moves"

@@ -295,10 +295,23 @@ def test_one_expert_of_a_fused_tensor_reads_its_own_bytes_only(
 def test_weights_are_told_apart_and_a_copy_is_not(model: Path, tiny_folder: TinyFolder) -> None:
     original = Checkpoint.open(tiny_folder("mixtral", "plain")).weights_digest
     assert Checkpoint.open(model).weights_digest == original
-    tensors = read_file(model / "model.safetensors")
-    tensors["model.layers.1.self_attn.q_proj.weight"] += 1e-3
-    write_file(model / "model.safetensors", tensors)
-    assert Checkpoint.open(model).weights_digest != original
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    for change in (name, "model.layers.1.self_attn.q_proj.weight"):
+        tensors = read_file(tiny_folder("mixtral", "plain") / "model.safetensors")
+        tensors[change] += 1e-3
+        write_file(model / "model.safetensors", tensors)
+        assert Checkpoint.open(model).weights_digest != original
+
+
+def test_every_expert_of_a_fused_tensor_counts(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    source = tiny_folder("gpt_oss", "plain")
+    tensors = read_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj"][5] += 1e-3
+    write_file(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    changed, original = Checkpoint.open(tmp_path), Checkpoint.open(source)
+    assert changed.spec.digest == original.spec.digest
+    assert changed.weights_digest != original.weights_digest
 
 
 def test_auxiliary_files_are_those_that_exist(model: Path) -> None:

@@ -93,6 +93,11 @@ def test_an_unknown_architecture_is_told_the_known_ones() -> None:
     refused((config, {}), UnknownArchitectureError, "JetMoeForCausalLM.*Qwen3MoeForCausalLM")
 
 
+def test_experts_of_a_nested_config_are_seen() -> None:
+    config = {"architectures": ["SeesAndTalks"], "text_config": {"n_routed_experts": 64}}
+    refused((config, {}), UnknownArchitectureError, "SeesAndTalks")
+
+
 def test_a_config_without_architectures_is_known_by_its_type(load: Load) -> None:
     config, headers = load("olmoe")
     del config["architectures"]
