@@ -159,13 +159,16 @@ class GroupedQueryAttention:
     def _block_mask(
         self, queries: torch.Tensor, rows: int, start: int, seen_from: int
     ) -> torch.Tensor:
-        """[tokens, rows], or [heads, tokens, rows] where the first row is the sink."""
+        """[tokens, rows], or [1, heads, tokens, rows] where the first row is the sink.
+
+        With three dimensions torch would leave its fused kernel and hold every score.
+        """
         tokens, window = queries.shape[0], self._spec.window
         if self._sinks is None:
             return causal_mask(tokens, rows, start, seen_from, window, queries)
-        mask = queries.new_empty(self._spec.num_heads, tokens, rows)
-        mask[:, :, 0] = self._sinks.unsqueeze(1)
-        mask[:, :, 1:] = causal_mask(tokens, rows - 1, start, seen_from, window, queries)
+        mask = queries.new_empty(1, self._spec.num_heads, tokens, rows)
+        mask[:, :, :, 0] = self._sinks.unsqueeze(1)
+        mask[:, :, :, 1:] = causal_mask(tokens, rows - 1, start, seen_from, window, queries)
         return mask
 
 

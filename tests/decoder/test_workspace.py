@@ -1,0 +1,112 @@
+"""What a step allocates for a while fits into the workspace that the planner reserves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from moepack_runtime.ffn import FfnWeights, gated_ffn
+from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.model import Decoder
+from torch.profiler import ProfilerActivity, profile
+
+from moepack.budget import workspace_bytes
+from moepack.model_spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlaSpec,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    RouterSpec,
+)
+
+HIDDEN, CONTEXT, BLOCK = 256, 512, 128
+MOE = MoeSpec(16, 4, 256, RouterSpec())
+
+GROUPED = AttentionSpec(8, 2, 64, 64, 64, 0.125)
+ATTENTIONS = {
+    "grouped": GROUPED,
+    "window": AttentionSpec(8, 2, 64, 64, 64, 0.125, window=200),
+    "sinks": AttentionSpec(8, 2, 64, 64, 64, 0.125, sinks=True),
+    "window and sinks": AttentionSpec(8, 2, 64, 64, 64, 0.125, window=100, sinks=True),
+    "latent": AttentionSpec(8, 8, 48, 32, 16, 0.14, mla=MlaSpec(None, 64, 32, 16)),
+}
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that a call holds beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def trunk_shapes(attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
+    queries = attention.num_heads * attention.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "q.weight": (queries, HIDDEN),
+        "o.weight": (HIDDEN, attention.num_heads * attention.value_dim),
+    }
+    if attention.mla is not None:
+        mla = attention.mla
+        expanded = attention.num_heads * (mla.nope_dim + attention.value_dim)
+        shapes["kv_a.weight"] = (mla.kv_rank + mla.rope_dim, HIDDEN)
+        shapes["kv_a_norm.weight"] = (mla.kv_rank,)
+        shapes["kv_b.weight"] = (expanded, mla.kv_rank)
+        return shapes
+    for name in "kv":
+        shapes[f"{name}.weight"] = (attention.num_kv_heads * attention.head_dim, HIDDEN)
+    if attention.sinks:
+        shapes["sinks"] = (attention.num_heads,)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.inference_mode()
+def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str) -> None:
+    attention = ATTENTIONS[name]
+    spec = ModelSpec(
+        name=name,
+        family="any",
+        architecture="any",
+        dtype=dtype,
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        context_length=CONTEXT,
+        norm="rms",
+        norm_eps=1e-6,
+        tied_embeddings=True,
+        rope=RopeSpec(1e4, interleaved=attention.mla is not None),
+        layers=(LayerSpec(attention, MOE, None),),
+        trunk=(),
+    )
+    shapes = {f"layers.0.attn.{key}": shape for key, shape in trunk_shapes(attention).items()}
+    shapes |= {"embed.weight": (512, HIDDEN), "norm.weight": (HIDDEN,)}
+    shapes |= {f"layers.0.{norm}_norm.weight": (HIDDEN,) for norm in ("attn", "mlp")}
+    shapes["layers.0.router.weight"] = (MOE.num_experts, HIDDEN)
+    storage = torch.float32 if dtype == "F32" else torch.bfloat16
+    trunk = {key: torch.randn(shape).to(storage) for key, shape in shapes.items()}
+    kv = KvCache.allocate(
+        spec, context_tokens=CONTEXT, block_tokens=BLOCK, device=torch.device("cpu")
+    )
+    decoder = Decoder(spec, trunk, kv)
+    layer = decoder.layers[0]
+    planned = workspace_bytes(spec, CONTEXT, BLOCK)
+
+    x = torch.randn(BLOCK, HIDDEN).to(storage)
+    for start in range(0, CONTEXT - BLOCK, BLOCK):
+        assert peak_bytes(partial(layer.attend, x, start)) <= planned
+    assert peak_bytes(lambda: layer.attend(x[:1], CONTEXT - BLOCK)) <= planned
+    assert peak_bytes(lambda: layer.route(layer.mlp_norm(x))) <= planned
+    expert = FfnWeights(*(torch.randn(256, 256).to(storage) for _ in range(3)))
+    assert peak_bytes(lambda: gated_ffn(x, expert, MOE.activation_spec)) <= planned
+    assert peak_bytes(lambda: decoder.logits(x[:1])) <= planned
