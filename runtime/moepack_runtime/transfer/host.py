@@ -16,9 +16,10 @@ from moepack_runtime.direct_io import allocate
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer.base import LinkStatistics, Priority, Ticket, Transfer
 
-#: Two keep the disk busy while one of them checks what it has read. From 4 MiB a read on more
-#: bring nothing (measured, 1 to 8 readers).
-DEFAULT_READERS = 2
+#: Reads in flight. At 1.5 MiB a read four are faster than two (1.7 against 1.3 GB/s on the disk of
+#: direct_io.py); from 4 MiB on it makes next to no difference, but while one checks what it has
+#: read the others keep the disk busy.
+DEFAULT_READERS = 4
 
 #: A disk that finishes nothing for so long is taken for dead.
 STALL_S = 60.0
