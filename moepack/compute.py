@@ -68,6 +68,8 @@ class LayerCompute:
         gathering and adding around it.
     ffn : Curve or None
         The dense FFN, or the shared expert; None where there is neither.
+    transfer_s : float
+        What one transfer costs the computing thread beside the link's own time.
     """
 
     layers: tuple[int, ...]
@@ -76,6 +78,7 @@ class LayerCompute:
     expert: Curve | None
     expert_split: Curve | None
     ffn: Curve | None
+    transfer_s: float = 0.0
 
 
 @record

@@ -8,21 +8,28 @@ memory beyond the engine's: the experts of one token, twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from moepack.atomic import output_error
+from moepack.budget import layer_segment
 from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
+from moepack.cost import LayerTimes, PartCost, decode_layer_s
+from moepack.hardware import HardwareProfile
 from moepack.layouts import layer_layout
-from moepack.plan import DeviceKind, LayerPlacement, Layout
+from moepack.plan import LayerPlacement, Layout
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.timing import measure
 
 if TYPE_CHECKING:
     import torch
     from moepack_runtime.engine import Engine
-    from moepack_runtime.store import ExpertSource
+    from moepack_runtime.store import ExpertSource, SegmentStore
 
     from moepack.model_spec import LayerSpec, ModelSpec
 
@@ -53,8 +60,9 @@ class _Timer:
 def measure_compute(
     source: ExpertSource,
     engine: Engine,
+    hardware: HardwareProfile,
     *,
-    device: DeviceKind,
+    scratch: Path,
     progress: Progress = NO_PROGRESS,
 ) -> ComputeProfile:
     """Measure every kind of layer of a model, with one thread and with all, and keep the faster.
@@ -69,10 +77,16 @@ def measure_compute(
     engine
         Open on the same model, with :func:`probe_context_tokens` of context; its cache is empty
         afterwards.
+    hardware
+        This machine, whose link the transfers go over.
+    scratch
+        A folder on the disk that will hold the pack; a file of a few experts is made and removed.
     """
     import torch
 
-    counts = {1, torch.get_num_threads()} if device == "cpu" else {torch.get_num_threads()}
+    most = torch.get_num_threads()
+    counts = {1, most} if hardware.device == "cpu" else {most}
+    probe = _Probe(source, engine, hardware, scratch)
     kinds: dict[LayerSpec, list[int]] = {}
     for number, layer in enumerate(engine.spec.layers):
         kinds.setdefault(layer, []).append(number)
@@ -83,7 +97,7 @@ def measure_compute(
     try:
         for threads in sorted(counts):
             torch.set_num_threads(threads)
-            found.append(_measure(source, engine, list(kinds.values()), device, progress))
+            found.append(_measure(probe, list(kinds.values()), progress))
     finally:
         progress.done()
         engine.reset()
@@ -108,23 +122,27 @@ def _nominal_s(spec: ModelSpec, profile: ComputeProfile) -> float:
     return total_s
 
 
-def _measure(
-    source: ExpertSource,
-    engine: Engine,
-    kinds: Sequence[Sequence[int]],
-    device: DeviceKind,
-    progress: Progress,
-) -> ComputeProfile:
+class _Probe(NamedTuple):
+    """What is measured, and where."""
+
+    source: ExpertSource
+    engine: Engine
+    hardware: HardwareProfile
+    scratch: Path
+
+
+def _measure(probe: _Probe, kinds: Sequence[Sequence[int]], progress: Progress) -> ComputeProfile:
     """Measure with the present number of threads."""
     import torch
 
-    spec = engine.spec
+    spec = probe.engine.spec
+    device = probe.hardware.device
     timer = _Timer(torch.cuda.synchronize if device == "cuda" else None)
     layers = []
     for numbers in kinds:
-        layers.append(_measure_kind(source, engine, tuple(numbers), device, timer))
+        layers.append(_measure_kind(probe, tuple(numbers), timer))
         progress.advance(1)
-    head_s = _measure_head(engine, timer)
+    head_s = _measure_head(probe.engine, timer)
     progress.advance(1)
     return ComputeProfile(
         version=COMPUTE_VERSION,
@@ -151,90 +169,135 @@ def _context_tokens(spec: ModelSpec) -> int:
     return min(CONTEXT_TOKENS, max(1, spec.context_length - 2 * _REPEATS))
 
 
-def _measure_kind(
-    source: ExpertSource,
-    engine: Engine,
-    numbers: tuple[int, ...],
-    device: DeviceKind,
-    timer: _Timer,
-) -> LayerCompute:
+def _measure_kind(probe: _Probe, numbers: tuple[int, ...], timer: _Timer) -> LayerCompute:
     import torch
 
+    engine = probe.engine
     spec = engine.spec
     layer = engine.decoder.layers[numbers[0]]
-    kind = spec.layers[numbers[0]]
+    moe = spec.layers[numbers[0]].moe
     context = _context_tokens(spec)
     tokens = [count for count in TOKENS if count <= context]
     sample = engine.decoder.embed(torch.arange(tokens[-1], device=engine.device) % spec.vocab_size)
+    cache = engine.kv.layers[numbers[0]]
 
     def curve(call: Callable[[torch.Tensor], object]) -> Curve:
         with torch.inference_mode():
             times_s = [timer.median_s(partial(call, sample[:count])) for count in tokens]
         return Curve(tuple(tokens), tuple(times_s))
 
-    cache = engine.kv.layers[numbers[0]]
-
     def attend_prompt(hidden: torch.Tensor) -> torch.Tensor:
         cache.truncate(0)
         return layer.attend(hidden, 0)
 
-    positions = itertools.count(context)
     attention = curve(attend_prompt)
+    positions = itertools.count(tokens[-1])
     with torch.inference_mode():
-        attend_prompt(sample[:context])
+        attend_prompt(sample)
         token_s = timer.median_s(lambda: layer.attend(sample[:1], next(positions)))
     attention = Curve(attention.tokens, (token_s, *attention.seconds[1:]))
-    if kind.moe is None:
+    if moe is None:
         ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
         return LayerCompute(numbers, attention, None, None, None, ffn)
+    whole, split = (_measure_expert(probe, numbers[0], ratio, curve) for ratio in (1.0, 0.5))
     return LayerCompute(
         layers=numbers,
         attention=attention,
         router=curve(lambda hidden: layer.route(layer.mlp_norm(hidden)).ids.tolist()),
-        expert=_measure_expert(source, engine, numbers[0], 1.0, sample, device, curve),
-        expert_split=_measure_expert(source, engine, numbers[0], 0.5, sample, device, curve),
-        ffn=curve(layer.shared) if kind.moe.shared_intermediate_size else None,
+        expert=whole,
+        expert_split=split,
+        ffn=curve(layer.shared) if moe.shared_intermediate_size else None,
+        transfer_s=_measure_transfer(probe, numbers[0], sample[:1], whole.at(1), timer),
     )
 
 
 def _measure_expert(
-    source: ExpertSource,
-    engine: Engine,
+    probe: _Probe,
     number: int,
     ratio: float,
-    sample: torch.Tensor,
-    device: DeviceKind,
     curve: Callable[[Callable[[torch.Tensor], object]], Curve],
 ) -> Curve:
     """One expert's share of a pass in which every token uses the same top-k experts."""
+    from moepack_runtime.store import CheckpointStore
+
+    spec = probe.engine.spec
+    layout = Layout(spec.digest, (layer_layout(spec, number, ratio),))
+    store = CheckpointStore(probe.source, spec, layout)
+    slots = spec.moe(number).top_k
+    with _open_layer(probe, layout, store, slots=slots) as run:
+        whole = curve(run)
+    return Curve(whole.tokens, tuple(seconds / slots for seconds in whole.seconds))
+
+
+def _measure_transfer(
+    probe: _Probe, number: int, token: torch.Tensor, expert_s: float, timer: _Timer
+) -> float:
+    """What a pass with every expert missing takes beyond the cost model, for each transfer.
+
+    The interpreter's lock, waking threads, weights that are in no processor cache: none of it is
+    the link's, all of it is there for each transfer.
+    """
+    import torch
+    from moepack_runtime.scratch_store import ScratchStore
+
+    spec = probe.engine.spec
+    top_k = spec.moe(number).top_k
+    cut = layer_layout(spec, number, 1.0)
+    shape = layer_segment(spec, cut, "top")
+    assert shape is not None
+    with tempfile.TemporaryDirectory(dir=probe.scratch, prefix=".probe.") as folder:
+        path = Path(folder) / "experts"
+        try:
+            store = ScratchStore(path, probe.source, number, shape, top_k)
+        except OSError as failure:
+            raise output_error(path, failure) from failure
+        layout = Layout(spec.digest, (cut,))
+        with (
+            _open_layer(probe, layout, store, slots=0) as run,
+            torch.inference_mode(),
+        ):
+            missing_s = timer.median_s(lambda: run(token))
+    priced_s = decode_layer_s(
+        LayerTimes(0.0, expert_s),
+        top_k,
+        [PartCost(shape.stored_bytes, 0.0, 0)],
+        probe.hardware.link_seconds,
+        staging_experts=top_k,
+    )
+    return max(0.0, missing_s - priced_s) / top_k
+
+
+@contextmanager
+def _open_layer(
+    probe: _Probe, layout: Layout, store: SegmentStore, *, slots: int
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """The expert half of one layer, with its first experts resident and always chosen."""
     import torch
     from moepack_runtime.experts import ExpertMemory
     from moepack_runtime.loading import open_transfer
     from moepack_runtime.moe import Block, add_experts
     from moepack_runtime.router import Routing
-    from moepack_runtime.store import CheckpointStore
 
-    spec = engine.spec
+    spec, number = probe.engine.spec, layout.layers[0].layer
     moe = spec.moe(number)
-    layout = Layout(spec.digest, (layer_layout(spec, number, ratio),))
-    slots = moe.top_k
-    placement = LayerPlacement(number, 0, slots, slots, "lru", tuple(range(moe.num_experts)))
-    store = CheckpointStore(source, spec, layout)
-    with open_transfer(spec, layout, store, device) as transfer:
-        memory = ExpertMemory(spec, layout, [placement], staging_experts=1, transfer=transfer)
+    chosen = torch.arange(moe.top_k, device=probe.engine.device)
+    everyone = tuple(range(moe.num_experts))
+    placement = LayerPlacement(number, 0, slots, slots, "lru", everyone)
+    with open_transfer(spec, layout, store, probe.hardware.device) as transfer:
+        memory = ExpertMemory(
+            spec, layout, [placement], staging_experts=moe.top_k, transfer=transfer
+        )
         memory.warm()
-        chosen = torch.arange(slots, device=sample.device)
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
-            ids = chosen.expand(len(hidden), slots)
-            weights = torch.full(ids.shape, 1 / slots, device=sample.device)
+            ids = chosen.expand(len(hidden), moe.top_k)
+            weights = torch.full(ids.shape, 1 / moe.top_k, device=hidden.device)
             total = torch.zeros_like(hidden, dtype=torch.float32)
             block = Block(hidden, Routing(ids, weights), total)
             add_experts(moe, [block], memory.step(number, ids.tolist()))
             return hidden + total.to(hidden.dtype)
 
-        whole = curve(run)
-    return Curve(whole.tokens, tuple(seconds / slots for seconds in whole.seconds))
+        yield run
 
 
 def _measure_head(engine: Engine, timer: _Timer) -> float:

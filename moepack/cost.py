@@ -36,12 +36,14 @@ class PartCost(NamedTuple):
 class LayerTimes(NamedTuple):
     """Compute seconds of one layer for one number of tokens.
 
-    ``expert_s`` is for one whole expert over the tokens that it gets; ``other_s`` is everything
-    but the routed experts: attention, router, shared expert or dense FFN, fixed overhead.
+    ``expert_s`` is for one whole expert over the tokens that it gets; ``transfer_s`` is what each
+    transfer costs the computing thread beside the link's time; ``other_s`` is everything but the
+    routed experts: attention, router, shared expert or dense FFN.
     """
 
     other_s: float
     expert_s: float
+    transfer_s: float = 0.0
 
 
 def throttled(link: LinkSeconds, rate_bytes_per_s: float, latency_s: float) -> LinkSeconds:
@@ -102,7 +104,8 @@ def decode_layer_s(
             if staging_experts == 1:
                 link_s += times.expert_s * (misses - 1)
         expected_s += chance * max(compute_s, link_s)
-    return times.other_s + expected_s
+    transfers = top_k * sum(1.0 - part.hit_rate for part in parts)
+    return times.other_s + expected_s + transfers * times.transfer_s
 
 
 def distinct_experts(shares: Sequence[float], tokens: int, top_k: int) -> list[float]:
@@ -137,11 +140,11 @@ def prefill_layer_s(
     hot
         Expert ids, hottest first; the first ``slots`` of each part are resident.
     """
+    missing = [sum(used[expert] for expert in hot[part.slots :]) for part in parts]
     link_s = sum(
-        sum(used[expert] for expert in hot[part.slots :]) * link(part.stored_bytes)
-        for part in parts
+        count * link(part.stored_bytes) for count, part in zip(missing, parts, strict=True)
     )
-    compute_s = sum(used) * times.expert_s
+    compute_s = sum(used) * times.expert_s + sum(missing) * times.transfer_s
     if staging_experts > 1:
         return times.other_s + max(link_s, compute_s)
     return times.other_s + link_s + compute_s

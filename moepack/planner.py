@@ -41,8 +41,9 @@ from moepack.routing import RoutingPart, RoutingProfile
 from moepack.segments import PARTS
 from moepack.units import format_size
 
-#: Split ratios tried for all layers alike, each moved to the nearest cut of its layer.
-SPLIT_RATIOS = tuple(step / 8 for step in range(9))
+#: Split ratios tried for all layers alike, each moved to the nearest cut of its layer; of equally
+#: good ones the first is taken.
+SPLIT_RATIOS = tuple(step / 8 for step in range(8, -1, -1))
 
 #: Share of the host's memory that a process may take when --ram does not say.
 DEFAULT_RAM_SHARE = 0.9

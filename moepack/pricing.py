@@ -126,7 +126,7 @@ class Pricer:
             top_k = self._spec.moe(number).top_k
             parts = self._parts(cut, place, part)
             ttft_s += self._prefill_s(entry, cut, place, parts, blocks, staging_experts)
-            times = LayerTimes(0.0, _expert_curve(entry, cut).at(1))
+            times = LayerTimes(0.0, _expert_curve(entry, cut).at(1), entry.transfer_s)
             tpot_s += decode_layer_s(
                 times, top_k, parts, self._link, staging_experts=staging_experts
             )
@@ -163,7 +163,7 @@ class Pricer:
             distinct = sum(distinct_experts(shares, tokens, top_k))
             compute_s += distinct * curve.at(tokens * top_k / distinct)
         return prefill_layer_s(
-            LayerTimes(0.0, compute_s / sum(used)),
+            LayerTimes(0.0, compute_s / sum(used), entry.transfer_s),
             used,
             place.hot,
             parts,

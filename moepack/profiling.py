@@ -19,6 +19,7 @@ from moepack.budget import memory_breakdown
 from moepack.compute import ComputeProfile
 from moepack.compute_probe import measure_compute, probe_context_tokens
 from moepack.errors import ProfileError
+from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
 from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
 from moepack.progress import NO_PROGRESS, Progress
@@ -104,14 +105,22 @@ def _stack(blocks: list[torch.Tensor]) -> np.ndarray:
 def profile_model(
     checkpoint: Checkpoint,
     *,
-    device: DeviceKind,
+    hardware: HardwareProfile,
     texts: Sequence[Path],
+    scratch: Path,
     progress: Progress = NO_PROGRESS,
 ) -> tuple[ComputeProfile, RoutingProfile]:
     """Measure a model's compute on this machine, and record how it routes on texts.
 
     Reads the whole model once for every :data:`CHUNK_TOKENS` of text. Peak memory: the trunk, the
     hidden states of a chunk, and a few experts.
+
+    Parameters
+    ----------
+    hardware
+        This machine.
+    scratch
+        A folder on the disk that will hold the pack.
 
     Raises
     ------
@@ -132,9 +141,9 @@ def profile_model(
     tokenizer = Tokenizer.load(checkpoint.folder)
     encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
     layout = uniform_layout(spec, 1.0)
-    placement = _streaming_placement(spec, layout, device)
+    placement = _streaming_placement(spec, layout, hardware.device)
     with open_checkpoint(checkpoint, spec, layout, placement) as engine:
-        compute = measure_compute(checkpoint, engine, device=device, progress=progress)
+        compute = measure_compute(checkpoint, engine, hardware, scratch=scratch, progress=progress)
         routing = record_routing(
             engine,
             encoded,
