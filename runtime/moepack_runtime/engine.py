@@ -27,7 +27,7 @@ from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import SegmentStore
-from moepack_runtime.transfer import Transfer
+from moepack_runtime.transfer import LinkStatistics, Transfer
 
 
 class Observer(Protocol):
@@ -125,6 +125,11 @@ class Engine:
     def length(self) -> int:
         """Tokens in the KV cache."""
         return self.kv.length
+
+    @property
+    def link(self) -> LinkStatistics:
+        """What went over the link since the engine was opened."""
+        return self._transfer.statistics
 
     def reset(self) -> None:
         """Forget the sequence; what is cached of the experts stays."""
