@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moepack import records
 from moepack.atomic import output_error, write_atomically
-from moepack.errors import CapabilityError, DiskFullError, PlanMismatchError
+from moepack.errors import CapabilityError, DiskFullError, PackFormatError, PlanMismatchError
 from moepack.formats import PackedModel, check_plan_fits
 from moepack.manifest import (
     MANIFEST_FILE,
@@ -102,6 +102,7 @@ def pack(
     """
     started_s = time.perf_counter()
     check_plan_for(source.spec, plan)
+    _check_spec(source.spec)
     out = out.resolve()
     units = draft_units(source.spec, plan.layout)
     try:
@@ -175,17 +176,17 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
             )
 
 
+def _check_spec(spec: ModelSpec) -> None:
+    """The spec survives the manifest: else the folder would not open, after hours of packing."""
+    read = records.decode(ModelSpec, records.encode(spec), what="spec", error=PackFormatError)
+    assert read.digest == spec.digest, "a field of the spec is not of its declared type"
+
+
 def _resume(work: WorkFolder, units: Iterable[Unit]) -> int:
     """Keep what an interrupted pack finished for this layout, remove the rest; bytes kept."""
-    kept = {
-        unit.name: work.finished[unit.name]
-        for unit in units
-        if unit.name in work.finished and _is_there(work, unit)
-    }
-    work.finished = kept
-    shards = [shard for finished in kept.values() for shard in finished.shards]
-    work.keep_only({shard.path for shard in shards})
-    return sum(shard.size_bytes for shard in shards)
+    kept = [unit for unit in units if unit.name in work.finished and _is_there(work, unit)]
+    work.keep([unit.name for unit in kept])
+    return sum(unit.size_bytes for unit in kept)
 
 
 def _is_there(work: WorkFolder, unit: Unit) -> bool:

@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
@@ -115,9 +115,17 @@ class WorkFolder:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def keep_only(self, vouched: set[str]) -> None:
-        """Remove every file that is not among these paths relative to the folder."""
-        for path in sorted(self.folder.rglob("*"), reverse=True):
+    def keep(self, names: Collection[str]) -> None:
+        """Vouch for these of the finished units alone, and remove every other file."""
+        dropped = self.finished.keys() - set(names)
+        self.finished = {name: self.finished[name] for name in names}
+        if dropped:
+            # First the lines, then the files: a line must never outlive what it vouched for.
+            self._journal.truncate(len(_encode(self._start)))
+            for unit in self.finished.values():
+                self._append(unit)
+        vouched = {shard.path for unit in self.finished.values() for shard in unit.shards}
+        for path in self.folder.rglob("*"):
             if path.is_dir() and not path.is_symlink():
                 continue
             if path.relative_to(self.folder).as_posix() not in vouched:
@@ -128,6 +136,8 @@ class WorkFolder:
         lines = self._journal.read().splitlines(keepends=True)
         ours = bool(lines) and _decode(_Start, lines[0]) is not None
         if not ours and self.folder.exists() and any(self.folder.iterdir()):
+            if not lines:
+                Path(self._journal.name).unlink()
             raise OutputError(
                 f"{self.folder}: exists and is not the rest of an interrupted pack; "
                 "move it away or choose another output"
@@ -166,9 +176,13 @@ class WorkFolder:
         return hashlib.sha256(manifest).hexdigest() == publishing.manifest_sha256
 
     def _append(self, line: _Start | FinishedUnit | _Publishing) -> None:
-        self._journal.write(records.encode(line).encode() + b"\n")
+        self._journal.write(_encode(line))
         self._journal.flush()
         os.fsync(self._journal.fileno())
+
+
+def _encode(line: _Start | FinishedUnit | _Publishing) -> bytes:
+    return records.encode(line).encode() + b"\n"
 
 
 def _decode(cls: type[T], line: bytes) -> T | None:

@@ -129,7 +129,22 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None
     foreign.write_text("42")
     with pytest.raises(OutputError, match="not the rest of an interrupted pack"):
         pack(FakeSource(spec), make_plan(spec, [16, 32]), tmp_path / "pack")
-    assert foreign.read_text() == "42"
+    assert contents(tmp_path) == {"pack.partial/thesis.txt": b"42"}
+
+
+def test_a_line_of_the_journal_does_not_outlive_its_files(tmp_path: Path) -> None:
+    """A file of the right size and header is not taken for the one that was flushed."""
+    spec = make_spec()
+    source, plan = FakeSource(spec), make_plan(spec, [16, 32])
+    interrupt(tmp_path / "pack", source, plan, (2, 1))
+    shard = tmp_path / "pack.partial/experts/layer-001.top.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    interrupt(tmp_path / "pack", source, plan, (1, 0))
+    shard.write_bytes(data[:4096].ljust(len(data), b"\0"))  # as a power cut may leave it
+    pack(source, plan, tmp_path / "pack")
+    pack(source, plan, tmp_path / "straight")
+    assert contents(tmp_path / "pack") == contents(tmp_path / "straight")
 
 
 def test_a_torn_journal_costs_a_unit_and_no_more(tmp_path: Path) -> None:
