@@ -99,16 +99,12 @@ class RopeSpec:
 
 @record
 class MlaSpec:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds the latent.
-
-    ``norm_eps`` is that of the norms of the latents, which the model's own does not reach.
-    """
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds the latent."""
 
     q_rank: int | None
     kv_rank: int
     nope_dim: int
     rope_dim: int
-    norm_eps: float = 1e-6
 
 
 @record

@@ -162,7 +162,6 @@ def test_attention_is_that_of_the_modules(tiny: TinyModel, tiny_folder: TinyFold
         assert widths[kind.qk_norm] == (None if norm is None else norm.weight.numel())
         assert norm is None or epsilon(norm) == spec.norm_eps
         if kind.mla is not None:
-            assert epsilon(module.kv_a_layernorm) == kind.mla.norm_eps
             assert kind.head_dim == module.qk_head_dim
             assert kind.value_dim == module.v_head_dim
         else:
