@@ -1,8 +1,9 @@
 """A packed folder, opened: every byte of its structure checked before a weight is read.
 
 :meth:`PackedModel.open` trusts nothing: the version first, then the manifest's own digest, then
-everything in :mod:`moepack.structure`. Weights are not read; they are checked when fetched (CRC-32)
-or by :mod:`moepack.verify` (SHA-256). The format is in ``docs/format.md``.
+everything in :mod:`moepack.index_rules` and :mod:`moepack.file_rules`. Weights are not read; they
+are checked when fetched (CRC-32) or by :mod:`moepack.verify` (SHA-256). The format is in
+``docs/format.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from moepack.errors import PackError, PlanMismatchError
+from moepack.file_rules import check_files, check_shards
+from moepack.index_rules import check_manifest
 from moepack.manifest import (
     MANIFEST_FILE,
     PLAN_FILE,
@@ -25,7 +28,6 @@ from moepack.manifest import (
 from moepack.model_spec import ModelSpec
 from moepack.plan import Layout, Plan, load_plan
 from moepack.segments import SegmentId
-from moepack.structure import check_files, check_manifest, check_shards
 
 __all__ = ["PackedModel", "SegmentEntry", "TrunkTensor", "check_plan_fits"]
 
