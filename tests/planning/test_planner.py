@@ -1,0 +1,268 @@
+"""Plans fit, cannot lose, refuse by name, and survive their file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moepack import records
+from moepack.budget import memory_breakdown
+from moepack.checkpoint import Checkpoint
+from moepack.errors import BudgetTooSmallError, PlanError, PlanMismatchError, ProfileError
+from moepack.hardware import find_hardware
+from moepack.layouts import uniform_layout
+from moepack.model_spec import ModelSpec
+from moepack.plan import Plan, load_plan
+from moepack.planner import PlanRequest, make_plan
+from moepack.roofline import derive_compute
+from moepack.routing import (
+    RoutingProfile,
+    TextSource,
+    Trace,
+    load_routing,
+    make_profile,
+    part_of_tokens,
+)
+from moepack.units import GIB, KIB, MIB
+from tests.conftest import TinyFolder
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_folder: TinyFolder) -> ModelSpec:
+    return Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
+
+
+@pytest.fixture(scope="module")
+def routing(spec: ModelSpec) -> RoutingProfile:
+    """A trace with some skew and some reuse."""
+    rng = np.random.default_rng(3)
+    layers = spec.moe_layers
+    experts, top_k = spec.moe(layers[0]).num_experts, spec.moe(layers[0]).top_k
+    tokens = 300
+    liking = rng.gumbel(size=(1, len(layers), experts)) + rng.gumbel(
+        size=(tokens, len(layers), experts)
+    )
+    order = np.argsort(-liking, axis=2).astype(np.uint16)
+    wide = np.concatenate([order, order], axis=2)[:, :, : 2 * top_k]
+    trace = Trace(
+        ids=order[:, :, :top_k],
+        weights=np.full((tokens, len(layers), top_k), 1 / top_k, dtype=np.float16),
+        predicted=wide,
+        sequence=np.zeros(tokens, dtype=np.uint32),
+        part=part_of_tokens(tokens),
+    )
+    return make_profile(
+        trace,
+        model_name=spec.name,
+        model_digest=spec.digest,
+        recorded_utc="2026-01-01T00:00:00+00:00",
+        how="drawn at random",
+        sources=(TextSource("none", "0" * 64, tokens),),
+        layers=tuple((number, experts, top_k) for number in layers),
+    )
+
+
+def request(spec: ModelSpec, routing: RoutingProfile | None, **changes: object) -> PlanRequest:
+    hardware = find_hardware("cpu-nvme4")
+    made = PlanRequest(
+        spec=spec,
+        hardware=hardware,
+        hardware_is_this_machine=False,
+        compute=derive_compute(spec, hardware),
+        routing=routing,
+        device="cpu",
+        fast_budget_bytes=GIB,
+        context_tokens=256,
+        prompt_tokens=64,
+        new_tokens=32,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def least_bytes(spec: ModelSpec) -> int:
+    with pytest.raises(BudgetTooSmallError) as caught:
+        make_plan(request(spec, None, fast_budget_bytes=1))
+    return 1 + caught.value.missing_bytes
+
+
+@given(spare_bytes=st.integers(0, 2 * MIB))
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_plan_fits_its_budget_to_the_byte_and_beats_no_baseline_by_losing(
+    spec: ModelSpec, routing: RoutingProfile, spare_bytes: int
+) -> None:
+    budget = least_bytes(spec) + spare_bytes
+    plan = make_plan(request(spec, routing, fast_budget_bytes=budget))
+    place = plan.placement
+    assert place.memory.total_bytes <= budget == place.fast_budget_bytes
+    assert plan.prediction.fast_bytes == place.memory.total_bytes
+    assert place.memory == memory_breakdown(
+        spec,
+        plan.layout,
+        place.layers,
+        staging_experts=place.staging_experts,
+        context_tokens=place.context_tokens,
+    )
+    for cut, layer in zip(plan.layout.layers, place.layers, strict=True):
+        experts = spec.moe(cut.layer).num_experts
+        assert 0 <= layer.top_slots <= experts
+        assert 0 <= layer.bottom_slots <= experts
+        assert sorted(layer.hot) == list(range(experts))
+        assert layer.budget_bytes == place.layers[0].budget_bytes
+
+
+def test_one_byte_less_than_the_least_is_refused_naming_it(spec: ModelSpec) -> None:
+    least = least_bytes(spec)
+    make_plan(request(spec, None, fast_budget_bytes=least))
+    with pytest.raises(BudgetTooSmallError, match=r"\(1 bytes\) are missing") as caught:
+        make_plan(request(spec, None, fast_budget_bytes=least - 1))
+    assert caught.value.missing_bytes == 1
+
+
+def test_the_largest_context_is_the_largest(spec: ModelSpec, routing: RoutingProfile) -> None:
+    budget = least_bytes(spec) + 40 * KIB
+    plan = make_plan(request(spec, routing, fast_budget_bytes=budget))
+    longest = plan.max_context_tokens
+    assert 256 <= longest < spec.context_length
+    make_plan(request(spec, routing, fast_budget_bytes=budget, context_tokens=longest))
+    with pytest.raises(BudgetTooSmallError, match=f"--context to at most {longest}"):
+        make_plan(request(spec, routing, fast_budget_bytes=budget, context_tokens=longest + 1))
+
+
+def test_room_for_everything_leaves_nothing_to_fetch(
+    spec: ModelSpec, routing: RoutingProfile
+) -> None:
+    plan = make_plan(request(spec, routing))
+    assert plan.prediction.hit_rate == 1.0
+    assert plan.prediction.ready_rate == 1.0
+    assert plan.prediction.link_bytes_per_token == 0.0
+    assert plan.baselines["resident"].eligible
+    assert plan.prediction.tpot_s == pytest.approx(plan.baselines["resident"].tpot_s)
+
+
+def test_more_memory_is_never_slower_and_a_slower_link_never_faster(
+    spec: ModelSpec, routing: RoutingProfile
+) -> None:
+    def total_s(**changes: object) -> float:
+        # Nothing depends on chance here: candidates are chosen and told on one hit curve.
+        flat = dataclasses.replace(routing, hits=np.stack([routing.hits[1]] * 3))
+        made = make_plan(request(spec, flat, **changes))
+        return made.prediction.ttft_s + 31 * made.prediction.tpot_s
+
+    least = least_bytes(spec)
+    times_s = [total_s(fast_budget_bytes=least + step * 128 * KIB) for step in range(12)]
+    assert times_s == sorted(times_s, reverse=True)
+    assert times_s[-1] < times_s[0]
+    slower_s = [
+        total_s(fast_budget_bytes=least + 256 * KIB, link=(rate, 1e-4))
+        for rate in (2e9, 2e8, 2e7, 2e6)
+    ]
+    assert slower_s == sorted(slower_s)
+
+
+def test_the_plan_is_no_worse_than_any_baseline_that_could_run(
+    spec: ModelSpec, routing: RoutingProfile
+) -> None:
+    flat = dataclasses.replace(routing, hits=np.stack([routing.hits[1]] * 3))
+    for spare in (0, 100 * KIB, 400 * KIB, 900 * KIB):
+        made = make_plan(request(spec, flat, fast_budget_bytes=least_bytes(spec) + spare))
+        own_s = made.prediction.ttft_s + 31 * made.prediction.tpot_s
+        assert {"on_demand", "lru", "resident"} <= set(made.baselines)
+        for name, other in made.baselines.items():
+            if other.eligible:
+                assert own_s <= other.ttft_s + 31 * other.tpot_s + 1e-12, name
+
+
+def test_a_kept_layout_is_kept(spec: ModelSpec, routing: RoutingProfile) -> None:
+    layout = uniform_layout(spec, 0.5, block_tokens=64)
+    plan = make_plan(request(spec, routing, keep_layout=layout))
+    assert plan.layout == layout
+
+
+def test_what_was_assumed_is_said(spec: ModelSpec, routing: RoutingProfile) -> None:
+    blind = make_plan(request(spec, None))
+    assert any("equally likely" in line for line in blind.provenance.assumptions)
+    assert any("roofline" in line for line in blind.provenance.assumptions)
+    seen = make_plan(request(spec, routing))
+    assert not any("equally likely" in line for line in seen.provenance.assumptions)
+    assert blind.prediction.band >= seen.prediction.band > 1
+
+
+def test_another_models_profile_is_refused(spec: ModelSpec, routing: RoutingProfile) -> None:
+    other = dataclasses.replace(routing.summary, model_digest="f" * 64, model_name="other")
+    with pytest.raises(PlanMismatchError, match="routing profile is of other"):
+        make_plan(request(spec, dataclasses.replace(routing, summary=other)))
+
+
+def test_the_host_must_hold_the_process_too(spec: ModelSpec, routing: RoutingProfile) -> None:
+    with pytest.raises(BudgetTooSmallError, match="of host memory and the process itself"):
+        make_plan(request(spec, routing, ram_budget_bytes=300 * KIB))
+
+
+def test_lengths_that_do_not_fit_the_context_are_refused(spec: ModelSpec) -> None:
+    with pytest.raises(PlanMismatchError, match="exceed the context of 80"):
+        make_plan(request(spec, None, context_tokens=80))
+    with pytest.raises(PlanMismatchError, match="made for at most"):
+        make_plan(request(spec, None, context_tokens=spec.context_length + 1))
+
+
+def test_a_plan_survives_its_file(spec: ModelSpec, routing: RoutingProfile, tmp_path: Path) -> None:
+    plan = make_plan(request(spec, routing, link=(1e9, 1e-4)))
+    path = tmp_path / "plan.json"
+    path.write_text(records.encode(plan))
+    assert load_plan(path) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "invalid json"),
+        ("{", "invalid json"),
+        ("[]", "should be an object"),
+        ('{"version": "one"}', "version"),
+    ],
+)
+def test_garbage_is_no_plan(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        load_plan(path)
+    with pytest.raises(PlanError, match="expected a plan made by"):
+        load_plan(tmp_path / "absent.json")
+
+
+def test_a_field_out_of_place_is_named(
+    spec: ModelSpec, routing: RoutingProfile, tmp_path: Path
+) -> None:
+    plan: Plan = make_plan(request(spec, routing))
+    data = records.to_data(plan)
+    data["placement"]["layers"][1]["policy"] = "guess"
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"placement\.layers\.1\.policy"):
+        load_plan(path)
+
+
+def test_a_routing_profile_survives_its_files_and_notices_a_strange_one(
+    routing: RoutingProfile, tmp_path: Path
+) -> None:
+    routing.save(tmp_path)
+    again = load_routing(tmp_path)
+    assert again.summary == routing.summary
+    assert np.array_equal(again.trace.ids, routing.trace.ids)
+    assert np.array_equal(again.hits, routing.hits)
+    blob = bytearray((tmp_path / "routing.npz").read_bytes())
+    blob[100] ^= 1
+    (tmp_path / "routing.npz").write_bytes(blob)
+    with pytest.raises(ProfileError, match="do not belong together"):
+        load_routing(tmp_path)
+    (tmp_path / "routing.yaml").write_text("layers: [1, 2\n")
+    with pytest.raises(ProfileError, match="not YAML"):
+        load_routing(tmp_path)
