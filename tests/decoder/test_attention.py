@@ -41,7 +41,10 @@ def latent_attention() -> LatentAttention:
         "o.weight": (hidden, heads * 10),
         "kv_a_norm.weight": (16,),
     }
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for name, shape in shapes.items()
+    }
     rope = RotaryEmbedding(
         RopeSpec(1e4, interleaved=True),
         head_dim=4,
@@ -67,4 +70,4 @@ def test_absorbing_and_expanding_the_latent_agree(
             outputs.append(attention(x[start : start + tokens], start))
             start += tokens
         results.append(torch.cat(outputs))
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)

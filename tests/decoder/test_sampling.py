@@ -50,6 +50,11 @@ def test_no_temperature_takes_the_likeliest() -> None:
     ]
 
 
+def test_the_likeliest_stays_however_small_top_p() -> None:
+    probabilities = Sampler(SamplingParams(1.0, top_p=1e-12)).probabilities(logits(0))
+    assert probabilities[logits(0).argmax()] == 1
+
+
 def test_equal_seeds_draw_equal_tokens_and_others_do_not() -> None:
     def draws(seed: int) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.5, seed=seed))
