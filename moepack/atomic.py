@@ -25,6 +25,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as out:
+                os.fchmod(handle, _file_mode())
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
@@ -35,6 +36,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as failure:
         raise output_error(path, failure) from failure
+
+
+def _file_mode() -> int:
+    """What an ordinary new file gets; a temporary one is the owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moepack.budget import (
     fixed_bytes,
@@ -18,16 +18,12 @@ from moepack.budget import (
     staging_bytes,
     stored_bytes,
 )
-from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds, throttled
-from moepack.errors import BudgetTooSmallError, PlanMismatchError
-from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import (
     PLAN_VERSION,
     Baseline,
-    DeviceKind,
     LayerLayout,
     LayerPlacement,
     Layout,
@@ -36,55 +32,25 @@ from moepack.plan import (
     Prediction,
     Provenance,
 )
+from moepack.plan_request import (
+    PlanRequest,
+    max_context_tokens,
+    require_budget,
+    require_host_memory,
+    require_matching,
+    slow_bytes,
+)
 from moepack.pricing import Price, Pricer, layer_routing
-from moepack.routing import RoutingPart, RoutingProfile
 from moepack.segments import PARTS
-from moepack.units import format_size
+from moepack.trace import RoutingPart
 
 #: Split ratios tried for all layers alike, each moved to the nearest cut of its layer; of equally
 #: good ones the first is taken.
 SPLIT_RATIOS = tuple(step / 8 for step in range(8, -1, -1))
 
-#: Share of the host's memory that a process may take when --ram does not say.
-DEFAULT_RAM_SHARE = 0.9
-
 #: Factor within which measured times are expected, by where the compute times come from.
 MEASURED_BAND = 1.35
 DERIVED_BAND = 2.0
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What a plan is to be made for.
-
-    Attributes
-    ----------
-    compute : ComputeProfile
-        Measured, or derived from ``hardware``.
-    routing : RoutingProfile or None
-        None: every expert is assumed equally likely, which the plan then says.
-    fast_budget_bytes, ram_budget_bytes : int
-        Bound on the fast tier, and on the whole process in host memory (None: what the hardware
-        profile allows).
-    link : tuple or None
-        (bytes per second, latency in seconds) of a throttled link to plan for.
-    keep_layout : Layout or None
-        Keep the bytes of an existing pack and decide the placement alone.
-    """
-
-    spec: ModelSpec
-    hardware: HardwareProfile
-    hardware_is_this_machine: bool
-    compute: ComputeProfile
-    routing: RoutingProfile | None
-    device: DeviceKind
-    fast_budget_bytes: int
-    ram_budget_bytes: int | None = None
-    context_tokens: int = 4096
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    link: tuple[float, float] | None = None
-    keep_layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -106,14 +72,14 @@ def make_plan(request: PlanRequest) -> Plan:
         When a profile or a layout is another model's.
     """
     began_s = time.perf_counter()
-    _require_matching(request)
-    _require_budget(request)
+    require_matching(request)
+    require_budget(request)
     planner = _Planner(request)
     candidates = [
         candidate for layout in planner.layouts() for candidate in planner.candidates(layout)
     ]
     best = min(candidates, key=lambda item: _total_s(request, item.price))
-    _require_host_memory(request, best)
+    require_host_memory(request, best.layout, best.placement)
     final = planner.price(
         best.layout, best.placement.layers, best.placement.staging_experts, "test"
     )
@@ -130,21 +96,6 @@ def make_plan(request: PlanRequest) -> Plan:
         planner_s=time.perf_counter() - began_s,
         link=request.link,
     )
-
-
-def max_context_tokens(request: PlanRequest) -> int:
-    """The longest context that fits the budget with one expert in flight and none kept.
-
-    At most the model's own; 0 where nothing fits.
-    """
-    low, high = 0, request.spec.context_length
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _least_bytes(replace(request, context_tokens=middle)) <= request.fast_budget_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 class _Planner:
@@ -269,86 +220,6 @@ def _total_s(request: PlanRequest, price: Price) -> float:
     return price.ttft_s + (request.new_tokens - 1) * price.tpot_s
 
 
-def _least_bytes(request: PlanRequest) -> int:
-    """Bytes of the smallest placement: everything fixed, and one expert in flight."""
-    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
-    return fixed_bytes(
-        request.spec, request.context_tokens, layout.prefill_block_tokens
-    ) + staging_bytes(request.spec, layout, 1)
-
-
-def _require_matching(request: PlanRequest) -> None:
-    digest = request.spec.digest
-    owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]
-    if request.routing is not None:
-        summary = request.routing.summary
-        owners.append(("routing profile", summary.model_digest, summary.model_name))
-    if request.keep_layout is not None:
-        owners.append(("layout", request.keep_layout.model_digest, "another model"))
-    for what, found, name in owners:
-        if found != digest:
-            raise PlanMismatchError(
-                f"the {what} is of {name} ({found[:12]}), the model is {request.spec.name} "
-                f"({digest[:12]}); run moepack profile for this model"
-            )
-
-
-def _require_budget(request: PlanRequest) -> None:
-    spec = request.spec
-    if request.context_tokens > spec.context_length:
-        raise PlanMismatchError(
-            f"a context of {request.context_tokens} tokens; {spec.name} was made for at most "
-            f"{spec.context_length}: lower --context"
-        )
-    if request.prompt_tokens + request.new_tokens > request.context_tokens:
-        raise PlanMismatchError(
-            f"{request.prompt_tokens} prompt and {request.new_tokens} new tokens exceed the "
-            f"context of {request.context_tokens}; raise --context, or lower --prompt or --new"
-        )
-    least_bytes = _least_bytes(request)
-    missing_bytes = least_bytes - request.fast_budget_bytes
-    if missing_bytes <= 0:
-        return
-    longest = max_context_tokens(request)
-    remedy = f"or --context to at most {longest}" if longest else "no context fits this budget"
-    raise BudgetTooSmallError(
-        f"{spec.name} needs at least {format_size(least_bytes)} at a context of "
-        f"{request.context_tokens}, the budget is {format_size(request.fast_budget_bytes)}: "
-        f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; set --vram to "
-        f"{format_size(least_bytes)} or more, {remedy}",
-        missing_bytes=missing_bytes,
-    )
-
-
-def _require_host_memory(request: PlanRequest, best: _Candidate) -> None:
-    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA)."""
-    limit_bytes = request.ram_budget_bytes
-    if limit_bytes is None:
-        limit_bytes = round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
-    base_bytes = request.hardware.process_base_bytes
-    if request.device == "cpu":
-        held, held_bytes = "the fast tier", best.placement.memory.total_bytes
-    else:
-        held, held_bytes = "the pinned slow tier", _slow_bytes(request.spec, best.layout)
-    missing_bytes = base_bytes + held_bytes - limit_bytes
-    if missing_bytes > 0:
-        raise BudgetTooSmallError(
-            f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
-            f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}: "
-            f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram or "
-            "raise --ram",
-            missing_bytes=missing_bytes,
-        )
-
-
-def _slow_bytes(spec: ModelSpec, layout: Layout) -> int:
-    return sum(
-        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
-        for cut in layout.layers
-        for part in PARTS
-    )
-
-
 def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Prediction:
     measured = request.compute.source == "measured" and request.routing is not None
     return Prediction(
@@ -359,7 +230,7 @@ def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Predict
         ready_rate=price.ready_rate,
         link_bytes_per_token=price.link_bytes_per_token,
         fast_bytes=best.placement.memory.total_bytes,
-        slow_bytes=_slow_bytes(request.spec, best.layout),
+        slow_bytes=slow_bytes(request.spec, best.layout),
         band=MEASURED_BAND if measured else DERIVED_BAND,
     )
 

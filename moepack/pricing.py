@@ -22,8 +22,9 @@ from moepack.cost import (
 )
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout
-from moepack.routing import RoutingPart, RoutingProfile
+from moepack.routing import RoutingProfile
 from moepack.segments import PARTS
+from moepack.trace import RoutingPart
 
 
 class Price(NamedTuple):

@@ -23,14 +23,8 @@ from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
 from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.routing import (
-    NO_PREDICTION,
-    RoutingProfile,
-    TextSource,
-    Trace,
-    make_profile,
-    part_of_tokens,
-)
+from moepack.routing import RoutingProfile, TextSource, make_profile
+from moepack.trace import NO_PREDICTION, Trace, part_of_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -120,6 +120,24 @@ def encode(item: Any, *, indent: int | None = None) -> str:
 
 
 def digest(item: Any) -> str:
-    """SHA-256 over the canonical JSON of a record, as lower-case hex."""
-    canonical = json.dumps(dataclasses.asdict(item), sort_keys=True, separators=(",", ":"))
+    """SHA-256 over the canonical JSON of a record, as lower-case hex.
+
+    Fields at their default are left out, so that a field that is added later, with a default,
+    changes no digest.
+    """
+    canonical = json.dumps(_without_defaults(item), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_defaults(item: Any) -> Any:
+    if isinstance(item, tuple | list):
+        return [_without_defaults(element) for element in item]
+    if isinstance(item, dict):
+        return {name: _without_defaults(element) for name, element in item.items()}
+    if not dataclasses.is_dataclass(item):
+        return item
+    return {
+        field.name: _without_defaults(value)
+        for field in dataclasses.fields(item)
+        if (value := getattr(item, field.name)) != field.default
+    }

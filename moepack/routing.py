@@ -12,7 +12,7 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +20,18 @@ import numpy.typing as npt
 from moepack import records
 from moepack.atomic import write_atomically
 from moepack.errors import ProfileError
+from moepack.hit_curves import lru_hit_curves
 from moepack.records import record
-from moepack.residency import ExpertCache
+from moepack.trace import (
+    NO_PREDICTION,
+    ROUTING_PARTS,
+    RoutingPart,
+    Trace,
+    activation_counts,
+    hot_ranking,
+)
 
 ROUTING_VERSION = 1
-
-#: Stands in the predicted ranking where no prediction exists (the first token of a sequence).
-NO_PREDICTION = np.iinfo(np.uint16).max
-
-RoutingPart = Literal["fit", "select", "test"]
-ROUTING_PARTS: tuple[RoutingPart, ...] = ("fit", "select", "test")
-
-#: Share of each text that goes to *fit* and to *select*; the rest is *test*.
-PART_SHARES = (0.6, 0.2)
-
-Ids = npt.NDArray[np.uint16]
 
 
 @record
@@ -86,32 +83,6 @@ class RoutingSummary:
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
-    """The recorded routing. ``L`` counts the layers that have experts, in the decoder's order.
-
-    Attributes
-    ----------
-    ids : uint16 [tokens, L, K]
-        Experts of each token, in descending weight.
-    weights : float16 [tokens, L, K]
-        Their routing weights.
-    predicted : uint16 [tokens, L, 2K]
-        The ranking that the layer's router gave one layer earlier (for the first layer: on the
-        previous token's last layer); :data:`NO_PREDICTION` where there is none.
-    sequence : uint32 [tokens]
-        Number of the sequence that a token belongs to.
-    part : uint8 [tokens]
-        Index into :data:`ROUTING_PARTS`.
-    """
-
-    ids: Ids
-    weights: npt.NDArray[np.float16]
-    predicted: Ids
-    sequence: npt.NDArray[np.uint32]
-    part: npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, eq=False)
 class RoutingProfile:
     """Summary and trace together.
 
@@ -134,11 +105,11 @@ class RoutingProfile:
         """Activations of every expert of a layer in one part of the trace, int64 [experts]."""
         index = self.layer_index(layer)
         entry = self.summary.layers[index]
-        return _counts(self.trace, index, entry.num_experts, entry.top_k, part)
+        return activation_counts(self.trace, index, entry.num_experts, entry.top_k, part)
 
     def hot_ranking(self, layer: int) -> tuple[int, ...]:
         """Every expert of a layer, most used in *fit* first; ties to the lower id."""
-        return _by_count(self.counts(layer))
+        return hot_ranking(self.counts(layer))
 
     def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float32]:
         """Hit rate of an LRU cache of 0, 1 ... N experts on one part, float32 [N + 1]."""
@@ -304,88 +275,3 @@ def _summarise_layer(
         recall_at_k=round(recall(top_k), 4),
         recall_at_2k=round(recall(2 * top_k), 4),
     )
-
-
-def part_of_tokens(count: int) -> npt.NDArray[np.uint8]:
-    """Which part each of ``count`` consecutive tokens of one text belongs to, uint8 [count]."""
-    fit = round(count * PART_SHARES[0])
-    select = round(count * PART_SHARES[1])
-    return np.repeat(
-        np.arange(3, dtype=np.uint8), [fit, min(select, count - fit), max(0, count - fit - select)]
-    )
-
-
-def _counts(
-    trace: Trace, index: int, num_experts: int, top_k: int, part: RoutingPart
-) -> npt.NDArray[np.int64]:
-    ids = trace.ids[trace.part == ROUTING_PARTS.index(part), index, :top_k]
-    return np.bincount(ids.ravel(), minlength=num_experts)
-
-
-def _by_count(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
-    return tuple(np.argsort(-counts, kind="stable").tolist())
-
-
-def lru_hit_curves(
-    trace: Trace, layers: tuple[tuple[int, int, int], ...]
-) -> npt.NDArray[np.float32]:
-    """Hit rate of every LRU cache size, for every part and layer.
-
-    A cache starts from the hot ranking of *fit* and sees every token in order. From K slots on,
-    LRU with whole-token admission is a stack algorithm (Mattson et al. 1970): a cache of n holds
-    the n best keys, so one pass over the ranks serves all sizes. Below K slots the runtime's own
-    cache is replayed over each part.
-
-    Parameters
-    ----------
-    layers
-        (decoder layer, experts, top-k) for every layer of the trace.
-
-    Returns
-    -------
-    float32 [parts, L, experts + 1]
-        Past a layer's own number of experts, 1.
-    """
-    widest = max((experts for _, experts, _ in layers), default=0)
-    curves = np.ones((len(ROUTING_PARTS), len(layers), widest + 1), dtype=np.float32)
-    for index, (_, experts, top_k) in enumerate(layers):
-        hot = _by_count(_counts(trace, index, experts, top_k, "fit"))
-        ids = trace.ids[:, index, :top_k]
-        at_rank = _hits_by_rank(ids, trace.part, hot)
-        for part in range(len(ROUTING_PARTS)):
-            total = int((trace.part == part).sum()) * top_k
-            if total:
-                curves[part, index, 1 : experts + 1] = np.cumsum(at_rank[part]) / total
-            curves[part, index, 0] = 0.0
-            for capacity in range(1, min(top_k, experts)):
-                tokens = ids[trace.part == part].tolist()
-                curves[part, index, capacity] = _replayed_hit_rate(tokens, hot, capacity)
-    return curves
-
-
-def _hits_by_rank(
-    ids: Ids, part: npt.NDArray[np.uint8], hot: tuple[int, ...]
-) -> npt.NDArray[np.int64]:
-    """How often an activated expert stood at each rank of the LRU order, int64 [parts, N].
-
-    The order is the cache's own: last use, then the lower id.
-    """
-    order = list(hot)  # most recently used first
-    counts = [[0] * len(hot) for _ in ROUTING_PARTS]
-    for row, of_part in zip(ids.tolist(), part.tolist(), strict=True):
-        tally = counts[of_part]
-        ranks = sorted(map(order.index, row))
-        for rank in ranks:
-            tally[rank] += 1
-        for rank in reversed(ranks):
-            del order[rank]
-        order[:0] = sorted(row)
-    return np.array(counts)
-
-
-def _replayed_hit_rate(tokens: list[list[int]], hot: tuple[int, ...], capacity: int) -> float:
-    if not tokens:
-        return 0.0
-    cache = ExpertCache(capacity, hot)
-    hits = sum(len(cache.step([row]).resident) for row in tokens)
-    return hits / (len(tokens) * len(tokens[0]))

@@ -110,7 +110,8 @@ def plan(
 ) -> None:
     """Decide what the fast memory holds, and predict the speed."""
     from moepack.atomic import write_atomically
-    from moepack.planner import PlanRequest, make_plan
+    from moepack.plan_request import PlanRequest
+    from moepack.planner import make_plan
     from moepack.report.plan import plan_view
 
     workspace = Workspace.locate()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from moepack.errors import CapabilityError
-from moepack.plan import EngineCapabilities, Placement
+from moepack.budget import memory_breakdown
+from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
+from moepack.model_spec import ModelSpec
+from moepack.plan import EngineCapabilities, Layout, Placement
+from moepack.units import format_size
 
 CAPABILITIES = EngineCapabilities(policies=("lru",), devices=("cpu", "cuda"), max_prefetch_depth=0)
 
@@ -27,3 +30,38 @@ def require_capable(placement: Placement) -> None:
                 f"layer {layer.layer} wants {layer.prefetch_depth} experts fetched ahead; this "
                 f"engine does {CAPABILITIES.max_prefetch_depth}; plan again with this moepack"
             )
+
+
+def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
+    """Refuse a placement that this engine, this layout or this budget cannot carry.
+
+    Raises
+    ------
+    CapabilityError
+        When it asks for a policy or prefetching that the engine lacks.
+    PlanMismatchError
+        When its bytes are not those of this model and layout.
+    BudgetTooSmallError
+        When it needs more than its budget, naming the missing bytes.
+    """
+    require_capable(placement)
+    needed = memory_breakdown(
+        spec,
+        layout,
+        placement.layers,
+        staging_experts=placement.staging_experts,
+        context_tokens=placement.context_tokens,
+    )
+    if needed != placement.memory:
+        raise PlanMismatchError(
+            f"the plan reserves {format_size(placement.memory.total_bytes)}, this model and layout "
+            f"need {format_size(needed.total_bytes)}; the plan was made for others: plan again"
+        )
+    missing_bytes = needed.total_bytes - placement.fast_budget_bytes
+    if missing_bytes > 0:
+        raise BudgetTooSmallError(
+            f"the plan needs {format_size(needed.total_bytes)}, the budget is "
+            f"{format_size(placement.fast_budget_bytes)}: {missing_bytes} bytes are missing; plan "
+            "again with a larger --vram or a smaller --context",
+            missing_bytes=missing_bytes,
+        )

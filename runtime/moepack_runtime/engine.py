@@ -13,12 +13,10 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 
-from moepack.budget import memory_breakdown
-from moepack.errors import BudgetTooSmallError, ContextLengthError, PlanMismatchError, RunError
+from moepack.errors import ContextLengthError, RunError
 from moepack.model_spec import ModelSpec, MoeSpec
 from moepack.plan import Layout, Placement
-from moepack.units import format_size
-from moepack_runtime.capabilities import require_capable
+from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.model import Decoder
@@ -301,38 +299,3 @@ class Engine:
         add_experts(moe, blocks, layer_pass)
         self._meter.count(layer_pass.counts)
         self._meter.wait_s += self._experts.wait_s - waited_s
-
-
-def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
-    """Refuse a placement that this engine, this layout or this budget cannot carry.
-
-    Raises
-    ------
-    CapabilityError
-        When it asks for a policy or prefetching that the engine lacks.
-    PlanMismatchError
-        When its bytes are not those of this model and layout.
-    BudgetTooSmallError
-        When it needs more than its budget, naming the missing bytes.
-    """
-    require_capable(placement)
-    needed = memory_breakdown(
-        spec,
-        layout,
-        placement.layers,
-        staging_experts=placement.staging_experts,
-        context_tokens=placement.context_tokens,
-    )
-    if needed != placement.memory:
-        raise PlanMismatchError(
-            f"the plan reserves {format_size(placement.memory.total_bytes)}, this model and layout "
-            f"need {format_size(needed.total_bytes)}; the plan was made for others: plan again"
-        )
-    missing_bytes = needed.total_bytes - placement.fast_budget_bytes
-    if missing_bytes > 0:
-        raise BudgetTooSmallError(
-            f"the plan needs {format_size(needed.total_bytes)}, the budget is "
-            f"{format_size(placement.fast_budget_bytes)}: {missing_bytes} bytes are missing; plan "
-            "again with a larger --vram or a smaller --context",
-            missing_bytes=missing_bytes,
-        )

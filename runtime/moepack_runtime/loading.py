@@ -12,7 +12,8 @@ from moepack.formats import PackedModel
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement, Plan
 from moepack.segments import PARTS, SegmentId
-from moepack_runtime.engine import Engine, require_fit
+from moepack_runtime.capabilities import require_fit
+from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer

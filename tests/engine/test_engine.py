@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moepack_runtime.engine import require_fit
+from moepack_runtime.capabilities import require_fit
 from moepack_runtime.loading import open_packed
 from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler, SamplingParams

@@ -14,7 +14,8 @@ from moepack.checkpoint import Checkpoint
 from moepack.errors import ProfileError
 from moepack.hardware import find_hardware
 from moepack.profiling import profile_model, read_texts, record_routing
-from moepack.routing import NO_PREDICTION, RoutingProfile
+from moepack.routing import RoutingProfile
+from moepack.trace import NO_PREDICTION
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
 from tests.support.plans import mixed_layout, placement

@@ -19,16 +19,11 @@ from moepack.hardware import find_hardware
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import Plan, load_plan
-from moepack.planner import PlanRequest, make_plan
+from moepack.plan_request import PlanRequest
+from moepack.planner import make_plan
 from moepack.roofline import derive_compute
-from moepack.routing import (
-    RoutingProfile,
-    TextSource,
-    Trace,
-    load_routing,
-    make_profile,
-    part_of_tokens,
-)
+from moepack.routing import RoutingProfile, TextSource, load_routing, make_profile
+from moepack.trace import Trace, part_of_tokens
 from moepack.units import GIB, KIB, MIB
 from tests.conftest import TinyFolder
 

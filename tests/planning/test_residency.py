@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepack.hit_curves import lru_hit_curves
 from moepack.residency import ExpertCache
-from moepack.routing import Trace, lru_hit_curves
+from moepack.trace import Trace
 
 
 @st.composite

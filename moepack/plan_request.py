@@ -1,0 +1,165 @@
+"""What a plan is asked for, and whether it can be made at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moepack.budget import fixed_bytes, staging_bytes, stored_bytes
+from moepack.compute import ComputeProfile
+from moepack.errors import BudgetTooSmallError, PlanMismatchError
+from moepack.hardware import HardwareProfile
+from moepack.layouts import uniform_layout
+from moepack.model_spec import ModelSpec
+from moepack.plan import DeviceKind, Layout, Placement
+from moepack.routing import RoutingProfile
+from moepack.segments import PARTS
+from moepack.units import format_size
+
+#: Share of the host's memory that a process may take when --ram does not say.
+DEFAULT_RAM_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is to be made for.
+
+    Attributes
+    ----------
+    compute : ComputeProfile
+        Measured, or derived from ``hardware``.
+    routing : RoutingProfile or None
+        None: every expert is assumed equally likely, which the plan then says.
+    fast_budget_bytes, ram_budget_bytes : int
+        Bound on the fast tier, and on the whole process in host memory (None: what the hardware
+        profile allows).
+    link : tuple or None
+        (bytes per second, latency in seconds) of a throttled link to plan for.
+    keep_layout : Layout or None
+        Keep the bytes of an existing pack and decide the placement alone.
+    """
+
+    spec: ModelSpec
+    hardware: HardwareProfile
+    hardware_is_this_machine: bool
+    compute: ComputeProfile
+    routing: RoutingProfile | None
+    device: DeviceKind
+    fast_budget_bytes: int
+    ram_budget_bytes: int | None = None
+    context_tokens: int = 4096
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    link: tuple[float, float] | None = None
+    keep_layout: Layout | None = None
+
+
+def max_context_tokens(request: PlanRequest) -> int:
+    """The longest context that fits the budget with one expert in flight and none kept.
+
+    At most the model's own; 0 where nothing fits.
+    """
+    low, high = 0, request.spec.context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _least_bytes(replace(request, context_tokens=middle)) <= request.fast_budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _least_bytes(request: PlanRequest) -> int:
+    """Bytes of the smallest placement: everything fixed, and one expert in flight."""
+    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
+    return fixed_bytes(
+        request.spec, request.context_tokens, layout.prefill_block_tokens
+    ) + staging_bytes(request.spec, layout, 1)
+
+
+def require_matching(request: PlanRequest) -> None:
+    """Refuse profiles and layouts of another model.
+
+    Raises
+    ------
+    PlanMismatchError
+        Naming what is whose.
+    """
+    digest = request.spec.digest
+    owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]
+    if request.routing is not None:
+        summary = request.routing.summary
+        owners.append(("routing profile", summary.model_digest, summary.model_name))
+    if request.keep_layout is not None:
+        owners.append(("layout", request.keep_layout.model_digest, "another model"))
+    for what, found, name in owners:
+        if found != digest:
+            raise PlanMismatchError(
+                f"the {what} is of {name} ({found[:12]}), the model is {request.spec.name} "
+                f"({digest[:12]}); run moepack profile for this model"
+            )
+
+
+def require_budget(request: PlanRequest) -> None:
+    """Refuse lengths that the model or the context cannot hold, and budgets too small for both.
+
+    Raises
+    ------
+    PlanMismatchError
+        When the lengths do not fit one another or the model.
+    BudgetTooSmallError
+        When not even one expert in flight fits, naming the missing bytes.
+    """
+    spec = request.spec
+    if request.context_tokens > spec.context_length:
+        raise PlanMismatchError(
+            f"a context of {request.context_tokens} tokens; {spec.name} was made for at most "
+            f"{spec.context_length}: lower --context"
+        )
+    if request.prompt_tokens + request.new_tokens > request.context_tokens:
+        raise PlanMismatchError(
+            f"{request.prompt_tokens} prompt and {request.new_tokens} new tokens exceed the "
+            f"context of {request.context_tokens}; raise --context, or lower --prompt or --new"
+        )
+    least_bytes = _least_bytes(request)
+    missing_bytes = least_bytes - request.fast_budget_bytes
+    if missing_bytes <= 0:
+        return
+    longest = max_context_tokens(request)
+    remedy = f"or --context to at most {longest}" if longest else "no context fits this budget"
+    raise BudgetTooSmallError(
+        f"{spec.name} needs at least {format_size(least_bytes)} at a context of "
+        f"{request.context_tokens}, the budget is {format_size(request.fast_budget_bytes)}: "
+        f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; set --vram to "
+        f"{format_size(least_bytes)} or more, {remedy}",
+        missing_bytes=missing_bytes,
+    )
+
+
+def require_host_memory(request: PlanRequest, layout: Layout, placement: Placement) -> None:
+    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA)."""
+    limit_bytes = request.ram_budget_bytes
+    if limit_bytes is None:
+        limit_bytes = round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
+    base_bytes = request.hardware.process_base_bytes
+    if request.device == "cpu":
+        held, held_bytes = "the fast tier", placement.memory.total_bytes
+    else:
+        held, held_bytes = "the pinned slow tier", slow_bytes(request.spec, layout)
+    missing_bytes = base_bytes + held_bytes - limit_bytes
+    if missing_bytes > 0:
+        raise BudgetTooSmallError(
+            f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
+            f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}: "
+            f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram or "
+            "raise --ram",
+            missing_bytes=missing_bytes,
+        )
+
+
+def slow_bytes(spec: ModelSpec, layout: Layout) -> int:
+    """Stored bytes of every segment: what the slow tier holds."""
+    return sum(
+        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
+        for cut in layout.layers
+        for part in PARTS
+    )

@@ -1,0 +1,74 @@
+"""The recorded routing of some tokens, and the parts that it is split into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+#: Stands in the predicted ranking where no prediction exists (the first token of a sequence).
+NO_PREDICTION = np.iinfo(np.uint16).max
+
+RoutingPart = Literal["fit", "select", "test"]
+ROUTING_PARTS: tuple[RoutingPart, ...] = ("fit", "select", "test")
+
+#: Share of each text that goes to *fit* and to *select*; the rest is *test*.
+PART_SHARES = (0.6, 0.2)
+
+Ids = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The recorded routing. ``L`` counts the layers that have experts, in the decoder's order.
+
+    Attributes
+    ----------
+    ids : uint16 [tokens, L, K]
+        Experts of each token, in descending weight.
+    weights : float16 [tokens, L, K]
+        Their routing weights.
+    predicted : uint16 [tokens, L, 2K]
+        The ranking that the layer's router gave one layer earlier (for the first layer: on the
+        previous token's last layer); :data:`NO_PREDICTION` where there is none.
+    sequence : uint32 [tokens]
+        Number of the sequence that a token belongs to.
+    part : uint8 [tokens]
+        Index into :data:`ROUTING_PARTS`.
+    """
+
+    ids: Ids
+    weights: npt.NDArray[np.float16]
+    predicted: Ids
+    sequence: npt.NDArray[np.uint32]
+    part: npt.NDArray[np.uint8]
+
+
+def part_of_tokens(count: int) -> npt.NDArray[np.uint8]:
+    """Which part each of ``count`` consecutive tokens of one text belongs to, uint8 [count]."""
+    fit = round(count * PART_SHARES[0])
+    select = round(count * PART_SHARES[1])
+    return np.repeat(
+        np.arange(3, dtype=np.uint8), [fit, min(select, count - fit), max(0, count - fit - select)]
+    )
+
+
+def activation_counts(
+    trace: Trace, index: int, num_experts: int, top_k: int, part: RoutingPart
+) -> npt.NDArray[np.int64]:
+    """Activations of every expert of a layer in one part, int64 [experts].
+
+    Parameters
+    ----------
+    index
+        Of the layer on the trace's layer axis.
+    """
+    ids = trace.ids[trace.part == ROUTING_PARTS.index(part), index, :top_k]
+    return np.bincount(ids.ravel(), minlength=num_experts)
+
+
+def hot_ranking(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """Experts by their counts, most used first; ties to the lower id."""
+    return tuple(np.argsort(-counts, kind="stable").tolist())
