@@ -8,7 +8,12 @@ trap 'rm -rf "$MOEPACK_HOME"' EXIT
 
 step() {
   printf '\n$ moepack'
-  printf ' %q' "$@"
+  for argument in "$@"; do
+    case $argument in
+      *' '*) printf ' "%s"' "$argument" ;;
+      *) printf ' %s' "$argument" ;;
+    esac
+  done
   printf '\n'
   moepack "$@"
 }
@@ -16,5 +21,5 @@ step() {
 step profile
 step plan --vram 16M --context 1024
 step pack
-step run "In the beginning" --max-new-tokens 60 --stats
+step run "In the beginning" --temperature 0.8 --seed 1 --stats
 step bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -74,6 +75,11 @@ def profile(
         scratch=workspace.root,
         progress=progress,
     )
+    # The shipped model's folder is called otherwise than the model.
+    name = source.record.name
+    compute = dataclasses.replace(compute, model_name=name)
+    summary = dataclasses.replace(routing.summary, model_name=name)
+    routing = dataclasses.replace(routing, summary=summary)
     folder = workspace.remember(source.record)
     compute.save(folder.compute_path)
     routing.save(folder.folder)

@@ -1,7 +1,7 @@
 """Progress of long work on standard error.
 
-Nothing is drawn before a piece of work has lasted two seconds. A terminal gets a bar with an
-estimate; anything else gets a line now and then.
+Nothing is drawn before a piece of work has lasted two seconds, nor when it is about to end. A
+terminal gets a bar with an estimate; anything else gets a line now and then.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Work:
 
     def describe(self, now_s: float) -> str:
         """The same, and ``, 12 s left`` where that can be told."""
+        left_s = self.left_s(now_s)
+        return self.done() if left_s is None else f"{self.done()}, {format_duration(left_s)} left"
+
+    def left_s(self, now_s: float) -> float | None:
+        """Seconds to the end at the present pace; None where that cannot be told."""
         if not self.total or not 0 < self.amount < self.total:
-            return self.done()
-        left_s = (now_s - self.began_s) * (self.total - self.amount) / self.amount
-        return f"{self.done()}, {format_duration(left_s)} left"
+            return None
+        return (now_s - self.began_s) * (self.total - self.amount) / self.amount
 
     def _count(self, amount: int) -> str:
         return format_size(amount) if self.unit == "bytes" else str(amount)
@@ -126,10 +130,17 @@ class TerminalProgress:
         assert work is not None, "advance before start"
         work.amount += amount
         now_s = self._clock()
-        if self._drawer is None and now_s - work.began_s >= QUIET_S:
+        if self._drawer is None and self._is_long(work, now_s):
             self._drawer = (_Bar if self._stream.isatty() else _Lines)(self._stream)
         if self._drawer is not None:
             self._drawer.draw(work, now_s)
+
+    @staticmethod
+    def _is_long(work: Work, now_s: float) -> bool:
+        if now_s - work.began_s < QUIET_S or work.amount == work.total:
+            return False
+        left_s = work.left_s(now_s)
+        return left_s is None or left_s >= QUIET_S
 
     def done(self) -> None:
         """The piece of work has ended, well or badly."""

@@ -8,7 +8,7 @@ from moepack.budget import needs, stored_bytes
 from moepack.formats import PackedModel
 from moepack.model_spec import ModelSpec
 from moepack.pack import PackReport
-from moepack.report.tables import columns, facts
+from moepack.report.tables import by_layer, columns, facts
 from moepack.units import format_duration, format_rate, format_size
 from moepack.verify import VerifyReport
 
@@ -77,14 +77,16 @@ def pack_view(packed: PackedModel) -> RenderableType:
     )
     layers = columns(
         ("layer", "experts", "top", "bottom", "split", "encoding"),
-        (
+        by_layer(
             (
-                str(cut.layer),
-                str(spec.moe(cut.layer).num_experts),
-                format_size(stored_bytes(spec, cut, "top")),
-                format_size(stored_bytes(spec, cut, "bottom")),
-                f"{cut.split_ratio:.2f}",
-                cut.encoding,
+                cut.layer,
+                (
+                    str(spec.moe(cut.layer).num_experts),
+                    format_size(stored_bytes(spec, cut, "top")),
+                    format_size(stored_bytes(spec, cut, "bottom")),
+                    f"{cut.split_ratio:.2f}",
+                    cut.encoding,
+                ),
             )
             for cut in packed.layout.layers
         ),

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moepack.plan import MemoryBreakdown, Plan
-from moepack.report.tables import columns, facts
+from moepack.report.tables import by_layer, columns, facts, figure
 from moepack.units import format_duration, format_size
 
 
@@ -37,7 +37,7 @@ def plan_view(plan: Plan) -> RenderableType:
             ),
             (
                 "each token",
-                f"{format_duration(forecast.tpot_s)} ({forecast.tokens_per_s:.3g} tokens/s)",
+                f"{format_duration(forecast.tpot_s)} ({figure(forecast.tokens_per_s)} tokens/s)",
             ),
             ("hit rate", f"{forecast.hit_rate:.1%}"),
             ("over the link", f"{format_size(forecast.link_bytes_per_token)} a token"),
@@ -83,15 +83,17 @@ def memory_view(memory: MemoryBreakdown) -> Table:
 def _layers(plan: Plan) -> Table:
     return columns(
         ("layer", "split", "tops", "bottoms", "slots", "policy", "prefetch"),
-        (
+        by_layer(
             (
-                str(place.layer),
-                f"{cut.split_ratio:.2f}",
-                f"{place.top_slots}/{len(place.hot)}",
-                f"{place.bottom_slots}/{len(place.hot)}",
-                format_size(place.budget_bytes),
-                place.policy,
-                str(place.prefetch_depth or "off"),
+                place.layer,
+                (
+                    f"{cut.split_ratio:.2f}",
+                    f"{place.top_slots}/{len(place.hot)}",
+                    f"{place.bottom_slots}/{len(place.hot)}",
+                    format_size(place.budget_bytes),
+                    place.policy,
+                    str(place.prefetch_depth or "off"),
+                ),
             )
             for cut, place in zip(plan.layout.layers, plan.placement.layers, strict=True)
         ),

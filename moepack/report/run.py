@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moepack.drift import Drift
-from moepack.report.tables import columns, facts
+from moepack.report.tables import columns, facts, figure
 from moepack.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ttft_s": ("first token", format_duration),
     "tpot_s": ("each token", format_duration),
-    "tokens_per_s": ("tokens/s", "{:.3g}".format),
+    "tokens_per_s": ("tokens/s", figure),
     "hit_rate": ("hit rate", "{:.1%}".format),
     "ready_rate": ("ready rate", "{:.1%}".format),
     "link_bytes_per_token": ("link bytes a token", format_size),
@@ -47,7 +47,7 @@ def stats_view(stats: RunStats) -> RenderableType:
         (
             "tokens",
             (
-                f"{stats.prompt_tokens} in the prompt at {stats.prefill_tokens_per_s:.3g} "
+                f"{stats.prompt_tokens} in the prompt at {figure(stats.prefill_tokens_per_s)} "
                 f"tokens/s, {stats.new_tokens} new"
             ),
         ),

@@ -1,8 +1,9 @@
-"""The two shapes that everything is shown in."""
+"""The two shapes that everything is shown in, and the words of their cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from rich.table import Table
 from rich.text import Text
@@ -26,3 +27,18 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     return table
+
+
+def figure(number: float) -> str:
+    """Three significant digits, or all of those before the point: ``0.325``, ``45.5``, ``1080``."""
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def by_layer(rows: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Rows with the layer's number in front; neighbours that say the same become one."""
+    merged = []
+    for cells, group in groupby(rows, key=lambda row: row[1]):
+        layers = [layer for layer, _ in group]
+        name = str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+        merged.append((name, *cells))
+    return merged
