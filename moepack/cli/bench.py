@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepack.cli.generation import Session, drift_of, open_session, run_document
-from moepack.cli.options import JsonOption, Link, LinkOption, PackOption
+from moepack.cli.options import JsonOption, LinkOption, PackOption
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
-from moepack.errors import DriftError, PlanMismatchError, WorkspaceError
+from moepack.errors import DriftError, WorkspaceError
 from moepack.shipped import shipped_texts
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
     from moepack_runtime.stats import RunStats
-
-    from moepack.plan import Plan
 
 #: Texts measured: one could lie by its subject, and more take longer than they teach.
 NUM_TEXTS = 3
@@ -53,10 +51,9 @@ def bench(
     from moepack.report.run import bench_view
 
     workspace = Workspace.locate()
-    session = open_session(workspace, model, check="first")
+    session = open_session(workspace, model, check="first", link=link)
     with session.engine:
         plan = session.plan
-        _require_link(plan, link)
         prompt_tokens = prompt or plan.placement.prompt_tokens
         new_tokens = new or plan.placement.new_tokens
         prompts = _prompts(session, prompt_tokens)
@@ -85,14 +82,6 @@ def bench(
 
 def _ratio(ratio: float | None) -> str:
     return "predicted 0" if ratio is None else f"{ratio:.2f} of the prediction"
-
-
-def _require_link(plan: Plan, link: Link | None) -> None:
-    """A prediction holds for the link that it was made for."""
-    if link is not None and plan.link != tuple(link):
-        raise PlanMismatchError(
-            "the plan was priced for another link; give moepack plan the same --link first"
-        )
 
 
 def _prompts(session: Session, length: int) -> list[list[int]]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moepack import records
 from moepack.cli.models import open_pack, plan_to_run
+from moepack.cli.options import Link
 from moepack.cli.output import note
 from moepack.drift import Drift, compare
+from moepack.errors import PlanMismatchError
 from moepack.units import format_duration, format_rate
 
 if TYPE_CHECKING:
@@ -31,8 +33,17 @@ class Session(NamedTuple):
     stop_ids: frozenset[int]
 
 
-def open_session(workspace: Workspace, model: str | None, *, check: str) -> Session:
+def open_session(
+    workspace: Workspace, model: str | None, *, check: str, link: Link | None = None
+) -> Session:
     """Open the packed model that is meant, under its newest plan. The caller closes the engine.
+
+    Parameters
+    ----------
+    check
+        Value of a ``moepack_runtime.store.CheckMode``.
+    link
+        The throttled link that the plan must be for; None for whichever it is for.
 
     Raises
     ------
@@ -45,6 +56,10 @@ def open_session(workspace: Workspace, model: str | None, *, check: str) -> Sess
 
     packed = open_pack(workspace, model)
     plan = plan_to_run(workspace, packed, named=model is not None)
+    if link is not None and plan.link != tuple(link):
+        raise PlanMismatchError(
+            "the plan was priced for another link; give moepack plan the same --link first"
+        )
     tokenizer = Tokenizer.load(packed.folder)
     if plan.link is not None:
         rate_bytes_per_s, latency_s = plan.link

@@ -32,15 +32,16 @@ def run(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0: always the likeliest token.")
+        float, typer.Option(metavar="T", help="0: always the likeliest token.")
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(min=0, metavar="K", help="Draw among the K likeliest; 0: among all.")
+        int, typer.Option(metavar="K", help="Draw among the K likeliest; 0: among all.")
     ] = 0,
     top_p: Annotated[
-        float, typer.Option(min=1e-6, max=1.0, metavar="P", help="Draw among the likeliest P.")
+        float,
+        typer.Option(metavar="P", help="Draw among the likeliest that together have P."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="S", help="Equal seeds draw equal texts.")] = 0,
     check: CheckOption = "first",
     stats: Annotated[
         bool, typer.Option("--stats", help="Say afterwards what was measured.")
@@ -51,7 +52,10 @@ def run(
     from moepack_runtime.sampling import SamplingParams
 
     prompt = _read_prompt(prompt)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    try:
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    except ValueError as failure:
+        raise typer.BadParameter(str(failure)) from None
     workspace = Workspace.locate()
     session = open_session(workspace, model, check=check)
     with session.engine:

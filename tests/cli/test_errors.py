@@ -193,6 +193,8 @@ def test_a_prompt_that_is_not_text(
         ("run", "abc", "--check", "sometimes"),
         ("run", "abc", "--top-p", "2"),
         ("run", "abc", "--temperature", "-1"),
+        ("run", "abc", "--temperature", "nan"),
+        ("run", "abc", "--seed", "9223372036854775808"),
         ("bench", "--new", "1"),
         ("profile", "--device", "tpu"),
         ("unpack",),
