@@ -208,6 +208,9 @@ def render(
             pairwise(POSITION_BOUNDS), measured.perplexity_by_position, strict=True
         )
     ]
+    corpus_tokens = sum(len(load_tokens(folder, record.name, "train")) for record in records)
+    # Whoever trains may leave a word on what happened: interruptions, changes on the way.
+    notes = folder / "notes.txt"
     template = (Path(__file__).parent / "card.md").read_text("utf-8")
     return FRONT_MATTER + template.format(
         layers=config.layers,
@@ -239,6 +242,8 @@ def render(
         window=measured.window,
         discount=measured.bigram_discount,
         difference=f"{measured.logits_difference:.1e}",
+        corpus_tokens=f"{corpus_tokens:,}",
+        notes=notes.read_text("utf-8") if notes.exists() else "",
         corpus=_corpus_table(folder, records, weights),
         quality=_quality_table(measured),
         positions=table(["position in the window", "perplexity"], positions),
