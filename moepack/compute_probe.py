@@ -11,6 +11,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from moepack.hardware import HardwareProfile
 from moepack.layouts import layer_layout
 from moepack.plan import LayerPlacement, Layout
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.timing import measure
+from moepack.timing import measure, summarise
 
 if TYPE_CHECKING:
     import torch
@@ -39,22 +40,23 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 #: Context behind which the attention of one token is measured, where the model has as much.
 CONTEXT_TOKENS = 512
 
-# A point is measured until it has this many repeats, or has taken this long.
-_REPEATS = 15
-_LIMIT_S = 0.4
+# Everything is measured in so many rounds, so that a burst of other work spoils one of them and
+# not the median; in a round, a point until it has this many repeats or has taken this long.
+_ROUNDS = 3
+_REPEATS = 7
+_LIMIT_S = 0.2
 
 
 class _Timer:
-    """Medians of repeated calls, and the largest spread seen."""
+    """Medians of repeated calls."""
 
     def __init__(self, synchronize: Callable[[], object] | None) -> None:
         self._synchronize = synchronize
-        self.spread = 0.0
 
     def median_s(self, call: Callable[[], object]) -> float:
-        timing = measure(call, repeats=_REPEATS, limit_s=_LIMIT_S, synchronize=self._synchronize)
-        self.spread = max(self.spread, timing.spread)
-        return timing.median_s
+        return measure(
+            call, repeats=_REPEATS, limit_s=_LIMIT_S, synchronize=self._synchronize
+        ).median_s
 
 
 def measure_compute(
@@ -90,20 +92,60 @@ def measure_compute(
     kinds: dict[LayerSpec, list[int]] = {}
     for number, layer in enumerate(engine.spec.layers):
         kinds.setdefault(layer, []).append(number)
-    found = []
     progress.start(
-        f"measure the compute of {engine.spec.name}", (len(kinds) + 1) * len(counts), "items"
+        f"measure the compute of {engine.spec.name}",
+        (len(kinds) + 1) * len(counts) * _ROUNDS,
+        "items",
     )
+    rounds: dict[int, list[ComputeProfile]] = {threads: [] for threads in sorted(counts)}
     try:
-        for threads in sorted(counts):
-            torch.set_num_threads(threads)
-            found.append(_measure(probe, list(kinds.values()), progress))
+        for _ in range(_ROUNDS):
+            for threads, measured in rounds.items():
+                torch.set_num_threads(threads)
+                measured.append(_measure(probe, list(kinds.values()), progress))
     finally:
         progress.done()
         engine.reset()
+    found = [_median_profile(measured) for measured in rounds.values()]
     best = min(found, key=lambda profile: _nominal_s(engine.spec, profile))
     torch.set_num_threads(best.threads)
     return best
+
+
+def _median_profile(rounds: Sequence[ComputeProfile]) -> ComputeProfile:
+    """Point by point the median of several rounds; the spread is that between them."""
+    spread = 0.0
+
+    def middle(values: Sequence[float]) -> float:
+        nonlocal spread
+        timing = summarise(values)
+        spread = max(spread, timing.spread)
+        return timing.median_s
+
+    def curve(curves: Sequence[Curve | None]) -> Curve | None:
+        known = [item for item in curves if item is not None]
+        if not known:
+            return None
+        points = zip(*(item.seconds for item in known), strict=True)
+        return Curve(known[0].tokens, tuple(middle(point) for point in points))
+
+    def layer(entries: Sequence[LayerCompute]) -> LayerCompute:
+        attention = curve([entry.attention for entry in entries])
+        assert attention is not None
+        return LayerCompute(
+            layers=entries[0].layers,
+            attention=attention,
+            router=curve([entry.router for entry in entries]),
+            expert=curve([entry.expert for entry in entries]),
+            expert_split=curve([entry.expert_split for entry in entries]),
+            ffn=curve([entry.ffn for entry in entries]),
+            transfer_s=middle([entry.transfer_s for entry in entries]),
+        )
+
+    head_s = middle([profile.head_s for profile in rounds])
+    layers = zip(*(profile.layers for profile in rounds), strict=True)
+    combined = tuple(layer(entries) for entries in layers)
+    return replace(rounds[0], head_s=head_s, layers=combined, spread=round(spread, 3))
 
 
 def _nominal_s(spec: ModelSpec, profile: ComputeProfile) -> float:
@@ -151,11 +193,14 @@ def _measure(probe: _Probe, kinds: Sequence[Sequence[int]], progress: Progress) 
         device=device,
         threads=torch.get_num_threads(),
         source="measured",
-        how=f"medians of {_REPEATS} calls of the model's own layers, torch {torch.__version__}",
+        how=(
+            f"medians of {_ROUNDS} rounds of {_REPEATS} calls of the model's own layers, torch "
+            f"{torch.__version__}"
+        ),
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         context_tokens=_context_tokens(spec),
         head_s=head_s,
-        spread=round(timer.spread, 3),
+        spread=0.0,
         layers=tuple(layers),
     )
 

@@ -83,9 +83,3 @@ def cpu_name(root: Path = _ROOT) -> str:
         if name.strip() == "model name":
             return value.strip()
     return platform.machine()
-
-
-def resident_bytes() -> int:
-    """RAM that this process occupies now, shared libraries included."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

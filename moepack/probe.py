@@ -48,7 +48,7 @@ _BUSY_SPREAD = 1.0
 
 _BASE_PROGRAM = """
 import torch, moepack_runtime.loading, moepack_runtime.tokenizer
-from moepack.machine import resident_bytes
+from moepack_runtime.memory import resident_bytes
 torch.nn.functional.linear(torch.ones(2, 64), torch.ones(64, 64))
 print(resident_bytes())
 """

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from moepack.budget import layer_segment
-from moepack.errors import PlanMismatchError
-from moepack.formats import PackedModel
+from moepack.formats import PackedModel, check_plan_fits
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement, Plan
 from moepack.segments import PARTS, SegmentId
@@ -43,7 +42,7 @@ def open_packed(
     process_base_bytes = resident_bytes()
     packed = PackedModel.open(folder)
     spec = packed.manifest.spec
-    require_same_layout(packed.manifest.layout, plan.layout)
+    check_plan_fits(plan, packed.manifest, str(folder))
     require_fit(spec, plan.layout, plan.placement)
     store = PackStore(packed)
     return _open(spec, plan.layout, plan.placement, store, check, link, process_base_bytes)
@@ -114,31 +113,3 @@ def open_transfer(
         for expert in range(spec.moe(cut.layer).num_experts)
     }
     return CudaTransfer(PinnedSegments(disk, stored_bytes), torch.device(device))
-
-
-def require_same_layout(packed: Layout, planned: Layout) -> None:
-    """Refuse a plan whose layout is not the pack's.
-
-    Raises
-    ------
-    PlanMismatchError
-        Naming the layers that would have to be packed again.
-    """
-    if packed.digest == planned.digest:
-        return
-    if packed.model_digest != planned.model_digest:
-        raise PlanMismatchError(
-            f"the pack is of model {packed.model_digest[:12]}, the plan of "
-            f"{planned.model_digest[:12]}; run moepack pack for this plan"
-        )
-    found = {layer.layer: layer for layer in packed.layers}
-    differing = [layer.layer for layer in planned.layers if found.get(layer.layer) != layer]
-    if not differing:
-        raise PlanMismatchError(
-            f"the pack's prefill block is {packed.prefill_block_tokens} tokens, the plan's "
-            f"{planned.prefill_block_tokens}; run moepack pack for this plan"
-        )
-    raise PlanMismatchError(
-        f"the pack's layout is not the plan's in layers {', '.join(map(str, differing))}; run "
-        "moepack pack, which rewrites these and keeps the others"
-    )

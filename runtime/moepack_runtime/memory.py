@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import os
 from pathlib import Path
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, in bytes; its peak where the system tells no more."""
-    status = Path("/proc/self/statm")
-    if status.exists():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The most that was ever resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """RAM that this process occupies now, shared libraries included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

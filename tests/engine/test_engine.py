@@ -29,6 +29,7 @@ from moepack.residency import ExpertCache
 from moepack.segments import SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
+from tests.support.memory import peak_bytes
 from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
 
@@ -120,6 +121,15 @@ def test_what_is_allocated_is_what_was_planned(checkpoint: Checkpoint) -> None:
         assert peak == place.memory.total_bytes <= place.fast_budget_bytes
 
 
+def test_a_long_prompt_stays_within_the_planned_hidden_states(checkpoint: Checkpoint) -> None:
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,))
+    place = placement(spec, layout, tops=0, bottoms=0, staging=2, context=512)
+    planned = place.memory.hidden_bytes + place.memory.workspace_bytes
+    with open_engine(checkpoint, layout, place) as engine:
+        assert peak_bytes(lambda: engine.prefill([7] * 512)) <= planned
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(
     checkpoint: Checkpoint,
 ) -> None:
@@ -202,11 +212,11 @@ def test_a_pack_of_another_layout_is_refused_by_its_layers(
     pack(checkpoint, plan_for(spec, layout, place), out)
     other = mixed_layout(spec, (1.0, 0.5, 1.0))
     split = placement(spec, other, tops=1, bottoms=0, staging=1)
-    with pytest.raises(PlanMismatchError, match="in layers 1; run"):
+    with pytest.raises(PlanMismatchError, match="in layers 1; pack again"):
         open_packed(out, plan_for(spec, other, split))
     longer = dataclasses.replace(layout, prefill_block_tokens=16)
     again = placement(spec, longer, tops=1, bottoms=0, staging=1)
-    with pytest.raises(PlanMismatchError, match="block is 8 tokens, the plan's 16"):
+    with pytest.raises(PlanMismatchError, match="in the prefill block; pack again"):
         open_packed(out, plan_for(spec, longer, again))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from moepack import compute_probe
 from moepack.checkpoint import Checkpoint
+from moepack.compute import ComputeProfile
 from moepack.errors import ProfileError
 from moepack.hardware import find_hardware
 from moepack.profiling import profile_model, read_texts, record_routing
@@ -118,7 +121,25 @@ def test_recall_and_reuse_are_counted_as_said(recorded: RoutingProfile) -> None:
     assert entry.reuse == pytest.approx(np.mean(again), abs=1e-4)
 
 
-def test_a_whole_profile_of_a_model_with_texts(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_whole_profile_of_a_model_with_texts(
+    tiny_folder: TinyFolder, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_with: list[int] = []
+
+    def watch(*arguments: Any) -> ComputeProfile:
+        measured_with.append(torch.get_num_threads())
+        return measure(*arguments)
+
+    measure = compute_probe._measure
+    monkeypatch.setattr(compute_probe, "_measure", watch)
     folder = tiny_folder("qwen3_moe", "plain")
     text = tmp_path / "words.txt"
     text.write_text("One word after another, and then some more of them. " * 20)
@@ -126,6 +147,7 @@ def test_a_whole_profile_of_a_model_with_texts(tiny_folder: TinyFolder, tmp_path
     compute, routing = profile_model(
         checkpoint, hardware=find_hardware("cpu-nvme4"), texts=[text], scratch=tmp_path
     )
+    assert measured_with == [1, 2] * 3, "with one thread, and with all, in three rounds"
     assert compute.source == "measured"
     assert compute.model_digest == routing.summary.model_digest == checkpoint.spec.digest
     assert sorted(n for entry in compute.layers for n in entry.layers) == list(
