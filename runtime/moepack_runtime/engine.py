@@ -32,7 +32,10 @@ class Observer(Protocol):
     """Sees what the router of each layer decides (profiling, live statistics)."""
 
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
-        """One block of one layer: the residual after attention [tokens, hidden], and the choice."""
+        """One block of one layer: the residual after attention [tokens, hidden], and the choice.
+
+        The residual is overwritten afterwards; whoever keeps it copies it.
+        """
 
 
 class _Hidden(NamedTuple):
@@ -255,19 +258,24 @@ class Engine:
         for start, tokens in sequences:
             embedded = self.decoder.embed(torch.tensor(tokens, device=self.device))
             for offset in range(0, len(tokens), self._block_tokens):
-                block = embedded[offset : offset + self._block_tokens]
+                # A copy: a view would keep the embeddings of the whole prompt.
+                block = embedded[offset : offset + self._block_tokens].clone()
                 stream.append(_Hidden(start + offset, block))
+            del embedded
         for layer in range(len(self.spec.layers)):
             stream = self._run_layer(layer, stream)
         self._broken = False
         return stream
 
     def _run_layer(self, number: int, stream: list[_Hidden]) -> list[_Hidden]:
+        """One layer over all blocks. Empties ``stream``: the residual exists once at a time."""
         layer = self.decoder.layers[number]
         moe = self.spec.layers[number].moe
         residuals: list[_Hidden] = []
         blocks: list[Block] = []
-        for start, hidden in stream:
+        stream.reverse()
+        while stream:
+            start, hidden = stream.pop()
             if start == 0:
                 self.kv.layers[number].truncate(0)  # a survey passes from one sequence to the next
             residual = layer.attend(hidden, start)
@@ -284,13 +292,12 @@ class Engine:
         if moe is None:
             return residuals
         self._add_experts(number, moe, blocks)
-        outputs = []
-        for (start, residual), block in zip(residuals, blocks, strict=True):
+        for (_, residual), block in zip(residuals, blocks, strict=True):
             shared = layer.shared(block.inputs)
             if shared is not None:
                 block.total.add_(shared)
-            outputs.append(_Hidden(start, residual + block.total.to(residual.dtype)))
-        return outputs
+            residual.add_(block.total.to(residual.dtype))
+        return residuals
 
     def _add_experts(self, number: int, moe: MoeSpec, blocks: list[Block]) -> None:
         tokens = [row for block in blocks for row in block.routing.ids.tolist()]

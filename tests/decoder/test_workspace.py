@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from moepack_runtime.ffn import FfnWeights, gated_ffn
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.model import Decoder
-from torch.profiler import ProfilerActivity, profile
 
 from moepack.budget import workspace_bytes
 from moepack.model_spec import (
@@ -22,6 +20,7 @@ from moepack.model_spec import (
     RopeSpec,
     RouterSpec,
 )
+from tests.support.memory import peak_bytes
 
 HIDDEN, CONTEXT, BLOCK = 256, 512, 128
 MOE = MoeSpec(16, 4, 256, RouterSpec())
@@ -34,19 +33,6 @@ ATTENTIONS = {
     "window and sinks": AttentionSpec(8, 2, 64, 64, 64, 0.125, window=100, sinks=True),
     "latent": AttentionSpec(8, 8, 48, 32, 16, 0.14, mla=MlaSpec(None, 64, 32, 16)),
 }
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that a call holds beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    results = profiler.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def trunk_shapes(attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
