@@ -123,6 +123,7 @@ def profile_model(
     RunError
         When the model has no tokenizer, or cannot be run here.
     """
+    import torch
     from moepack_runtime.loading import open_checkpoint
     from moepack_runtime.tokenizer import Tokenizer
 
@@ -135,7 +136,8 @@ def profile_model(
     tokenizer = Tokenizer.load(checkpoint.folder)
     encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
     layout = uniform_layout(spec, 1.0)
-    placement = _streaming_placement(spec, layout, hardware.device)
+    # Opening an engine sets the number of threads: here to what it is, the most to be measured.
+    placement = _streaming_placement(spec, layout, hardware.device, torch.get_num_threads())
     with open_checkpoint(checkpoint, spec, layout, placement) as engine:
         compute = measure_compute(checkpoint, engine, hardware, scratch=scratch, progress=progress)
         routing = record_routing(
@@ -147,7 +149,9 @@ def profile_model(
     return compute, routing
 
 
-def _streaming_placement(spec: ModelSpec, layout: Layout, device: DeviceKind) -> Placement:
+def _streaming_placement(
+    spec: ModelSpec, layout: Layout, device: DeviceKind, threads: int
+) -> Placement:
     """Nothing resident, two experts of each token in flight."""
     layers = tuple(
         LayerPlacement(number, 0, 0, 0, "lru", tuple(range(spec.moe(number).num_experts)))
@@ -165,6 +169,7 @@ def _streaming_placement(spec: ModelSpec, layout: Layout, device: DeviceKind) ->
         new_tokens=1,
         memory=memory,
         layers=layers,
+        threads=threads,
     )
 
 
