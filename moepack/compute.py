@@ -1,7 +1,7 @@
 """One model on one machine: seconds of each piece of a layer over the number of tokens.
 
 Measured by running the model's own layers (:mod:`moepack.profiling`), or derived from the
-machine's rates by a roofline (:func:`moepack.hardware.derive_compute`) where the model has not been
+machine's rates by a roofline (:func:`moepack.roofline.derive_compute`) where the model has not been
 run here; a plan says which.
 """
 

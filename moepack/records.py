@@ -93,7 +93,7 @@ def load_yaml(cls: type[T], path: Path, *, what: str, error: type[MoepackError],
         data = yaml.safe_load(path.read_text("utf-8"))
     except OSError as failure:
         raise error(f"{what} {path}: {failure.strerror}; {remedy}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
+    except (yaml.YAMLError, ValueError, RecursionError) as failure:
         reason = " ".join(str(failure).split())
         raise error(f"{what} {path}: not YAML ({reason}); {remedy}") from None
     return decode_object(cls, data, what=f"{what} {path}", error=error)
