@@ -12,6 +12,11 @@ from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 
+#: Rows of an expert's product over many tokens come in multiples of this. Every number of rows
+#: that the matrix library has not seen costs it a new kernel: without this, the first prompt takes
+#: several times as long on small experts.
+ROW_MULTIPLE = 16
+
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
 TRUNK_ALIGNMENT_BYTES = 64
 
@@ -55,11 +60,12 @@ def hidden_bytes(spec: ModelSpec, context_tokens: int) -> int:
     """Bytes of the hidden states that a layer-major prefill of the longest prompt keeps.
 
     The residual stream and the normed input of the experts in the model's dtype, the float32 sum
-    over experts, and the routing (ids as int64, weights as float32).
+    over experts, and the routing twice (ids as int64, weights as float32; by token, and sorted by
+    expert).
     """
     width = spec.hidden_size
     top_k = max((spec.moe(i).top_k for i in spec.moe_layers), default=0)
-    per_token = width * (2 * DTYPE_BYTES[spec.dtype] + 4) + top_k * 12
+    per_token = width * (2 * DTYPE_BYTES[spec.dtype] + 4) + top_k * 24
     return context_tokens * per_token
 
 
@@ -89,7 +95,8 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
         widths = [layer.dense_intermediate_size or 0]
         if layer.moe is not None:
             widths += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
-        ffn = max(ffn, block * (3 * max(widths) + 2 * spec.hidden_size) * (element_bytes + 4))
+        rows = align_up(block, ROW_MULTIPLE)
+        ffn = max(ffn, rows * (3 * max(widths) + 2 * spec.hidden_size) * (element_bytes + 4))
     head = 3 * spec.vocab_size * 4
     return max(attention, ffn, head)
 

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import MoeSpec
 from moepack_runtime.experts import Arrival
 from moepack_runtime.ffn import gated_ffn
@@ -54,7 +56,9 @@ def add_experts(moe: MoeSpec, blocks: Sequence[Block], arrivals: Iterable[Arriva
     activation = moe.activation_spec
     for expert, segment in arrivals:
         for block, tokens, weights in chosen[expert]:
-            partial = gated_ffn(block.inputs[tokens], segment, activation)
+            # The rows that fill up are of token 0, and are dropped.
+            padded = F.pad(tokens, (0, -len(tokens) % ROW_MULTIPLE))
+            partial = gated_ffn(block.inputs[padded], segment, activation)[: len(tokens)]
             block.total.index_add_(0, tokens, partial.float() * weights)
 
 
