@@ -145,29 +145,24 @@ class GroupedQueryAttention:
         is_plain = start == 0 and self._sinks is None
         is_plain = is_plain and (spec.window is None or tokens <= spec.window)
         mask = None if is_plain else self._block_mask(queries, keys.shape[2], start, seen_from)
-        output = F.scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=is_plain,
-            scale=spec.scale,
-            enable_gqa=self._groups > 1,
-        )  # [1, heads, tokens, value_dim]
-        return output[0].transpose(0, 1).reshape(tokens, spec.num_heads * spec.value_dim)
+        output = _attend_in_groups(
+            queries.transpose(0, 1), keys, values, mask, is_causal=is_plain, scale=spec.scale
+        )  # [heads, tokens, value_dim]
+        return output.transpose(0, 1).reshape(tokens, spec.num_heads * spec.value_dim)
 
     def _block_mask(
         self, queries: torch.Tensor, rows: int, start: int, seen_from: int
     ) -> torch.Tensor:
-        """[tokens, rows], or [1, heads, tokens, rows] where the first row is the sink.
+        """[tokens, rows], or [kv_heads, groups, tokens, rows] where the first row is the sink.
 
         With three dimensions torch would leave its fused kernel and hold every score.
         """
         tokens, window = queries.shape[0], self._spec.window
         if self._sinks is None:
             return causal_mask(tokens, rows, start, seen_from, window, queries)
-        mask = queries.new_empty(1, self._spec.num_heads, tokens, rows)
-        mask[:, :, :, 0] = self._sinks.unsqueeze(1)
+        heads = (self._spec.num_kv_heads, self._groups)
+        mask = queries.new_empty(*heads, tokens, rows)
+        mask[:, :, :, 0] = self._sinks.view(*heads, 1)
         mask[:, :, :, 1:] = causal_mask(tokens, rows - 1, start, seen_from, window, queries)
         return mask
 
@@ -242,7 +237,7 @@ class LatentAttention:
                 queries.view(1, 1, spec.num_heads, -1), rows, rows, scale=spec.scale
             ).view(spec.num_heads, 1, -1)
         else:
-            output = self._attend(queries.unsqueeze(0), rows, rows, start)[0]
+            output = self._attend(queries, rows, rows, start)
         values = torch.bmm(output[:, :, : mla.kv_rank], self._value_up.transpose(1, 2))
         return values.transpose(0, 1).reshape(tokens, spec.num_heads * spec.value_dim)
 
@@ -257,31 +252,63 @@ class LatentAttention:
         values = F.pad(values, (0, self._value_padding))
         queries = torch.cat((query, rotary_query), -1)
         output = self._attend(
-            queries.transpose(0, 1).unsqueeze(0),
+            queries.transpose(0, 1),
             keys.transpose(0, 1).unsqueeze(0),
             values.transpose(0, 1).unsqueeze(0),
             start,
-        )  # [1, heads, tokens, >= value_dim]
-        values = output[0, :, :, : spec.value_dim]
+        )  # [heads, tokens, >= value_dim]
+        values = output[:, :, : spec.value_dim]
         return values.transpose(0, 1).reshape(tokens, spec.num_heads * spec.value_dim)
 
     def _attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
     ) -> torch.Tensor:
-        tokens, rows = queries.shape[2], keys.shape[2]
+        tokens, rows = queries.shape[1], keys.shape[2]
         is_plain = start == 0 and tokens > 1
         mask = None
         if start and tokens > 1:
             mask = causal_mask(tokens, rows, start, 0, None, queries)
-        return F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=is_plain,
-            scale=self._spec.scale,
-            enable_gqa=keys.shape[1] != queries.shape[1],
+        return _attend_in_groups(
+            queries, keys, values, mask, is_causal=is_plain, scale=self._spec.scale
         )
+
+
+def _attend_in_groups(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Queries [heads, tokens, width] against keys and values [1, kv_heads, rows, width].
+
+    The key heads are the batch, and the heads of a group see theirs through a view. With
+    ``enable_gqa`` and a mask no fused kernel of CUDA is left (flash attention takes no mask,
+    memory-efficient attention no groups), and torch would hold every score in float32. On CPU the
+    two ways take the same time and memory, and give the same bits.
+
+    Parameters
+    ----------
+    mask
+        [tokens, rows], or [kv_heads, groups, tokens, rows].
+
+    Returns
+    -------
+    Tensor
+        [heads, tokens, width of the values].
+    """
+    kv_heads = keys.shape[1]
+    groups = queries.shape[0] // kv_heads
+    return F.scaled_dot_product_attention(
+        queries.unflatten(0, (kv_heads, groups)),
+        keys.transpose(0, 1).expand(-1, groups, -1, -1),
+        values.transpose(0, 1).expand(-1, groups, -1, -1),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+    ).flatten(0, 1)
 
 
 def _query_projection(mla: MlaSpec, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
