@@ -152,6 +152,15 @@ def memory_breakdown(
     )
 
 
+def slow_bytes(spec: ModelSpec, layout: Layout) -> int:
+    """Stored bytes of every segment: what the slow tier holds."""
+    return sum(
+        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
+        for cut in layout.layers
+        for part in PARTS
+    )
+
+
 class Needs(NamedTuple):
     """What a model takes of the fast tier, uncut, at one context length.
 
@@ -189,7 +198,7 @@ def needs(spec: ModelSpec, context_tokens: int) -> Needs:
                 top_slots=spec.moe(layer).num_experts if cached else 0,
                 bottom_slots=0,
                 policy="lru",
-                hot=(),
+                hot=tuple(range(spec.moe(layer).num_experts)),
             )
             for layer in spec.moe_layers
         ]

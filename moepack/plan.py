@@ -15,6 +15,9 @@ from moepack.records import record
 
 PLAN_VERSION = 1
 
+#: No machine has more; a file that says so is damaged.
+MAX_THREADS = 4096
+
 DeviceKind = Literal["cpu", "cuda"]
 Policy = Literal["lru"]
 
@@ -82,6 +85,18 @@ class LayerPlacement:
     hot: tuple[int, ...]
     prefetch_depth: int = 0
 
+    def __post_init__(self) -> None:
+        experts = len(self.hot)
+        if sorted(self.hot) != list(range(experts)):
+            raise ValueError(f"hot of layer {self.layer} is no ranking of all its experts")
+        if not (0 <= self.top_slots <= experts and 0 <= self.bottom_slots <= experts):
+            raise ValueError(
+                f"layer {self.layer} has slots for {self.top_slots} tops and {self.bottom_slots} "
+                f"bottoms, expected 0 to {experts} of each"
+            )
+        if self.budget_bytes < 0 or self.prefetch_depth < 0:
+            raise ValueError(f"a size or depth of layer {self.layer} is negative")
+
 
 @record
 class MemoryBreakdown:
@@ -111,8 +126,14 @@ class MemoryBreakdown:
 class Placement:
     """What happens with the bytes of a layout on one machine. May change without repacking.
 
-    ``threads`` is the number that the processor's kernels use; like the layout, it decides the
-    bits of a result.
+    Attributes
+    ----------
+    ram_budget_bytes : int or None
+        Bound on the whole process in host memory; None: the machine's limit.
+    threads : int
+        That the processor's kernels use; like the layout, it decides the bits of a result.
+    readers : int
+        Reads from the disk in flight at once.
     """
 
     device: DeviceKind
@@ -123,11 +144,26 @@ class Placement:
     new_tokens: int
     memory: MemoryBreakdown
     layers: tuple[LayerPlacement, ...]
+    ram_budget_bytes: int | None = None
     threads: int = 1
+    readers: int = 4
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, expected 1 or more")
+        counts = {
+            "staging_experts": self.staging_experts,
+            "context_tokens": self.context_tokens,
+            "threads": self.threads,
+            "readers": self.readers,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}, expected 1 or more")
+        if self.threads > MAX_THREADS or self.readers > MAX_THREADS:
+            raise ValueError(
+                f"{self.threads} threads and {self.readers} readers, expected {MAX_THREADS} at most"
+            )
+        if min(self.prompt_tokens, self.new_tokens, self.fast_budget_bytes) < 0:
+            raise ValueError("a number of tokens, or the budget, is negative")
 
 
 @record
@@ -202,6 +238,14 @@ class Plan:
     planner_s: float
     # (bytes per second, latency in seconds) of a throttled link that the plan was priced for.
     link: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        cut = [layer.layer for layer in self.layout.layers]
+        placed = [layer.layer for layer in self.placement.layers]
+        if cut != placed:
+            raise ValueError(f"the layout is of layers {cut}, the placement of {placed}")
+        if self.link is not None and not (self.link[0] > 0 and self.link[1] >= 0):
+            raise ValueError(f"a link of {self.link[0]} bytes/s and {self.link[1]} s")
 
 
 def load_plan(path: Path) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moepack.budget import fixed_bytes, staging_bytes, stored_bytes
+from moepack.budget import fixed_bytes, slow_bytes, staging_bytes
 from moepack.compute import ComputeProfile
 from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
@@ -12,11 +12,13 @@ from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement
 from moepack.routing import RoutingProfile
-from moepack.segments import PARTS
-from moepack.units import format_size
+from moepack.units import MIB, format_size
 
 #: Share of the host's memory that a process may take when --ram does not say.
 DEFAULT_RAM_SHARE = 0.9
+
+#: What cuBLAS takes of VRAM beside the driver's context: its largest default workspace.
+CUBLAS_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ class PlanRequest:
     new_tokens: int = 128
     link: tuple[float, float] | None = None
     keep_layout: Layout | None = None
+
+
+def within_device(request: PlanRequest) -> PlanRequest:
+    """The request with its budget cut down to what the device has left for a model.
+
+    Only a GPU is smaller than what may be asked of it without a word; the host's memory is
+    checked with the plan (:func:`require_host_memory`).
+    """
+    hardware = request.hardware
+    if request.device != "cuda" or hardware.vram_bytes is None:
+        return request
+    free_bytes = hardware.vram_bytes - hardware.device_base_bytes - CUBLAS_BYTES
+    return replace(request, fast_budget_bytes=min(request.fast_budget_bytes, max(0, free_bytes)))
 
 
 def max_context_tokens(request: PlanRequest) -> int:
@@ -154,12 +169,3 @@ def require_host_memory(request: PlanRequest, layout: Layout, placement: Placeme
             "raise --ram",
             missing_bytes=missing_bytes,
         )
-
-
-def slow_bytes(spec: ModelSpec, layout: Layout) -> int:
-    """Stored bytes of every segment: what the slow tier holds."""
-    return sum(
-        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
-        for cut in layout.layers
-        for part in PARTS
-    )

@@ -3,7 +3,9 @@
 Today every layer gets the same budget and the same split. Which split, how much staging, and
 whether to keep anything at all is decided by price: ``TTFT + (new tokens - 1) * TPOT`` of
 :mod:`moepack.cost` over all candidates, which contain every baseline. The best is returned, so a
-plan cannot lose to a baseline by its own reckoning.
+plan cannot lose to a baseline on the part of the trace that decides (*select*). What is reported,
+of the plan and of the baselines, is priced on the part that nothing was chosen by (*test*), where
+near ties may turn.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from moepack.budget import (
     fixed_bytes,
     memory_breakdown,
+    slow_bytes,
     staging_bytes,
     stored_bytes,
 )
@@ -38,11 +41,12 @@ from moepack.plan_request import (
     require_budget,
     require_host_memory,
     require_matching,
-    slow_bytes,
+    within_device,
 )
 from moepack.pricing import Price, Pricer, layer_routing
 from moepack.segments import PARTS
 from moepack.trace import RoutingPart
+from moepack.units import format_size
 
 #: Split ratios tried for all layers alike, each moved to the nearest cut of its layer; of equally
 #: good ones the first is taken.
@@ -72,6 +76,8 @@ def make_plan(request: PlanRequest) -> Plan:
         When a profile or a layout is another model's.
     """
     began_s = time.perf_counter()
+    asked_bytes = request.fast_budget_bytes
+    request = within_device(request)
     require_matching(request)
     require_budget(request)
     planner = _Planner(request)
@@ -92,7 +98,7 @@ def make_plan(request: PlanRequest) -> Plan:
         placement=best.placement,
         prediction=_prediction(request, best, final),
         baselines=planner.baselines(),
-        provenance=_provenance(request),
+        provenance=_provenance(request, asked_bytes),
         planner_s=time.perf_counter() - began_s,
         link=request.link,
     )
@@ -125,11 +131,15 @@ class _Planner:
         return [keep] if keep is not None else [uniform_layout(self._spec, r) for r in SPLIT_RATIOS]
 
     def candidates(self, layout: Layout) -> Iterator[_Candidate]:
-        """One layout with every amount of staging that fits, all remaining budget in slots."""
+        """One layout with every amount of staging that fits, and all the rest in slots, or nothing.
+
+        Every baseline that this engine can run is among them.
+        """
         for staging in _staging_choices(self._spec):
             free_bytes = self._free_bytes(layout, staging)
             if free_bytes >= 0:
                 yield self._candidate(layout, staging, free_bytes)
+                yield self._candidate(layout, staging, 0)
 
     def baselines(self) -> dict[str, Baseline]:
         """The same engine under simpler strategies, at the same budget."""
@@ -189,7 +199,9 @@ class _Planner:
                 context_tokens=request.context_tokens,
             ),
             layers=layers,
+            ram_budget_bytes=request.ram_budget_bytes,
             threads=request.compute.threads,
+            readers=request.hardware.disk.readers,
         )
         return _Candidate(layout, placement, self.price(layout, layers, staging, "select"))
 
@@ -235,9 +247,14 @@ def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Predict
     )
 
 
-def _provenance(request: PlanRequest) -> Provenance:
+def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
     compute, routing = request.compute, request.routing
     assumptions = []
+    if asked_bytes > request.fast_budget_bytes:
+        assumptions.append(
+            f"of the {format_size(asked_bytes)} asked for, {request.hardware.name} has "
+            f"{format_size(request.fast_budget_bytes)} left for a model"
+        )
     if compute.source == "derived":
         assumptions.append("compute times are derived from the hardware profile by a roofline")
     if routing is None:

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import torch
 
-from moepack.budget import layer_segment
+from moepack import machine
+from moepack.budget import layer_segment, slow_bytes
+from moepack.errors import BudgetTooSmallError
 from moepack.formats import PackedModel, check_plan_fits
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement, Plan
 from moepack.segments import PARTS, SegmentId
+from moepack.units import format_size
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
+from moepack_runtime.transfer.host import DEFAULT_READERS
 
 
 def open_packed(
@@ -67,11 +71,14 @@ def _open(
     link: tuple[float, float] | None,
     process_base_bytes: int,
 ) -> Engine:
+    require_host_memory(spec, layout, placement, process_base_bytes)
     torch.set_num_threads(placement.threads)  # of the process: torch knows no other
-    transfer = open_transfer(spec, layout, store, placement.device, check=check)
-    if link is not None:
-        transfer = ThrottledTransfer(transfer, *link)
+    transfer = open_transfer(
+        spec, layout, store, placement.device, check=check, readers=placement.readers
+    )
     try:
+        if link is not None:
+            transfer = ThrottledTransfer(transfer, *link)
         return Engine(
             spec,
             layout,
@@ -92,6 +99,7 @@ def open_transfer(
     device: DeviceKind,
     *,
     check: CheckMode = CheckMode.FIRST,
+    readers: int = DEFAULT_READERS,
 ) -> Transfer:
     """The link of a kind of device: disk to RAM, or pinned RAM to VRAM.
 
@@ -100,7 +108,7 @@ def open_transfer(
     DeviceError, OutOfMemoryError, TransferError, DamagedSegmentError
         On CUDA, where every segment is read into pinned RAM here.
     """
-    disk = HostTransfer(store, check=check)
+    disk = HostTransfer(store, check=check, readers=readers)
     if device == "cpu":
         return disk
     from moepack_runtime.transfer.cuda import CudaTransfer, PinnedSegments
@@ -112,4 +120,36 @@ def open_transfer(
         if (shape := layer_segment(spec, cut, part)) is not None
         for expert in range(spec.moe(cut.layer).num_experts)
     }
-    return CudaTransfer(PinnedSegments(disk, stored_bytes), torch.device(device))
+    pinned = PinnedSegments(disk, stored_bytes)
+    try:
+        return CudaTransfer(pinned, torch.device(device))
+    except BaseException:
+        pinned.close()
+        raise
+
+
+def require_host_memory(
+    spec: ModelSpec, layout: Layout, placement: Placement, process_base_bytes: int
+) -> None:
+    """Refuse what the host cannot hold: the system would not refuse, it would kill.
+
+    Raises
+    ------
+    BudgetTooSmallError
+        Naming the missing bytes.
+    """
+    limit_bytes = machine.ram_bytes()
+    if placement.ram_budget_bytes is not None:
+        limit_bytes = min(limit_bytes, placement.ram_budget_bytes)
+    if placement.device == "cpu":
+        held, held_bytes = "the fast tier", placement.memory.total_bytes
+    else:
+        held, held_bytes = "the pinned slow tier", slow_bytes(spec, layout)
+    missing_bytes = process_base_bytes + held_bytes - limit_bytes
+    if missing_bytes > 0:
+        raise BudgetTooSmallError(
+            f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
+            f"{format_size(process_base_bytes)}, the limit is {format_size(limit_bytes)}: "
+            f"{missing_bytes} bytes are missing; plan again with a smaller --vram or larger --ram",
+            missing_bytes=missing_bytes,
+        )

@@ -254,3 +254,14 @@ def test_a_survey_routes_each_sequence_as_if_alone_and_reads_each_expert_once(
     assert together.tokens == alone.tokens
     experts = sum(len({e for t in tokens for e in t}) for tokens in together.tokens.values())
     assert reads == experts
+
+
+def test_a_host_that_cannot_hold_the_process_is_refused_before_the_system_kills_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    layout, place = whole(checkpoint, tops=2, staging=1)
+    out = tmp_path / "pack"
+    pack(checkpoint, plan_for(checkpoint.spec, layout, place), out)
+    tight = dataclasses.replace(place, ram_budget_bytes=place.memory.total_bytes)
+    with pytest.raises(BudgetTooSmallError, match="of host memory and the process itself"):
+        open_packed(out, plan_for(checkpoint.spec, layout, tight))

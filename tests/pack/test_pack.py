@@ -181,7 +181,13 @@ def test_a_plan_that_cannot_be_packed_says_why(
     tmp_path: Path, cuts: list[LayerLayout], error: type[Exception], message: str
 ) -> None:
     spec = make_spec()
-    plan = dataclasses.replace(make_plan(spec, [16, 32]), layout=Layout(spec.digest, tuple(cuts)))
+    plan = make_plan(spec, [16, 32])
+    placed = plan.placement.layers[: len(cuts)]
+    plan = dataclasses.replace(
+        plan,
+        layout=Layout(spec.digest, tuple(cuts)),
+        placement=dataclasses.replace(plan.placement, layers=placed),
+    )
     with pytest.raises(error, match=message):
         pack(FakeSource(spec), plan, tmp_path / "pack")
 

@@ -261,3 +261,58 @@ def test_a_routing_profile_survives_its_files_and_notices_a_strange_one(
     (tmp_path / "routing.yaml").write_text("layers: [1, 2\n")
     with pytest.raises(ProfileError, match="not YAML"):
         load_routing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("link",), [0.0, 0.0], "a link of 0.0 bytes/s"),
+        (("placement", "staging_experts"), 0, "staging_experts is 0"),
+        (("placement", "threads"), 10**9, "1000000000 threads"),
+        (("placement", "layers"), [], r"the placement of \[\]"),
+        (("placement", "layers", 0, "hot"), [0, 0, 1], "no ranking of all its experts"),
+        (("placement", "layers", 0, "top_slots"), -1, "slots for -1 tops"),
+        (("placement", "layers", 0, "layer"), 2, r"the layout is of layers \[0, 1, 2\]"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused_when_it_is_read(
+    spec: ModelSpec,
+    routing: RoutingProfile,
+    tmp_path: Path,
+    path: tuple[str | int, ...],
+    value: object,
+    message: str,
+) -> None:
+    data = records.to_data(make_plan(request(spec, routing)))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        load_plan(file)
+
+
+def test_a_graphics_card_is_not_promised_twice(spec: ModelSpec, routing: RoutingProfile) -> None:
+    """What the driver and the libraries take of it is not there for the model."""
+    card = find_hardware("rtx-4090")
+    assert card.vram_bytes is not None
+    large = request(
+        spec,
+        routing,
+        hardware=card,
+        compute=derive_compute(spec, card),
+        device="cuda",
+        fast_budget_bytes=100 * GIB,
+    )
+    plan = make_plan(large)
+    usable = card.vram_bytes - card.device_base_bytes
+    assert plan.placement.fast_budget_bytes < usable
+    assert any("left for a model" in line for line in plan.provenance.assumptions)
+    full = dataclasses.replace(card, vram_bytes=card.device_base_bytes + 32 * MIB)
+    with pytest.raises(BudgetTooSmallError, match="are missing"):
+        make_plan(dataclasses.replace(large, hardware=full, context_tokens=512))
+    modest = make_plan(dataclasses.replace(large, fast_budget_bytes=64 * MIB))
+    assert modest.placement.fast_budget_bytes == 64 * MIB
+    assert not any("left for a model" in line for line in modest.provenance.assumptions)

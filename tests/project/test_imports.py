@@ -26,6 +26,7 @@ SHARED = {
     "budget",
     "formats",
     "manifest",
+    "machine",
     "residency",
     "cost",
 }
