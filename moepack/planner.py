@@ -257,6 +257,11 @@ def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
         )
     if compute.source == "derived":
         assumptions.append("compute times are derived from the hardware profile by a roofline")
+    if request.prompt_tokens > compute.context_tokens:
+        assumptions.append(
+            f"attention is priced behind {compute.context_tokens} tokens of context, the prompt has "
+            f"{request.prompt_tokens}"
+        )
     if routing is None:
         assumptions.append("every expert is equally likely, whatever came before")
     return Provenance(

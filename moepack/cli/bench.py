@@ -107,8 +107,9 @@ def _measure(
     progress = TerminalProgress()
     runs: list[RunStats] = []
     tokens: list[int] = []
-    # The first pass through torch starts its threads and picks its kernels.
-    list(session.engine.generate(prompts[0][:1], max_new_tokens=2, sampler=Sampler()))
+    # The first pass of a process picks its kernels, one for every shape, and reads every file for
+    # the first time: not what is priced. The last prompt, so that the first finds other experts.
+    list(session.engine.generate(prompts[-1], max_new_tokens=2, sampler=Sampler()))
     progress.start("measure (tokens)", len(prompts) * new_tokens, "items")
     try:
         for prompt in prompts:
