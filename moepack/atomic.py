@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from moepack.errors import DiskFullError, OutputError, ReadOnlyError
@@ -22,27 +22,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            with os.fdopen(handle, "wb") as out:
-                os.fchmod(handle, _file_mode())
+            with temporary.open("xb") as out:  # with the mode that any new file gets
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-            Path(name).replace(path)
+            temporary.replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
     except OSError as failure:
         raise output_error(path, failure) from failure
-
-
-def _file_mode() -> int:
-    """What an ordinary new file gets; a temporary one is the owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def sync_folder(folder: Path) -> None:

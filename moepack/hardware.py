@@ -190,9 +190,16 @@ def find_hardware(name_or_path: str) -> HardwareProfile:
         When the file is not a profile.
     """
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or _is_file(path):
         return load_hardware(path)
-    return load_hardware(preset_path("hardware", name_or_path))
+    return load_hardware(preset_path(name_or_path))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name, for one
+        return False
 
 
 def _dump(data: object, *, flow: bool | None) -> str:

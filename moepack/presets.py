@@ -5,12 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 from pathlib import Path
-from typing import Literal
 
 import moepack
 from moepack.errors import PresetNotFoundError, ProfileError
-
-PresetKind = Literal["hardware", "routing"]
 
 
 def presets_folder() -> Path:
@@ -31,24 +28,24 @@ def presets_folder() -> Path:
     )
 
 
-def preset_names(kind: PresetKind) -> list[str]:
-    """Every preset of a kind, sorted."""
-    return sorted(path.stem for path in (presets_folder() / kind).glob("*.yaml"))
+def preset_names() -> list[str]:
+    """Every hardware preset, sorted."""
+    return sorted(path.stem for path in (presets_folder() / "hardware").glob("*.yaml"))
 
 
-def preset_path(kind: PresetKind, name: str) -> Path:
-    """The file of a preset.
+def preset_path(name: str) -> Path:
+    """The file of a hardware preset.
 
     Raises
     ------
     PresetNotFoundError
         Naming the ones there are, and the closest.
     """
-    names = preset_names(kind)
+    names = preset_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "or give the path of a file"
         raise PresetNotFoundError(
-            f"no {kind} preset is called {name!r}; there are {', '.join(names)}; {hint}"
+            f"no hardware preset is called {name!r}; there are {', '.join(names)}; {hint}"
         )
-    return presets_folder() / kind / f"{name}.yaml"
+    return presets_folder() / "hardware" / f"{name}.yaml"

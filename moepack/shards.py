@@ -170,8 +170,8 @@ def _write_trunk(
 ) -> FinishedUnit:
     for info in source.spec.trunk:
         tensor = source.trunk_tensor(info.name)
-        if tensor.shape != info.shape or tensor.nbytes != info.size_bytes:
-            raise ValueError(f"got {tensor.shape} {tensor.dtype}, expected {info}")
+        fits = tensor.shape == info.shape and tensor.nbytes == info.size_bytes
+        assert fits, f"got {tensor.shape} {tensor.dtype}, expected {info}"
         bits = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
         progress.advance(writer.append(bits.data))
     entries = [

@@ -7,6 +7,7 @@ when it runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,13 @@ for command in (profile, plan, pack, run, bench, verify, inspect):
     app.command()(command)
 
 
+@dataclasses.dataclass
+class _Call:
+    """What one command line says that every command obeys."""
+
+    debug: bool = False
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"moepack {moepack.__version__}")
@@ -43,6 +51,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def moepack_command(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="MOEPACK_DEBUG", help="Show the traceback of errors.")
     ] = False,
@@ -56,7 +65,8 @@ def moepack_command(
     profile, plan, pack, run: each step finds what the step before it left. A model that is named
     once stays current; with none named, it is the small one that ships with moepack.
     """
-    os.environ["MOEPACK_DEBUG"] = "1" if debug else ""
+    call: _Call = context.obj
+    call.debug = debug
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,15 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    call = _Call()
     try:
-        app(arguments)
+        app(arguments, obj=call)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if code == 130:
             typer.echo("interrupted", err=True)
         return code
     except MoepackError as failure:
-        if os.environ.get("MOEPACK_DEBUG"):
+        if call.debug:
             raise
         message = " ".join(str(failure).splitlines())
         typer.echo(f"{type(failure).__name__}: {message}", err=True)

@@ -36,8 +36,7 @@ Moepack = Callable[..., Outcome]
 @pytest.fixture
 def moepack(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Moepack:
     """Run a command line in this process."""
-    # Set by the command line itself for what comes after; here, the next test comes after.
-    monkeypatch.setenv("MOEPACK_DEBUG", "")
+    monkeypatch.delenv("MOEPACK_DEBUG", raising=False)
 
     def call(*arguments: str | Path) -> Outcome:
         code = main([str(argument) for argument in arguments])
@@ -59,7 +58,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measured(home: Path) -> Path:
     """A workspace whose machine has been measured: a preset stands in for the measurement."""
     home.mkdir()
-    shutil.copy(preset_path("hardware", "cpu-nvme4"), home / "hardware.yaml")
+    shutil.copy(preset_path("cpu-nvme4"), home / "hardware.yaml")
     return home
 
 

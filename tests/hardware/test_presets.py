@@ -12,7 +12,7 @@ from moepack import presets
 from moepack.errors import PresetNotFoundError, ProfileError
 from moepack.hardware import HardwareProfile, find_hardware, load_hardware
 
-NAMES = presets.preset_names("hardware")
+NAMES = presets.preset_names()
 
 
 def test_the_presets_that_the_documentation_names_are_there() -> None:
@@ -67,7 +67,7 @@ def test_an_unknown_preset_names_the_known_and_the_closest() -> None:
 
 def test_a_profile_can_be_given_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    shutil.copy(presets.preset_path("hardware", "cpu-sata"), path)
+    shutil.copy(presets.preset_path("cpu-sata"), path)
     assert find_hardware(str(path)) == find_hardware("cpu-sata")
     with pytest.raises(ProfileError, match=r"gone\.yaml: No such file or directory"):
         find_hardware(str(tmp_path / "gone.yaml"))
@@ -79,11 +79,11 @@ def test_presets_are_found_inside_an_installed_package(
     package = tmp_path / "moepack"
     installed = package / "profiles" / "hardware"
     installed.mkdir(parents=True)
-    shutil.copy(presets.preset_path("hardware", "a6000"), installed)
+    shutil.copy(presets.preset_path("a6000"), installed)
     monkeypatch.setattr(importlib.resources, "files", lambda _: package)
     assert presets.presets_folder() == package / "profiles"
-    assert presets.preset_names("hardware") == ["a6000"]
-    assert load_hardware(presets.preset_path("hardware", "a6000")).name == "a6000"
+    assert presets.preset_names() == ["a6000"]
+    assert load_hardware(presets.preset_path("a6000")).name == "a6000"
 
 
 def test_presets_are_found_beside_the_package_in_the_repository(
