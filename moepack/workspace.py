@@ -140,9 +140,20 @@ class Workspace:
 
     @classmethod
     def locate(cls) -> Workspace:
-        """``$MOEPACK_HOME``, else the platform's folder for a user's data."""
+        """``$MOEPACK_HOME``, else the platform's folder for a user's data.
+
+        Raises
+        ------
+        WorkspaceError
+            When there is no such home directory.
+        """
         chosen = os.environ.get("MOEPACK_HOME")
-        return cls(Path(chosen).expanduser().absolute() if chosen else _user_data() / "moepack")
+        try:
+            return cls(Path(chosen).expanduser().absolute() if chosen else _user_data() / "moepack")
+        except RuntimeError as failure:
+            raise WorkspaceError(
+                f"{chosen or '~'}: {failure} set MOEPACK_HOME to a folder of your own"
+            ) from None
 
     def create(self) -> None:
         """Make the folder where it does not exist.
@@ -214,8 +225,8 @@ class Workspace:
         if before is not None and model.pack is None:
             model = dataclasses.replace(model, pack=before.record.pack)
         folder = self.root / "models" / model.key
-        if before is None or before.record != model:
-            write_atomically(folder / "model.json", records.encode(model, indent=1).encode())
+        # Even where nothing has changed: find_source goes by the time of writing.
+        write_atomically(folder / "model.json", records.encode(model, indent=1).encode())
         return ModelFolder(folder, model)
 
     def make_current(self, model: ModelFolder) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 import threading
 from pathlib import Path
 
 import pytest
 
+from moepack.atomic import write_atomically
 from moepack.errors import PlanMismatchError, WorkspaceError
 from moepack.plan import (
     Layout,
@@ -66,6 +69,18 @@ def test_a_model_keeps_its_folder_and_pack_when_it_moves(workspace: Workspace) -
     assert workspace.find_source("/models/one") is None
 
 
+def test_a_source_is_what_was_last_opened_under_it(workspace: Workspace) -> None:
+    first = dataclasses.replace(TWO, weights_digest="b" * 64)
+    second = dataclasses.replace(TWO, weights_digest="c" * 64)
+    for number, revision in enumerate((first, second, first)):
+        folder = workspace.remember(revision)
+        # Their distance is that of people's steps, not of a test's.
+        for path in workspace.root.glob("models/*/model.json"):
+            if path.parent != folder.folder:
+                os.utime(path, (number, number))
+        assert workspace.find_source(TWO.source) == folder
+
+
 def test_models_that_differ_in_weights_alone_do_not_share_a_folder(workspace: Workspace) -> None:
     retrained = dataclasses.replace(ONE, weights_digest="c" * 64)
     assert workspace.remember(ONE).folder != workspace.remember(retrained).folder
@@ -117,6 +132,18 @@ def test_the_workspace_is_where_the_environment_says(
     monkeypatch.setattr("sys.platform", "darwin")
     home = Path("/home/someone/Library/Application Support/moepack")
     assert Workspace.locate().root == home
+
+
+def test_files_get_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"one")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    write_atomically(tmp_path / "file", b"two")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"two"
 
 
 def test_readers_never_see_half_of_what_writers_write(workspace: Workspace) -> None:
