@@ -77,6 +77,8 @@ class Checkpoint:
         self.generation_config = (
             _read_json(source, GENERATION_FILE) if GENERATION_FILE in source.files else {}
         )
+        # Used by who runs the model, after hours of packing; refused now.
+        families.stop_ids(self.generation_config, f"{self.name}: {GENERATION_FILE}")
         self.headers: Mapping[str, TensorHeader] = _read_headers(source)
         self.shards = tuple(sorted({header.file for header in self.headers.values()}))
         self.spec: ModelSpec = families.read_spec(self.config, self.headers, self.name)
@@ -114,8 +116,8 @@ class Checkpoint:
             The model cannot be used: see :func:`moepack.families.read_spec` and
             :mod:`moepack.source_files`. This is found out before anything is downloaded.
         """
-        folder = Path(name).expanduser()
-        if folder.is_dir():
+        folder = source_files.local_folder(name)
+        if folder is not None:
             return cls(FolderFiles(folder), folder)
         if not hub.is_hub_id(str(name)):
             raise ModelNotFoundError(

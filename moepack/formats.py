@@ -66,7 +66,10 @@ class PackedModel:
         PackError
             When a file cannot be read.
         """
-        folder = folder.resolve()
+        try:
+            folder = folder.resolve()
+        except RuntimeError as failure:
+            raise PackError(f"{failure}; expected a folder made by moepack pack") from None
         manifest = read_manifest(folder / MANIFEST_FILE)
         check_manifest(manifest)
         try:

@@ -18,7 +18,13 @@ from pathlib import Path
 
 from moepack import records
 from moepack.atomic import output_error, write_atomically
-from moepack.errors import CapabilityError, DiskFullError, PackFormatError, PlanMismatchError
+from moepack.errors import (
+    CapabilityError,
+    DiskFullError,
+    OutputError,
+    PackFormatError,
+    PlanMismatchError,
+)
 from moepack.formats import PackedModel, check_plan_fits
 from moepack.manifest import (
     MANIFEST_FILE,
@@ -62,9 +68,21 @@ class DiskSpace:
 
 
 def disk_space(spec: ModelSpec, plan: Plan, out: Path) -> DiskSpace:
-    """Bytes that packing to ``out`` needs, and bytes free there."""
+    """Bytes that packing to ``out`` needs, and bytes free there.
+
+    Raises
+    ------
+    ReadOnlyError, OutputError
+        When the place cannot be reached.
+    """
     needed_bytes = sum(unit.size_bytes for unit in draft_units(spec, plan.layout))
-    return DiskSpace(needed_bytes + _MARGIN_BYTES, _free_bytes(out))
+    try:
+        free_bytes = _free_bytes(out)
+    except OSError as failure:
+        raise output_error(out, failure) from failure
+    except RuntimeError as failure:
+        raise OutputError(f"{failure}; expected a place that can be written") from None
+    return DiskSpace(needed_bytes + _MARGIN_BYTES, free_bytes)
 
 
 def pack(

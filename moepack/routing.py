@@ -137,9 +137,12 @@ def load_routing(path: Path) -> RoutingProfile:
     ProfileError
         When a file is missing or is not what it should be, or the two do not belong together.
     """
-    summary_path = path / "routing.yaml" if path.is_dir() else path
-    trace_path = summary_path.with_suffix(".npz")
     what, remedy = "routing profile", "make one with moepack profile"
+    try:
+        summary_path = path / "routing.yaml" if path.is_dir() else path
+    except OSError as failure:
+        raise ProfileError(f"{what} {path}: {failure.strerror}; {remedy}") from None
+    trace_path = summary_path.with_suffix(".npz")
     summary = records.load_yaml(
         RoutingSummary, summary_path, what=what, error=ProfileError, remedy=remedy
     )

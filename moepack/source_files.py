@@ -14,7 +14,12 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moepack.errors import DamagedCheckpointError, UnsupportedEncodingError
+from moepack.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    ModelNotFoundError,
+    UnsupportedEncodingError,
+)
 from moepack.records import record
 
 CONFIG_FILE = "config.json"
@@ -83,12 +88,52 @@ class ModelFiles(Protocol):
         """Identity of the weights, where it is known without reading them."""
 
 
+def local_folder(name: str | Path) -> Path | None:
+    """The folder that a model's name stands for; None where there is no such folder.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When the name can be that of no folder: of a user who does not exist, or too long.
+    CheckpointError
+        When the folder cannot be reached.
+    """
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except RuntimeError:
+        raise ModelNotFoundError(
+            f"{name}: there is no such user; expected a model's folder, or a hub id such as"
+            " Qwen/Qwen3-30B-A3B"
+        ) from None
+    except PermissionError as failure:
+        raise CheckpointError(
+            f"{name}: {failure.strerror}; expected a readable folder; correct its permissions"
+        ) from None
+    except OSError as failure:
+        raise ModelNotFoundError(
+            f"{name}: {failure.strerror}; expected a model's folder, or a hub id such as"
+            " Qwen/Qwen3-30B-A3B"
+        ) from None
+
+
 class FolderFiles:
-    """A model's folder."""
+    """A model's folder.
+
+    Raises
+    ------
+    CheckpointError
+        When it cannot be listed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.resolve().name
-        self.files = frozenset(path.name for path in folder.iterdir())
+        try:
+            self.files = frozenset(path.name for path in folder.iterdir())
+        except OSError as failure:
+            raise CheckpointError(
+                f"{folder}: {failure.strerror}; expected a readable folder; correct its permissions"
+            ) from None
         self._folder = folder
 
     def read(self, file: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from moepack import records
@@ -11,7 +10,7 @@ from moepack.cli.models import open_pack, plan_to_run
 from moepack.cli.options import Link
 from moepack.cli.output import note
 from moepack.drift import Drift, compare
-from moepack.errors import PlanMismatchError
+from moepack.errors import CheckpointError, PackError, PlanMismatchError
 from moepack.units import format_duration, format_rate
 
 if TYPE_CHECKING:
@@ -72,14 +71,25 @@ def open_session(
 
 
 def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text, as config, generation config and tokenizer name them."""
+    """Tokens that end a text, as config, generation config and tokenizer name them.
+
+    Raises
+    ------
+    PackError
+        When the folder's generation config is not one.
+    """
+    from moepack.families import stop_ids
+    from moepack.source_files import GENERATION_FILE, parse_json, read_file
+
     stops = set(packed.spec.eos_token_ids)
     if tokenizer.eos_id is not None:
         stops.add(tokenizer.eos_id)
-    path = packed.folder / "generation_config.json"
+    path = packed.folder / GENERATION_FILE
     if path.exists():
-        named = json.loads(path.read_bytes()).get("eos_token_id")
-        stops.update(named if isinstance(named, list) else [] if named is None else [named])
+        try:
+            stops.update(stop_ids(parse_json(read_file(path), str(path)), str(path)))
+        except CheckpointError as failure:
+            raise PackError(f"{failure}, or pack again") from None
     return frozenset(stops)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import PlanMismatchError, WorkspaceError
 from moepack.shipped import SHIPPED_MODEL, shipped_model
+from moepack.source_files import local_folder
 from moepack.workspace import ModelFolder, ModelRecord, Workspace
 
 if TYPE_CHECKING:
@@ -54,10 +55,9 @@ def open_source(workspace: Workspace, model: str | None, *, headers_only: bool) 
         model = SHIPPED_MODEL if current is None else current.record.source
     if model == SHIPPED_MODEL:
         place, source = str(shipped_model()), model
-    elif Path(model).is_dir():
-        place = source = str(Path(model).resolve())
     else:
-        place = source = model
+        folder = local_folder(model)
+        place = source = model if folder is None else str(folder.resolve())
     checkpoint = Checkpoint.open(place, headers_only=headers_only, progress=TerminalProgress())
     record = ModelRecord(
         name=source if source == SHIPPED_MODEL else checkpoint.name,
@@ -90,6 +90,8 @@ def pack_folder(workspace: Workspace, model: str | None) -> Path:
     ------
     WorkspaceError
         When the model has not been packed.
+    CheckpointError
+        When the name can be that of no model.
     """
     if model is None:
         current = workspace.current()
@@ -97,7 +99,7 @@ def pack_folder(workspace: Workspace, model: str | None) -> Path:
             return current.pack_folder()
     elif is_pack(model):
         return Path(model)
-    if model is None or model == SHIPPED_MODEL or Path(model).is_dir():
+    if model is None or model == SHIPPED_MODEL or local_folder(model) is not None:
         known = workspace.find(open_source(workspace, model, headers_only=True).record.key)
     else:
         known = workspace.find_source(model)  # a hub id: no need to ask the hub
@@ -110,10 +112,13 @@ def pack_folder(workspace: Workspace, model: str | None) -> Path:
 
 
 def is_pack(model: str) -> bool:
-    """Whether a name is that of a packed folder."""
+    """Whether a name is that of a packed folder that can be reached."""
     from moepack.manifest import MANIFEST_FILE
 
-    return (Path(model) / MANIFEST_FILE).exists()
+    try:
+        return (Path(model) / MANIFEST_FILE).exists()
+    except OSError:  # opened as a model, it is refused by name
+        return False
 
 
 def current_plan(folder: ModelFolder) -> Plan:

@@ -50,10 +50,10 @@ def _earlier_pack(folder: ModelFolder, place: Path) -> Path | None:
     from moepack.formats import PackedModel
 
     earlier = folder.record.pack
-    if earlier is None or Path(earlier) == place.resolve() or not Path(earlier).exists():
+    if earlier is None or Path(earlier) == place.resolve():
         return None
     try:
-        return PackedModel.open(Path(earlier)).folder
-    except PackError as failure:
+        return PackedModel.open(Path(earlier)).folder if Path(earlier).exists() else None
+    except (PackError, OSError) as failure:
         note(f"nothing is reused of {earlier}: {failure}")
         return None

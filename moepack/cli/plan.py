@@ -11,7 +11,7 @@ from moepack import records
 from moepack.cli.models import Source, open_source
 from moepack.cli.options import JsonOption, LinkOption, ModelArgument, lengths, size
 from moepack.cli.output import emit, note
-from moepack.errors import WorkspaceError
+from moepack.errors import ProfileError, WorkspaceError
 from moepack.workspace import ModelFolder, Workspace
 
 if TYPE_CHECKING:
@@ -163,12 +163,24 @@ def _machine(workspace: Workspace, name: str | None) -> _Machine:
 
 
 def _compute(source: Source, folder: ModelFolder | None, machine: _Machine) -> ComputeProfile:
-    """Measured where the model was profiled on the machine in question, else derived."""
+    """Measured where the model was profiled on the machine in question, else derived.
+
+    Raises
+    ------
+    ProfileError
+        When it was measured on another device than the machine's newest profile.
+    """
     from moepack.compute import load_compute
     from moepack.roofline import derive_compute
 
     if machine.is_this_machine and folder is not None and folder.compute_path.exists():
-        return load_compute(folder.compute_path)
+        compute = load_compute(folder.compute_path)
+        if compute.device != machine.profile.device:
+            raise ProfileError(
+                f"{folder.compute_path}: compute was measured on {compute.device}, this machine's "
+                f"profile is for {machine.profile.device}; run moepack profile"
+            )
+        return compute
     return derive_compute(source.spec, machine.profile)
 
 

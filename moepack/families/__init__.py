@@ -168,6 +168,17 @@ def read_spec(config: Mapping[str, Any], headers: Mapping[str, Header], name: st
     return _with_tensors(spec, family, headers)
 
 
+def stop_ids(generation_config: Mapping[str, Any], what: str) -> tuple[int, ...]:
+    """Tokens that end a text, as a ``generation_config.json`` names them.
+
+    Raises
+    ------
+    DamagedCheckpointError
+        When they are not tokens.
+    """
+    return Config(generation_config, {}, what).integers("eos_token_id")
+
+
 def source_of(spec: ModelSpec, headers: Mapping[str, Header]) -> Sources:
     """Where every canonical tensor of a model lies.
 

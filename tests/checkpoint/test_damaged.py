@@ -106,6 +106,12 @@ def test_json_that_is_none(model: Path, file: str, text: str) -> None:
     refused(model, file)
 
 
+@pytest.mark.parametrize("tokens", ['"x"', "1.5", "[true]", "{}"])
+def test_ends_of_text_that_are_no_tokens(model: Path, tokens: str) -> None:
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": {tokens}}}')
+    refused(model, r"generation_config\.json: eos_token_id = .*expected integers")
+
+
 # --- the index ---------------------------------------------------------------------------------
 
 

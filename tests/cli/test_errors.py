@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import shutil
+import tempfile
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moepack.errors import MoepackError, PlanError
+from moepack.formats import PackedModel
+from moepack.hardware import load_hardware
+from moepack.roofline import derive_compute
 from tests.cli.conftest import Moepack, Outcome
 
 PLAN = ("--vram", "4M", "--context", "256")
@@ -27,12 +34,77 @@ def assert_named(outcome: Outcome, name: str, *words: str) -> None:
     assert "Traceback" not in outcome.err
 
 
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder that this process may not look into."""
+    # Of our own: pytest's are closed to other users, and root may look anywhere.
+    folder = Path(tempfile.mkdtemp())
+    user = os.geteuid()
+    try:
+        folder.chmod(0)
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+    finally:
+        if user == 0:
+            os.seteuid(0)
+        folder.chmod(0o700)
+        folder.rmdir()
+
+
 def test_a_folder_that_is_not_there(home: Path, moepack: Moepack) -> None:
     assert_named(moepack("inspect", "/no/such/folder"), "ModelNotFoundError", "/no/such/folder")
 
 
 def test_a_folder_without_a_model(home: Path, moepack: Moepack, tmp_path: Path) -> None:
     assert_named(moepack("inspect", tmp_path), "ModelNotFoundError", "config.json")
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("pack",), ("run", "abc", "--model")])
+@pytest.mark.parametrize("name", ["a" * 300, "./" + "a" * 300, "~nouser/model"])
+def test_a_name_that_no_folder_can_have(
+    home: Path, moepack: Moepack, command: tuple[str, ...], name: str
+) -> None:
+    assert_named(moepack(*command, name), "ModelNotFoundError", name)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [("--hardware", "PresetNotFoundError"), ("--routing", "ProfileError")],
+)
+def test_a_profile_whose_name_no_file_can_have(
+    measured: Path, model: Path, moepack: Moepack, option: str, error: str
+) -> None:
+    assert_named(moepack("plan", model, *PLAN, option, "a" * 300), error, "a" * 300)
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_model_that_may_not_be_looked_at(
+    moepack: Moepack, closed: Path, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEPACK_HOME", "/no/such/folder")  # that of a test is closed as well
+    place = closed / inside
+    for command in (("inspect",), ("run", "abc", "--model")):
+        assert_named(moepack(*command, place), "CheckpointError", str(place), "permissions")
+
+
+def test_a_workspace_of_a_user_who_does_not_exist(
+    moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEPACK_HOME", "~nouser/moepack")
+    assert_named(moepack("inspect"), "WorkspaceError", "~nouser/moepack", "MOEPACK_HOME")
+
+
+def test_folders_that_link_to_each_other(
+    measured: Path, model: Path, moepack: Moepack, tmp_path: Path
+) -> None:
+    assert moepack("plan", model, *PLAN).code == 0
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for arguments in (("verify", loop), ("pack", "--out", loop)):
+        outcome = moepack(*arguments)
+        assert outcome.code == 1
+        assert str(loop) in outcome.err.splitlines()[-1]
 
 
 def test_a_hub_that_does_not_answer(home: Path, moepack: Moepack) -> None:
@@ -90,6 +162,36 @@ def test_a_place_that_cannot_be_written(measured: Path, model: Path, moepack: Mo
     outcome = moepack("pack", "--out", "/proc/moepack")
     assert outcome.code == 1
     assert outcome.err.splitlines()[-1].split(": ")[0] in {"OutputError", "ReadOnlyError"}
+
+
+@pytest.mark.parametrize(
+    "garbage", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}']
+)
+def test_a_generation_config_that_is_none(
+    packed: Path, model: Path, moepack: Moepack, tmp_path: Path, garbage: str
+) -> None:
+    path = packed / "generation_config.json"
+    path.write_text(garbage.ljust(path.stat().st_size))  # opening a pack compares sizes
+    assert_named(moepack("run", "abc"), "PackError", str(path), "expected", "pack again")
+    # Found in the source, before hours of packing.
+    source = Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "generation_config.json").write_text(garbage)
+    refused = moepack("inspect", source)
+    assert_named(refused, "DamagedCheckpointError", "generation_config.json", "expected")
+
+
+def test_compute_that_was_measured_on_another_device(
+    packed: Path, moepack: Moepack, home: Path
+) -> None:
+    machine = load_hardware(home / "hardware.yaml")
+    assert machine.device == "cpu"
+    spec = PackedModel.open(packed).spec
+    compute = dataclasses.replace(derive_compute(spec, machine), source="measured", device="cuda")
+    (folder,) = home.glob("models/*")
+    compute.save(folder / "compute.yaml")
+    assert_named(moepack("plan", *PLAN), "ProfileError", "cuda", "cpu", "moepack profile")
+    dataclasses.replace(compute, device="cpu").save(folder / "compute.yaml")
+    assert moepack("plan", *PLAN).code == 0
 
 
 def test_a_shard_that_was_damaged(packed: Path, moepack: Moepack) -> None:
@@ -224,6 +326,10 @@ def test_messages_of_several_lines_become_one(
 def test_debugging_shows_where_an_error_came_from(
     home: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(MoepackError):
+        moepack("--debug", "inspect", "/no/such/folder")
+    # One command line does not change the next.
+    assert moepack("inspect", "/no/such/folder").code == 1
     monkeypatch.setenv("MOEPACK_DEBUG", "1")
     with pytest.raises(MoepackError):
         moepack("inspect", "/no/such/folder")

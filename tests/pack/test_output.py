@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moepack.errors import DiskFullError, ReadOnlyError
-from moepack.pack import pack
+from moepack.pack import disk_space, pack
 from moepack.segments import Bits
 from tests.pack.fake_models import FakeSource, make_plan, make_spec
 
@@ -81,6 +81,22 @@ def test_a_folder_without_permission_to_write() -> None:
             os.seteuid(0)
         folder.chmod(0o755)
         assert not any(folder.iterdir())
+        folder.rmdir()
+
+
+def test_a_place_that_cannot_be_looked_at_has_no_known_room() -> None:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0)
+    spec = make_spec()
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        with pytest.raises(ReadOnlyError, match="choose a folder that can be written"):
+            disk_space(spec, make_plan(spec, [16, 32]), folder / "pack")
+    finally:
+        if user == 0:
+            os.seteuid(0)
         folder.rmdir()
 
 
