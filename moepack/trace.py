@@ -27,7 +27,8 @@ class Trace:
     Attributes
     ----------
     ids : uint16 [tokens, L, K]
-        Experts of each token, in descending weight.
+        Experts of each token, in the order of the scores that chose them: in descending weight,
+        but where a family corrects the scores that choose by a bias.
     weights : float16 [tokens, L, K]
         Their routing weights.
     predicted : uint16 [tokens, L, 2K]
