@@ -259,8 +259,8 @@ def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
         assumptions.append("compute times are derived from the hardware profile by a roofline")
     if request.prompt_tokens > compute.context_tokens:
         assumptions.append(
-            f"attention is priced behind {compute.context_tokens} tokens of context, the prompt has "
-            f"{request.prompt_tokens}"
+            f"attention is priced behind {compute.context_tokens} tokens of context, the prompt "
+            f"has {request.prompt_tokens}"
         )
     if routing is None:
         assumptions.append("every expert is equally likely, whatever came before")
