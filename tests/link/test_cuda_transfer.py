@@ -146,3 +146,21 @@ def test_copies_wait_for_the_consumer_and_the_consumer_for_copies(
     assert runtime.pinned == set()
     with pytest.raises(TransferError, match="the transfer is closed"):
         transfer.start(segment(0), place)
+    with pytest.raises(TransferError, match="the transfer is closed"):
+        transfer.wait(ticket)
+
+
+def test_a_device_that_failed_leaves_nothing_pinned(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailedStream(FakeStream):
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "Stream", FailedStream)
+    store = PatternStore()
+    transfer = CudaTransfer(PinnedSegments(HostTransfer(store), SIZES), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        transfer.close()
+    assert runtime.pinned == set()
+    assert store.closed

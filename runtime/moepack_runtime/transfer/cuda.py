@@ -64,11 +64,13 @@ class PinnedSegments:
 
     def close(self) -> None:
         """Unpin the memory, close the disk. No copy may be in flight."""
-        self._disk.close()
         memory, self._memory = self._memory, None
-        if memory is not None:
-            self.segments = {}
-            _cuda_runtime().cudaHostUnregister(memory.data_ptr())
+        try:
+            self._disk.close()
+        finally:
+            if memory is not None:
+                self.segments = {}
+                _cuda_runtime().cudaHostUnregister(memory.data_ptr())
 
 
 class _CudaTicket(Ticket):
@@ -128,8 +130,7 @@ class CudaTransfer(Transfer):
         destination: torch.Tensor,
         priority: Priority = Priority.DEMAND,
     ) -> Ticket:
-        if self._closed:
-            raise TransferError(f"{segment}: the transfer is closed; open the engine again")
+        self._require_open(segment)
         source = self._pinned.segments[segment]
         begin = _event()
         end = _event()
@@ -149,6 +150,7 @@ class CudaTransfer(Transfer):
     @override
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, _CudaTicket)
+        self._require_open(ticket.segment)
         torch.cuda.current_stream(self._device).wait_event(ticket.end)
 
     @override
@@ -160,6 +162,10 @@ class CudaTransfer(Transfer):
     def cancel(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, _CudaTicket)
         return False
+
+    def _require_open(self, segment: SegmentId) -> None:
+        if self._closed:
+            raise TransferError(f"{segment}: the transfer is closed; open the engine again")
 
     def _collect(self) -> None:
         """Count the copies that have arrived."""
@@ -182,13 +188,18 @@ class CudaTransfer(Transfer):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._stream.synchronize()
-            self._pinned.close()
+            try:
+                self._stream.synchronize()  # raises when the device has failed
+            finally:
+                self._pinned.close()
 
 
 def _require_cuda() -> None:
     if not torch.cuda.is_available():
-        raise DeviceError("there is no CUDA device that torch can use; plan with --device cpu")
+        raise DeviceError(
+            "there is no CUDA device that torch can use; run moepack profile --device cpu, then "
+            "plan again"
+        )
 
 
 def _pinned(size_bytes: int) -> torch.Tensor:
