@@ -302,7 +302,7 @@ def _attend_in_groups(
     kv_heads = keys.shape[1]
     groups = queries.shape[0] // kv_heads
     return F.scaled_dot_product_attention(
-        queries.unflatten(0, (kv_heads, groups)),
+        queries.reshape(kv_heads, groups, *queries.shape[1:]),  # a view
         keys.transpose(0, 1).expand(-1, groups, -1, -1),
         values.transpose(0, 1).expand(-1, groups, -1, -1),
         attn_mask=mask,
