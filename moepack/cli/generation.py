@@ -60,6 +60,7 @@ def open_session(
             "the plan was priced for another link; give moepack plan the same --link first"
         )
     tokenizer = Tokenizer.load(packed.folder)
+    stop_ids = _stop_ids(packed, tokenizer)
     if plan.link is not None:
         rate_bytes_per_s, latency_s = plan.link
         note(
@@ -67,7 +68,7 @@ def open_session(
             f"{format_duration(latency_s)}, as planned"
         )
     engine = open_packed(packed.folder, plan, check=CheckMode(check), link=plan.link)
-    return Session(plan, engine, tokenizer, _stop_ids(packed, tokenizer))
+    return Session(plan, engine, tokenizer, stop_ids)
 
 
 def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:

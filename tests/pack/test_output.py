@@ -100,6 +100,18 @@ def test_a_place_that_cannot_be_looked_at_has_no_known_room() -> None:
         folder.rmdir()
 
 
+class MisshapenSource(FakeSource):
+    def trunk_tensor(self, name: str) -> Bits:
+        return super().trunk_tensor(name)[:-1]
+
+
+def test_a_source_that_breaks_its_own_spec_is_our_bug(tmp_path: Path) -> None:
+    spec = make_spec()
+    with pytest.raises(AssertionError, match="expected TensorInfo"):
+        pack(MisshapenSource(spec), make_plan(spec, [16, 32]), tmp_path / "pack")
+    assert not any(tmp_path.iterdir())
+
+
 class FailingSource(FakeSource):
     def expert(self, layer: int, expert: int) -> dict[str, Bits]:
         if expert == 1:
