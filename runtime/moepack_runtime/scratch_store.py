@@ -54,7 +54,9 @@ class ScratchStore(SegmentStore):
         self._file.read_into(block, place * self._shape.stored_bytes)
 
     @override
-    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+    def load_trunk(
+        self, check: CheckMode = CheckMode.FIRST, device: torch.device | None = None
+    ) -> dict[str, torch.Tensor]:
         return {}
 
     @override

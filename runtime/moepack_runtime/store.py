@@ -7,7 +7,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from moepack.budget import layer_segment
+from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.manifest import TRUNK_FILE
@@ -32,20 +32,12 @@ from moepack.segments import (
 )
 from moepack.units import MIB
 from moepack_runtime.direct_io import Buffer, DirectFile, allocate
-
-#: Every trunk tensor starts on a cache line, whatever it was read from: matrix kernels may round
-#: differently elsewhere.
-TRUNK_ALIGNMENT_BYTES = 64
+from moepack_runtime.weights import TORCH_DTYPE
 
 # Of the memory through which the trunk is read.
 _TRUNK_STEP_BYTES = 8 * MIB
 
-_TORCH_DTYPE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
 
@@ -90,10 +82,13 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
-        """Every trunk tensor under its canonical name, in one block of RAM.
+    def load_trunk(
+        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+    ) -> dict[str, torch.Tensor]:
+        """Every trunk tensor under its canonical name, in one block of the device's memory.
 
-        The block takes :func:`trunk_memory_bytes`; it is freed when the last tensor goes.
+        The block takes :func:`moepack.budget.trunk_bytes`; it is freed when the last tensor goes.
+        Peak memory beyond it: a few MiB of RAM, and of a plain checkpoint one tensor.
 
         Raises
         ------
@@ -110,21 +105,19 @@ class SegmentStore(ABC):
         """Let go of the files. Closing twice does nothing."""
 
 
-def trunk_memory_bytes(trunk: Iterable[TensorInfo]) -> int:
-    """RAM that a loaded trunk takes: each tensor from a cache line on, all in whole pages."""
-    lines = sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in trunk)
-    return align_up(lines)
-
-
 def _allocate_trunk(
-    trunk: tuple[TensorInfo, ...],
+    spec: ModelSpec, device: torch.device
 ) -> Iterator[tuple[TensorInfo, torch.Tensor, torch.Tensor]]:
     """For each tensor: itself, its bytes (uint8, flat), and the tensor over those bytes."""
-    memory = allocate(trunk_memory_bytes(trunk))
+    size_bytes = trunk_bytes(spec)
+    if device.type == "cpu":
+        memory = allocate(size_bytes)
+    else:
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     offset_bytes = 0
-    for info in trunk:
+    for info in spec.trunk:
         flat = memory[offset_bytes : offset_bytes + info.size_bytes]
-        yield info, flat, flat.view(_TORCH_DTYPE[info.dtype]).view(info.shape)
+        yield info, flat, flat.view(TORCH_DTYPE[info.dtype]).view(info.shape)
         offset_bytes += align_up(info.size_bytes, TRUNK_ALIGNMENT_BYTES)
 
 
@@ -194,29 +187,31 @@ class PackStore(SegmentStore):
         self._checked.add(segment)
 
     @override
-    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+    def load_trunk(
+        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+    ) -> dict[str, torch.Tensor]:
         tensors = {}
-        step = allocate(_TRUNK_STEP_BYTES).numpy()
-        infos = self._packed.spec.trunk
+        step = allocate(_TRUNK_STEP_BYTES)
         for (info, flat, tensor), entry in zip(
-            _allocate_trunk(infos), self._packed.trunk, strict=True
+            _allocate_trunk(self._packed.spec, device), self._packed.trunk, strict=True
         ):
-            self._read_trunk_tensor(entry, flat.numpy(), step, check)
+            self._read_trunk_tensor(entry, flat, step, check)
             tensors[info.name] = tensor
         return tensors
 
     def _read_trunk_tensor(
-        self, entry: TrunkTensor, destination: Buffer, step: Buffer, check: CheckMode
+        self, entry: TrunkTensor, destination: torch.Tensor, step: torch.Tensor, check: CheckMode
     ) -> None:
         checksum = 0
-        for done in range(0, entry.size_bytes, step.nbytes):
-            count = min(step.nbytes, entry.size_bytes - done)
+        buffer: Buffer = step.numpy()
+        for done in range(0, entry.size_bytes, buffer.nbytes):
+            count = min(buffer.nbytes, entry.size_bytes - done)
             self._files[TRUNK_FILE].read_into(
-                step[: align_up(count)], entry.offset_bytes + done, needed_bytes=count
+                buffer[: align_up(count)], entry.offset_bytes + done, needed_bytes=count
             )
-            destination[done : done + count] = step[:count]
+            destination[done : done + count].copy_(step[:count])
             if check is not CheckMode.NEVER:
-                checksum = zlib.crc32(step[:count].data, checksum)
+                checksum = zlib.crc32(buffer[:count].data, checksum)
         if check is not CheckMode.NEVER and checksum != entry.crc32:
             raise DamagedSegmentError(
                 f"trunk tensor {entry.name}: its bytes in {self._packed.trunk_path} do not match "
@@ -293,11 +288,19 @@ class CheckpointStore(SegmentStore):
         return weights
 
     @override
-    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:
+    def load_trunk(
+        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+    ) -> dict[str, torch.Tensor]:
         tensors = {}
-        for info, flat, tensor in _allocate_trunk(self._spec.trunk):
+        step = allocate(_TRUNK_STEP_BYTES)
+        for info, flat, tensor in _allocate_trunk(self._spec, device):
             bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
-            flat.numpy()[:] = bits.reshape(-1).view(np.uint8)
+            source = bits.reshape(-1).view(np.uint8)
+            # Through memory of ours: torch takes no array that may only be read.
+            for done in range(0, info.size_bytes, step.nbytes):
+                count = min(step.nbytes, info.size_bytes - done)
+                step.numpy()[:count] = source[done : done + count]
+                flat[done : done + count].copy_(step[:count])
             tensors[info.name] = tensor
         return tensors
 

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-#: Torch's dtype for each that moepack computes in, by its safetensors name.
-TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Torch's dtype for each that a model is loaded in, by its safetensors name.
+TORCH_DTYPE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class Linear:

@@ -57,7 +57,11 @@ class PatternStore(SegmentStore):
         self.before_read(segment)
         destination[:] = content(number_of(segment))
 
-    def load_trunk(self, check: CheckMode = CheckMode.FIRST) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def load_trunk(
+        self,
+        check: CheckMode = CheckMode.FIRST,  # noqa: ARG002
+        device: torch.device | None = None,  # noqa: ARG002
+    ) -> dict[str, torch.Tensor]:
         return {}
 
     def close(self) -> None:

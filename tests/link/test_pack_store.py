@@ -9,8 +9,9 @@ import pytest
 import torch
 from moepack_runtime import direct_io, store
 from moepack_runtime.direct_io import allocate
-from moepack_runtime.store import CheckMode, PackStore, trunk_memory_bytes
+from moepack_runtime.store import CheckMode, CheckpointStore, PackStore
 
+from moepack.budget import trunk_bytes
 from moepack.errors import DamagedSegmentError, PackError, TransferError
 from moepack.formats import PackedModel
 from moepack.pack import pack
@@ -85,7 +86,19 @@ def test_trunk_tensors_start_on_a_cache_line_in_one_block_of_the_stated_size(fol
     assert all(address % 64 == 0 for address in addresses)
     assert addresses == sorted(addresses)
     taken = addresses[-1] + last.nbytes - addresses[0]
-    assert taken <= trunk_memory_bytes(SPEC.trunk) < SPEC.trunk_bytes + 64 * len(SPEC.trunk) + 4096
+    assert taken <= trunk_bytes(SPEC) < SPEC.trunk_bytes + 64 * len(SPEC.trunk) + 4096
+    opened.close()
+
+
+def test_on_another_device_the_trunk_is_one_block_of_the_stated_size_too(folder: Path) -> None:
+    """On torch's meta device, whose memory is sizes and offsets alone."""
+    opened = PackStore.open(folder)
+    sources = [opened, CheckpointStore(FakeSource(SPEC), SPEC, make_plan(SPEC, [16, 48]).layout)]
+    for trunk in (source.load_trunk(device=torch.device("meta")) for source in sources):
+        assert [tensor.shape for tensor in trunk.values()] == [info.shape for info in SPEC.trunk]
+        for tensor in trunk.values():
+            assert tensor.untyped_storage().nbytes() == trunk_bytes(SPEC)
+            assert tensor.storage_offset() * tensor.element_size() % 64 == 0
     opened.close()
 
 
