@@ -51,7 +51,6 @@ def stats_view(stats: RunStats) -> RenderableType:
                 f"tokens/s, {stats.new_tokens} new"
             ),
         ),
-        ("waited", f"{format_duration(stats.wait_s)} for the link while decoding"),
         (
             "memory",
             (
@@ -60,6 +59,8 @@ def stats_view(stats: RunStats) -> RenderableType:
             ),
         ),
     ]
+    if stats.wait_s is not None:
+        rows.insert(1, ("waited", f"{format_duration(stats.wait_s)} for the link while decoding"))
     if stats.link_bytes_per_s is not None and stats.mean_read_bytes is not None:
         rate, size = format_rate(stats.link_bytes_per_s), format_size(stats.mean_read_bytes)
         rows.insert(1, ("link", f"{rate} while it had work, {size} a transfer"))

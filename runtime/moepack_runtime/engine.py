@@ -8,6 +8,7 @@ the layout's, never the budget's, because the shape of a batch decides the bits 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -19,12 +20,13 @@ from moepack.plan import Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.memory import refusals_named
 from moepack_runtime.model import Decoder
 from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
-from moepack_runtime.store import SegmentStore
+from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import LinkStatistics, Transfer
 
 
@@ -58,11 +60,17 @@ class Engine:
         Where segments come from, and what moves them. The engine closes both.
     layout, placement
         What exists and what happens with it.
+    check
+        Whether the trunk is compared with its checksums; the transfer has its own.
 
     Raises
     ------
     CapabilityError, BudgetTooSmallError, PlanMismatchError, DeviceError
         Before anything is allocated.
+    OutOfMemoryError
+        When the device does not give what is planned; a step may raise it, too.
+    TransferError, DamagedSegmentError
+        When the trunk or a segment does not arrive whole.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Engine:
         *,
         store: SegmentStore,
         transfer: Transfer,
+        check: CheckMode = CheckMode.FIRST,
         process_base_bytes: int = 0,
     ) -> None:
         require_fit(spec, layout, placement)
@@ -82,22 +91,24 @@ class Engine:
         self._transfer = transfer
         self._process_base_bytes = process_base_bytes
         self.device = torch.device(placement.device)
-        self.kv = KvCache.allocate(
-            spec,
-            context_tokens=placement.context_tokens,
-            block_tokens=self._block_tokens,
-            device=self.device,
-        )
-        trunk = {name: tensor.to(self.device) for name, tensor in store.load_trunk().items()}
-        self.decoder = Decoder(spec, trunk, self.kv)
-        self._experts = ExpertMemory(
-            spec,
-            layout,
-            placement.layers,
-            staging_experts=placement.staging_experts,
-            transfer=transfer,
-        )
-        self._experts.warm()
+        with self._refusals_named():
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self.kv = KvCache.allocate(
+                spec,
+                context_tokens=placement.context_tokens,
+                block_tokens=self._block_tokens,
+                device=self.device,
+            )
+            self.decoder = Decoder(spec, store.load_trunk(check, self.device), self.kv)
+            self._experts = ExpertMemory(
+                spec,
+                layout,
+                placement.layers,
+                staging_experts=placement.staging_experts,
+                transfer=transfer,
+            )
+            self._experts.warm()
         self._observer: Observer | None = None
         self._meter = Meter(0, transfer.statistics)
         self._broken = False
@@ -117,6 +128,9 @@ class Engine:
     def close(self) -> None:
         """Stop the transfer's readers and let go of the files."""
         self._transfer.close()
+
+    def _refusals_named(self) -> AbstractContextManager[None]:
+        return refusals_named(self.device, self._placement.memory.total_bytes)
 
     def observe(self, observer: Observer | None) -> None:
         """Show every routing decision to ``observer`` from now on."""
@@ -141,6 +155,7 @@ class Engine:
         """Of the last (or current) generation."""
         return self._meter.stats(
             self._transfer.statistics,
+            processor_waits=self.device.type == "cpu",
             peak_fast_bytes=self._peak_fast_bytes(),
             process_base_bytes=self._process_base_bytes,
         )
@@ -229,7 +244,7 @@ class Engine:
         blocks = self._run([(start, run)])
         self.kv.advance(len(run))
         self._tokens.extend(run)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._refusals_named():
             if not all_logits:
                 return self.decoder.logits(blocks[-1].hidden[-1:])
             hidden = torch.cat([block.hidden for block in blocks])
@@ -254,6 +269,15 @@ class Engine:
         if self._broken:
             raise RunError("the engine failed in an earlier step; open it again")
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
+        with self._refusals_named():
+            stream = self._embed(sequences)
+            for layer in range(len(self.spec.layers)):
+                stream = self._run_layer(layer, stream)
+        self._broken = False
+        return stream
+
+    def _embed(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
+        """The residual stream before the first layer, block by block."""
         stream = []
         for start, tokens in sequences:
             embedded = self.decoder.embed(torch.tensor(tokens, device=self.device))
@@ -262,9 +286,6 @@ class Engine:
                 block = embedded[offset : offset + self._block_tokens].clone()
                 stream.append(_Hidden(start + offset, block))
             del embedded
-        for layer in range(len(self.spec.layers)):
-            stream = self._run_layer(layer, stream)
-        self._broken = False
         return stream
 
     def _run_layer(self, number: int, stream: list[_Hidden]) -> list[_Hidden]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from moepack_runtime.engine import Engine
-from moepack_runtime.store import CheckpointStore, SegmentStore
-from moepack_runtime.transfer import HostTransfer, Transfer
+from moepack_runtime.loading import open_transfer
+from moepack_runtime.store import CheckMode, CheckpointStore, SegmentStore
+from moepack_runtime.transfer import Transfer
 
 from moepack.checkpoint import Checkpoint
 from moepack.plan import Layout, Placement
@@ -22,12 +23,18 @@ def open_engine(
     *,
     store: SegmentStore | None = None,
     twin: Twin = lambda transfer: transfer,
+    check: CheckMode = CheckMode.FIRST,
 ) -> Engine:
     """An engine over a plain checkpoint, or over ``store``, with its transfer wrapped."""
     store = store or CheckpointStore(checkpoint, checkpoint.spec, layout)
-    return Engine(
-        checkpoint.spec, layout, placement, store=store, transfer=twin(HostTransfer(store))
-    )
+    transfer = open_transfer(checkpoint.spec, layout, store, placement.device, check=check)
+    try:
+        return Engine(
+            checkpoint.spec, layout, placement, store=store, transfer=twin(transfer), check=check
+        )
+    except BaseException:
+        transfer.close()
+        raise
 
 
 def all_logits(engine: Engine, prompt: Sequence[int], following: Sequence[int]) -> torch.Tensor:
