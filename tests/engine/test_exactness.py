@@ -14,6 +14,7 @@ from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer, Transfe
 
 from moepack.checkpoint import Checkpoint
 from moepack.pack import pack
+from moepack.plan import DeviceKind
 from tests.conftest import TinyFolder
 from tests.support.engines import all_logits, greedy, open_engine
 from tests.support.packs import plan_for
@@ -75,6 +76,17 @@ def test_every_family_agrees_with_transformers(
             assert greedy(engine, PROMPT, NEW_TOKENS) == tokens
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
 TWINS: dict[str, Callable[[Transfer], Transfer]] = {
     "host": lambda transfer: transfer,
     "hostile-1": partial(HostileTransfer, seed=1),
@@ -83,26 +95,32 @@ TWINS: dict[str, Callable[[Transfer], Transfer]] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("family", "variant"),
     [key for key in KEYS if key[0] in {"qwen3_moe", "gpt_oss", "deepseek_v3"}],
 )
 @pytest.mark.parametrize("ratios", [(1.0,), (0.0,), MIXED], ids=["whole", "none", "mixed"])
 def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
-    tiny_folder: TinyFolder, family: str, variant: str, ratios: tuple[float, ...]
+    tiny_folder: TinyFolder,
+    family: str,
+    variant: str,
+    ratios: tuple[float, ...],
+    device: DeviceKind,
 ) -> None:
     checkpoint = Checkpoint.open(tiny_folder(family, variant))
     spec = checkpoint.spec
     layout = mixed_layout(spec, ratios)
-    everything = placement(spec, layout, tops=99, bottoms=99, staging=1, context=CONTEXT)
+    place_on = partial(placement, spec, layout, context=CONTEXT, device=device)
+    everything = place_on(tops=99, bottoms=99, staging=1)
     with open_engine(checkpoint, layout, everything) as engine:
         resident = all_logits(engine, PROMPT, FOLLOWING)
         assert engine.stats().link_bytes_per_s is None or not engine.stats().wait_s
     places = [
-        placement(spec, layout, tops=0, bottoms=0, staging=1, context=CONTEXT),
-        placement(spec, layout, tops=1, bottoms=0, staging=2, context=CONTEXT),
-        placement(spec, layout, tops=3, bottoms=2, staging=5, context=CONTEXT),
-        placement(spec, layout, tops=5, bottoms=5, staging=3, context=CONTEXT, coldest_first=True),
+        place_on(tops=0, bottoms=0, staging=1),
+        place_on(tops=1, bottoms=0, staging=2),
+        place_on(tops=3, bottoms=2, staging=5),
+        place_on(tops=5, bottoms=5, staging=3, coldest_first=True),
     ]
     for name, twin in TWINS.items():
         for place in places:
