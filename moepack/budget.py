@@ -86,7 +86,9 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
         keys = kv_capacity_tokens(kind, context_tokens, block_tokens)
         heads = kind.num_heads * (kind.head_dim + kind.value_dim) * 2
         mask_rows = kind.num_heads if kind.sinks else 1
-        need = block * heads * (element_bytes + 4) + mask_rows * block * (keys + 1) * 4
+        need = (
+            block * heads * (element_bytes + 4) + mask_rows * block * (keys + 1) * 2 * element_bytes
+        )
         if kind.mla is not None:
             # The expanded latent; then keys, and values padded to the width of the keys.
             expanded = kind.mla.nope_dim + kind.value_dim + 2 * max(kind.head_dim, kind.value_dim)

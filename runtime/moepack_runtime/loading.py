@@ -85,6 +85,7 @@ def _open(
             placement,
             store=store,
             transfer=transfer,
+            check=check,
             process_base_bytes=process_base_bytes,
         )
     except BaseException:
