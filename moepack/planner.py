@@ -52,7 +52,8 @@ from moepack.units import format_size
 #: good ones the first is taken.
 SPLIT_RATIOS = tuple(step / 8 for step in range(8, -1, -1))
 
-#: Factor within which measured times are expected, by where the compute times come from.
+#: Factor within which measured times are expected on a quiet machine, by where the compute times
+#: come from; it widens by the spread that was seen while they were measured.
 MEASURED_BAND = 1.35
 DERIVED_BAND = 2.0
 
@@ -243,7 +244,7 @@ def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Predict
         link_bytes_per_token=price.link_bytes_per_token,
         fast_bytes=best.placement.memory.total_bytes,
         slow_bytes=slow_bytes(request.spec, best.layout),
-        band=MEASURED_BAND if measured else DERIVED_BAND,
+        band=(MEASURED_BAND if measured else DERIVED_BAND) * (1.0 + request.compute.spread),
     )
 
 

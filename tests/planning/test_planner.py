@@ -190,6 +190,13 @@ def test_what_was_assumed_is_said(spec: ModelSpec, routing: RoutingProfile) -> N
     assert blind.prediction.band >= seen.prediction.band > 1
 
 
+def test_a_noisy_measurement_widens_the_band(spec: ModelSpec, routing: RoutingProfile) -> None:
+    quiet = request(spec, routing)
+    noisy = dataclasses.replace(quiet, compute=dataclasses.replace(quiet.compute, spread=0.5))
+    wide, narrow = (make_plan(made).prediction.band for made in (noisy, quiet))
+    assert wide == pytest.approx(1.5 * narrow)
+
+
 def test_another_models_profile_is_refused(spec: ModelSpec, routing: RoutingProfile) -> None:
     other = dataclasses.replace(routing.summary, model_digest="f" * 64, model_name="other")
     with pytest.raises(PlanMismatchError, match="routing profile is of other"):
