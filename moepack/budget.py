@@ -17,6 +17,10 @@ from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 #: several times as long on small experts.
 ROW_MULTIPLE = 16
 
+# The largest tile of scores that torch's fused attention gives to a thread on a processor.
+_TILE_ROWS = 256
+_TILE_COLUMNS = 512
+
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
 TRUNK_ALIGNMENT_BYTES = 64
 
@@ -69,13 +73,16 @@ def hidden_bytes(spec: ModelSpec, context_tokens: int) -> int:
     return context_tokens * per_token
 
 
-def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
+def workspace_bytes(
+    spec: ModelSpec, context_tokens: int, block_tokens: int, *, threads: int = 1
+) -> int:
     """Upper bound of the temporaries of one step: the larger of attention, FFN and head.
 
     Attention: queries, keys, values and the output of one block, each once in the model's dtype
     and once in float32, and the mask over the context (one row a head where the layer has sinks);
-    MLA also expands its latent over the context. FFN: gate, up and their product for one block
-    through the widest FFN, twice. Head: the logits of one token and their sorted copy.
+    MLA also expands its latent over the context, and each thread holds a tile of scores. FFN:
+    gate, up and their product for one block through the widest FFN, twice. Head: the logits of one
+    token and their sorted copy.
     """
     element_bytes = DTYPE_BYTES[spec.dtype]
     block = min(block_tokens, context_tokens)
@@ -93,6 +100,7 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
             # The expanded latent; then keys, and values padded to the width of the keys.
             expanded = kind.mla.nope_dim + kind.value_dim + 2 * max(kind.head_dim, kind.value_dim)
             need += keys * kind.num_heads * expanded * element_bytes
+        need += threads * _tile_bytes(kind, min(_TILE_ROWS, block), min(_TILE_COLUMNS, keys + 1))
         attention = max(attention, need)
         widths = [layer.dense_intermediate_size or 0]
         if layer.moe is not None:
@@ -103,19 +111,26 @@ def workspace_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> 
     return max(attention, ffn, head)
 
 
+def _tile_bytes(attention: AttentionSpec, rows: int, columns: int) -> int:
+    """Scores in float32 and once more in 16 bits, the output in float32, maxima and sums."""
+    return rows * (columns * 6 + (attention.value_dim + 2) * 4)
+
+
 def trunk_bytes(spec: ModelSpec) -> int:
     """Bytes of the loaded trunk: each tensor from a cache line on, all in whole pages."""
     lines = sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in spec.trunk)
     return align_up(lines)
 
 
-def fixed_bytes(spec: ModelSpec, context_tokens: int, block_tokens: int) -> int:
+def fixed_bytes(
+    spec: ModelSpec, context_tokens: int, block_tokens: int, *, threads: int = 1
+) -> int:
     """Bytes that every placement takes, before the first expert: trunk, cache, buffers."""
     return (
         trunk_bytes(spec)
         + kv_bytes(spec, context_tokens, block_tokens)
         + hidden_bytes(spec, context_tokens)
-        + workspace_bytes(spec, context_tokens, block_tokens)
+        + workspace_bytes(spec, context_tokens, block_tokens, threads=threads)
     )
 
 
@@ -139,6 +154,7 @@ def memory_breakdown(
     *,
     staging_experts: int,
     context_tokens: int,
+    threads: int = 1,
 ) -> MemoryBreakdown:
     """Every byte of the fast tier, by purpose."""
     block = layout.prefill_block_tokens
@@ -146,7 +162,7 @@ def memory_breakdown(
         trunk_bytes=trunk_bytes(spec),
         kv_bytes=kv_bytes(spec, context_tokens, block),
         hidden_bytes=hidden_bytes(spec, context_tokens),
-        workspace_bytes=workspace_bytes(spec, context_tokens, block),
+        workspace_bytes=workspace_bytes(spec, context_tokens, block, threads=threads),
         staging_bytes=staging_bytes(spec, layout, staging_experts),
         slots_bytes=sum(
             slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)

@@ -87,7 +87,10 @@ def _least_bytes(request: PlanRequest) -> int:
     """Bytes of the smallest placement: everything fixed, and one expert in flight."""
     layout = request.keep_layout or uniform_layout(request.spec, 1.0)
     return fixed_bytes(
-        request.spec, request.context_tokens, layout.prefill_block_tokens
+        request.spec,
+        request.context_tokens,
+        layout.prefill_block_tokens,
+        threads=request.compute.threads,
     ) + staging_bytes(request.spec, layout, 1)
 
 

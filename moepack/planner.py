@@ -177,7 +177,12 @@ class _Planner:
         request = self._request
         return (
             request.fast_budget_bytes
-            - fixed_bytes(self._spec, request.context_tokens, layout.prefill_block_tokens)
+            - fixed_bytes(
+                self._spec,
+                request.context_tokens,
+                layout.prefill_block_tokens,
+                threads=request.compute.threads,
+            )
             - staging_bytes(self._spec, layout, staging)
         )
 
@@ -198,6 +203,7 @@ class _Planner:
                 layers,
                 staging_experts=staging,
                 context_tokens=request.context_tokens,
+                threads=request.compute.threads,
             ),
             layers=layers,
             ram_budget_bytes=request.ram_budget_bytes,

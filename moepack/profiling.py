@@ -159,7 +159,14 @@ def _streaming_placement(
     )
     staging = 2 * max(spec.moe(number).top_k for number in spec.moe_layers)
     context = max(min(SEQUENCE_TOKENS, spec.context_length), probe_context_tokens(spec))
-    memory = memory_breakdown(spec, layout, layers, staging_experts=staging, context_tokens=context)
+    memory = memory_breakdown(
+        spec,
+        layout,
+        layers,
+        staging_experts=staging,
+        context_tokens=context,
+        threads=threads,
+    )
     return Placement(
         device=device,
         fast_budget_bytes=memory.total_bytes,

@@ -51,6 +51,7 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
         placement.layers,
         staging_experts=placement.staging_experts,
         context_tokens=placement.context_tokens,
+        threads=placement.threads,
     )
     if needed != placement.memory:
         raise PlanMismatchError(

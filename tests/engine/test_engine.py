@@ -121,12 +121,16 @@ def test_what_is_allocated_is_what_was_planned(checkpoint: Checkpoint) -> None:
         assert peak == place.memory.total_bytes <= place.fast_budget_bytes
 
 
-def test_a_long_prompt_stays_within_the_planned_hidden_states(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_long_prompt_stays_within_the_planned_hidden_states(
+    checkpoint: Checkpoint, threads: int
+) -> None:
     spec = checkpoint.spec
     layout = mixed_layout(spec, (1.0,))
-    place = placement(spec, layout, tops=0, bottoms=0, staging=2, context=512)
+    place = placement(spec, layout, tops=0, bottoms=0, staging=2, context=512, threads=threads)
     planned = place.memory.hidden_bytes + place.memory.workspace_bytes
     with open_engine(checkpoint, layout, place) as engine:
+        torch.set_num_threads(threads)
         assert peak_bytes(lambda: engine.prefill([7] * 512)) <= planned
 
 

@@ -104,6 +104,7 @@ def test_a_plan_fits_its_budget_to_the_byte_and_beats_no_baseline_by_losing(
         place.layers,
         staging_experts=place.staging_experts,
         context_tokens=place.context_tokens,
+        threads=place.threads,
     )
     for cut, layer in zip(plan.layout.layers, place.layers, strict=True):
         experts = spec.moe(cut.layer).num_experts

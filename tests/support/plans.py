@@ -29,6 +29,7 @@ def placement(
     staging: int,
     context: int = 64,
     coldest_first: bool = False,
+    threads: int = 1,
     device: DeviceKind = "cpu",
 ) -> Placement:
     """Equal slots in every layer, as many as there are experts at most."""
@@ -47,7 +48,9 @@ def placement(
                 hot=hot,
             )
         )
-    memory = memory_breakdown(spec, layout, layers, staging_experts=staging, context_tokens=context)
+    memory = memory_breakdown(
+        spec, layout, layers, staging_experts=staging, context_tokens=context, threads=threads
+    )
     return Placement(
         device=device,
         fast_budget_bytes=memory.total_bytes,
@@ -57,4 +60,5 @@ def placement(
         new_tokens=context // 2,
         memory=memory,
         layers=tuple(layers),
+        threads=threads,
     )
