@@ -17,8 +17,9 @@ from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 #: several times as long on small experts.
 ROW_MULTIPLE = 16
 
-# The largest tile of scores that torch's fused attention gives to a thread on a processor.
-_TILE_ROWS = 256
+# The tile of scores that torch's fused attention gives to a thread on a processor: so many rows
+# for blocks of so many tokens or more, and so many columns at most.
+_TILE_ROWS = ((768, 256), (192, 64), (0, 32))
 _TILE_COLUMNS = 512
 
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
@@ -100,7 +101,7 @@ def workspace_bytes(
             # The expanded latent; then keys, and values padded to the width of the keys.
             expanded = kind.mla.nope_dim + kind.value_dim + 2 * max(kind.head_dim, kind.value_dim)
             need += keys * kind.num_heads * expanded * element_bytes
-        need += threads * _tile_bytes(kind, min(_TILE_ROWS, block), min(_TILE_COLUMNS, keys + 1))
+        need += threads * _tile_bytes(kind, block, min(_TILE_COLUMNS, keys + 1))
         attention = max(attention, need)
         widths = [layer.dense_intermediate_size or 0]
         if layer.moe is not None:
@@ -111,8 +112,9 @@ def workspace_bytes(
     return max(attention, ffn, head)
 
 
-def _tile_bytes(attention: AttentionSpec, rows: int, columns: int) -> int:
+def _tile_bytes(attention: AttentionSpec, block: int, columns: int) -> int:
     """Scores in float32 and once more in 16 bits, the output in float32, maxima and sums."""
+    rows = next(rows for tokens, rows in _TILE_ROWS if block >= tokens)
     return rows * (columns * 6 + (attention.value_dim + 2) * 4)
 
 
