@@ -147,8 +147,8 @@ def require_budget(request: PlanRequest) -> None:
     raise BudgetTooSmallError(
         f"{spec.name} needs at least {format_size(least_bytes)} at a context of "
         f"{request.context_tokens}, the budget is {format_size(request.fast_budget_bytes)}: "
-        f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; set --vram to "
-        f"{format_size(least_bytes)} or more, {remedy}",
+        f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; set "
+        f"--vram to {-(-least_bytes // MIB)}M or more, {remedy}",
         missing_bytes=missing_bytes,
     )
 

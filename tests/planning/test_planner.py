@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from moepack.planner import make_plan
 from moepack.roofline import derive_compute
 from moepack.routing import RoutingProfile, TextSource, load_routing, make_profile
 from moepack.trace import Trace, part_of_tokens
-from moepack.units import GIB, KIB, MIB
+from moepack.units import GIB, KIB, MIB, parse_size
 from tests.conftest import TinyFolder
 
 
@@ -120,6 +121,14 @@ def test_one_byte_less_than_the_least_is_refused_naming_it(spec: ModelSpec) -> N
     with pytest.raises(BudgetTooSmallError, match=r"\(1 bytes\) are missing") as caught:
         make_plan(request(spec, None, fast_budget_bytes=least - 1))
     assert caught.value.missing_bytes == 1
+
+
+def test_the_budget_that_a_refusal_names_is_enough(spec: ModelSpec) -> None:
+    with pytest.raises(BudgetTooSmallError) as caught:
+        make_plan(request(spec, None, fast_budget_bytes=1))
+    named = re.search(r"set --vram to (\d+M) or more", str(caught.value))
+    assert named is not None
+    make_plan(request(spec, None, fast_budget_bytes=parse_size(named[1])))
 
 
 def test_the_largest_context_is_the_largest(spec: ModelSpec, routing: RoutingProfile) -> None:
