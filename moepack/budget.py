@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown
+from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 
 #: Rows of an expert's product over many tokens come in multiples of this. Every number of rows
@@ -157,6 +157,7 @@ def memory_breakdown(
     staging_experts: int,
     context_tokens: int,
     threads: int = 1,
+    pool: SharedPool | None = None,
 ) -> MemoryBreakdown:
     """Every byte of the fast tier, by purpose."""
     block = layout.prefill_block_tokens
@@ -168,7 +169,8 @@ def memory_breakdown(
         staging_bytes=staging_bytes(spec, layout, staging_experts),
         slots_bytes=sum(
             slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)
-        ),
+        )
+        + (pool.slots * stored_bytes(spec, layout.layers[0], "top") if pool else 0),
     )
 
 

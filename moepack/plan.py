@@ -13,13 +13,20 @@ from moepack import records
 from moepack.errors import PlanError
 from moepack.records import record
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 #: No machine has more; a file that says so is damaged.
 MAX_THREADS = 4096
 
 DeviceKind = Literal["cpu", "cuda"]
-Policy = Literal["lru"]
+
+#: Which expert leaves a full cache; the rules are in :mod:`moepack.residency`.
+Policy = Literal["lru", "lfu", "lcp", "pinned"]
+POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")
+
+#: What of the predicted experts is fetched ahead: nothing, the bottoms of those whose top is
+#: resident, or whatever each lacks.
+PrefetchMode = Literal["off", "bottoms", "all"]
 
 
 @record
@@ -73,8 +80,10 @@ class LayerPlacement:
         Which expert leaves when another is admitted.
     hot : tuple of int
         Every expert of the layer, hottest first: the cache starts from its head.
+    prefetch : str
+        What of this layer's predicted experts is fetched while the layer before it runs.
     prefetch_depth : int
-        How many predicted experts are fetched ahead; 0 for none.
+        How many predicted experts, best first, are looked at for that; 0 where it is off.
     """
 
     layer: int
@@ -83,6 +92,7 @@ class LayerPlacement:
     bottom_slots: int
     policy: Policy
     hot: tuple[int, ...]
+    prefetch: PrefetchMode = "off"
     prefetch_depth: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +106,26 @@ class LayerPlacement:
             )
         if self.budget_bytes < 0 or self.prefetch_depth < 0:
             raise ValueError(f"a size or depth of layer {self.layer} is negative")
+        if (self.prefetch == "off") != (self.prefetch_depth == 0):
+            raise ValueError(
+                f"layer {self.layer} has prefetch {self.prefetch} to a depth of "
+                f"{self.prefetch_depth}, expected a depth of 0 where it is off, else 1 or more"
+            )
+
+
+@record
+class SharedPool:
+    """Slots for whole experts that all layers share, instead of slots of each layer.
+
+    Possible where no layer is cut and all experts are of one size.
+    """
+
+    slots: int
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ValueError(f"a shared pool of {self.slots} slots, expected 1 or more")
 
 
 @record
@@ -134,6 +164,8 @@ class Placement:
         That the processor's kernels use; like the layout, it decides the bits of a result.
     readers : int
         Reads from the disk in flight at once.
+    pool : SharedPool or None
+        Slots that all layers share; their own are then 0.
     """
 
     device: DeviceKind
@@ -147,6 +179,7 @@ class Placement:
     ram_budget_bytes: int | None = None
     threads: int = 1
     readers: int = 4
+    pool: SharedPool | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -164,6 +197,8 @@ class Placement:
             )
         if min(self.prompt_tokens, self.new_tokens, self.fast_budget_bytes) < 0:
             raise ValueError("a number of tokens, or the budget, is negative")
+        if self.pool is not None and any(p.top_slots or p.bottom_slots for p in self.layers):
+            raise ValueError("there is a shared pool and a layer has slots of its own")
 
 
 @record
@@ -172,13 +207,23 @@ class EngineCapabilities:
 
     Attributes
     ----------
+    prefetch : tuple of str
+        Modes of fetching ahead.
     max_prefetch_depth : int
         Predicted experts that it can fetch ahead; 0 where it fetches on demand only.
+    shared_pool : bool
+        Whether it has slots that all layers share.
+    as_ready : bool
+        Whether it computes what is resident while the rest arrives. False: experts are computed in
+        one fixed order, and a missing one holds up those behind it.
     """
 
     policies: tuple[Policy, ...]
     devices: tuple[DeviceKind, ...]
-    max_prefetch_depth: int
+    prefetch: tuple[PrefetchMode, ...] = ("off",)
+    max_prefetch_depth: int = 0
+    shared_pool: bool = False
+    as_ready: bool = False
 
 
 @record
@@ -201,11 +246,41 @@ class Prediction:
 
 @record
 class Baseline:
-    """The same model under a simpler strategy. ``eligible``: it could be run as it is."""
+    """The same model under a simpler strategy, or under a bound, in a prediction's fields.
+
+    ``eligible``: this engine could run it as it is, within the budget; else ``why_not`` says what
+    is in the way.
+    """
 
     ttft_s: float
     tpot_s: float
+    hit_rate: float
+    link_bytes_per_token: float
     eligible: bool
+    why_not: str = ""
+
+
+@record
+class PlannerReport:
+    """How a plan was found.
+
+    Attributes
+    ----------
+    seconds : float
+        That planning took.
+    chosen : str
+        What won: ``optimised``, or the baseline that is the plan.
+    gap_to_exact : float or None
+        (exchange - exact) / exact of the separable objective; None where a layout was kept or no
+        budget was left to divide.
+    replayed_events : int
+        (layer, token) events that were replayed to choose and to report.
+    """
+
+    seconds: float
+    chosen: str
+    gap_to_exact: float | None
+    replayed_events: int
 
 
 @record
@@ -235,7 +310,9 @@ class Plan:
     prediction: Prediction
     baselines: dict[str, Baseline]
     provenance: Provenance
-    planner_s: float
+    planner: PlannerReport
+    # Planned for an engine that can do more than the one that is here: not to be run.
+    assumed_engine: bool = False
     # (bytes per second, latency in seconds) of a throttled link that the plan was priced for.
     link: tuple[float, float] | None = None
 

@@ -32,6 +32,7 @@ from moepack.plan import (
     Layout,
     Placement,
     Plan,
+    PlannerReport,
     Prediction,
     Provenance,
 )
@@ -100,7 +101,7 @@ def make_plan(request: PlanRequest) -> Plan:
         prediction=_prediction(request, best, final),
         baselines=planner.baselines(),
         provenance=_provenance(request, asked_bytes),
-        planner_s=time.perf_counter() - began_s,
+        planner=PlannerReport(time.perf_counter() - began_s, "optimised", None, 0),
         link=request.link,
     )
 
@@ -171,7 +172,9 @@ class _Planner:
     def _baseline(self, candidate: _Candidate, *, eligible: bool) -> Baseline:
         placement = candidate.placement
         price = self.price(candidate.layout, placement.layers, placement.staging_experts, "test")
-        return Baseline(price.ttft_s, price.tpot_s, eligible)
+        return Baseline(
+            price.ttft_s, price.tpot_s, price.hit_rate, price.link_bytes_per_token, eligible
+        )
 
     def _free_bytes(self, layout: Layout, staging: int) -> int:
         request = self._request

@@ -13,10 +13,12 @@ import pytest
 from moepack.atomic import write_atomically
 from moepack.errors import PlanMismatchError, WorkspaceError
 from moepack.plan import (
+    PLAN_VERSION,
     Layout,
     MemoryBreakdown,
     Placement,
     Plan,
+    PlannerReport,
     Prediction,
     Provenance,
     load_plan,
@@ -29,7 +31,7 @@ TWO = ModelRecord("two", "org/two", "2" * 64, "b" * 64)
 
 def plan_of(model_digest: str, *, this_machine: bool = True) -> Plan:
     return Plan(
-        version=1,
+        version=PLAN_VERSION,
         model_name="one",
         model_digest=model_digest,
         max_context_tokens=8,
@@ -38,7 +40,7 @@ def plan_of(model_digest: str, *, this_machine: bool = True) -> Plan:
         prediction=Prediction(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1, 1, 1.5),
         baselines={},
         provenance=Provenance("some machine", this_machine, "derived", "uniform"),
-        planner_s=0.0,
+        planner=PlannerReport(0.0, "optimised", None, 0),
     )
 
 

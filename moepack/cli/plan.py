@@ -227,14 +227,19 @@ def plan_document(plan: Plan) -> dict[str, object]:
                 "cached_tops": place.top_slots,
                 "cached_bottoms": place.bottom_slots,
                 "policy": place.policy,
-                "prefetch": place.prefetch_depth > 0,
+                "prefetch": place.prefetch,
+                "prefetch_depth": place.prefetch_depth,
             }
             for cut, place in zip(plan.layout.layers, placement.layers, strict=True)
         ],
         "prediction": records.to_data(prediction),
         "baselines": {name: records.to_data(baseline) for name, baseline in plan.baselines.items()},
         "provenance": records.to_data(plan.provenance),
-        "planner": {"seconds": plan.planner_s},
+        "planner": _without_nulls(records.to_data(plan.planner)),
         "context": placement.context_tokens,
         "max_context": plan.max_context_tokens,
     }
+
+
+def _without_nulls(data: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in data.items() if value is not None}

@@ -8,7 +8,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import EngineCapabilities, Layout, Placement
 from moepack.units import format_size
 
-CAPABILITIES = EngineCapabilities(policies=("lru",), devices=("cpu", "cuda"), max_prefetch_depth=0)
+CAPABILITIES = EngineCapabilities(policies=("lru",), devices=("cpu", "cuda"))
 
 
 def require_capable(placement: Placement) -> None:
@@ -52,6 +52,7 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
         staging_experts=placement.staging_experts,
         context_tokens=placement.context_tokens,
         threads=placement.threads,
+        pool=placement.pool,
     )
     if needed != placement.memory:
         raise PlanMismatchError(

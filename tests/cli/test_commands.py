@@ -124,7 +124,7 @@ def test_plan_answers_with_the_documented_keys(
     assert plan["planner"]["seconds"] > 0
     assert plan["max_context"] >= 256
     for baseline in plan["baselines"].values():
-        assert baseline.keys() == {"ttft_s", "tpot_s", "eligible"}
+        assert baseline.keys() >= {"ttft_s", "tpot_s", "hit_rate", "eligible"}
     assert no_nulls(plan)
 
 

@@ -149,7 +149,9 @@ def test_a_plan_for_other_bytes_or_another_engine_is_refused(checkpoint: Checkpo
     lying = dataclasses.replace(place.memory, kv_bytes=place.memory.kv_bytes - 2)
     with pytest.raises(PlanMismatchError, match="plan again"):
         require_fit(checkpoint.spec, layout, dataclasses.replace(place, memory=lying))
-    ahead = tuple(dataclasses.replace(layer, prefetch_depth=4) for layer in place.layers)
+    ahead = tuple(
+        dataclasses.replace(layer, prefetch="all", prefetch_depth=4) for layer in place.layers
+    )
     with pytest.raises(CapabilityError, match="4 experts fetched ahead"):
         require_fit(checkpoint.spec, layout, dataclasses.replace(place, layers=ahead))
 

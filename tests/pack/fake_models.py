@@ -26,6 +26,7 @@ from moepack.plan import (
     MemoryBreakdown,
     Placement,
     Plan,
+    PlannerReport,
     Prediction,
     Provenance,
 )
@@ -158,7 +159,7 @@ def make_plan(
         prediction=Prediction(0.1, 0.01, 100.0, 0.5, 0.5, 1e6, 1 << 20, 1 << 22, 1.25),
         baselines={},
         provenance=Provenance("fake", True, "fake", "fake"),
-        planner_s=0.0,
+        planner=PlannerReport(0.0, "optimised", None, 0),
     )
 
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from moepack.model_spec import ModelSpec
-from moepack.plan import PLAN_VERSION, Layout, Placement, Plan, Prediction, Provenance
+from moepack.plan import (
+    PLAN_VERSION,
+    Layout,
+    Placement,
+    Plan,
+    PlannerReport,
+    Prediction,
+    Provenance,
+)
 
 
 def plan_for(spec: ModelSpec, layout: Layout, placement: Placement) -> Plan:
@@ -18,5 +26,5 @@ def plan_for(spec: ModelSpec, layout: Layout, placement: Placement) -> Plan:
         prediction=Prediction(1.0, 1.0, 1.0, 0.5, 0.5, 1.0, 1, 1, 2.0),
         baselines={},
         provenance=Provenance("none", False, "none", "none"),
-        planner_s=0.0,
+        planner=PlannerReport(0.0, "optimised", None, 0),
     )
