@@ -1,24 +1,69 @@
-"""Which experts of a layer stay in the fast tier: pure Python, shared by runtime and replay.
+"""Which experts stay in the fast tier: pure Python, shared by runtime and replay.
 
 A cache holds one segment (a top, or a whole expert) of ``capacity`` experts. It is stepped once
 per forward pass of its layer, with every token of that pass, and answers what was resident, what
 is to be admitted, and into which slot. The rules, which replay and runtime must share:
 
 - hits are judged before anything is admitted;
-- experts order by a *key*; for ``lru`` it is the number of the last token that used the expert.
-  Ties go to the lower expert id, and before the first use to the earlier in the hot ranking;
-- after a pass the cache wants the ``capacity`` best keys among what it holds and what was used;
+- experts order by whether the pass uses them, then by :func:`access_key`, then the lower id first.
+  An expert that was never used has the key ``-1 - place`` in the hot ranking: it sorts below every
+  used one. Uses are counted for the whole pass before anything is admitted;
+- after a pass the cache wants the ``capacity`` first of what it holds and what was used, so a
+  missing expert is always admitted where there are slots enough. A ``pinned`` cache wants what it
+  holds;
 - experts are consumed in ascending id. A missing expert that is wanted takes the slot of the
-  resident with the smallest key that is not wanted and is not needed any more in this pass; where
-  there is none it is not admitted (only possible with fewer slots than experts in use).
+  resident that is last in the order, not wanted and not needed any more in this pass; where there
+  is none it is not admitted (only possible with fewer slots than experts in use).
+
+For passes of one token, and from top-k slots on, every policy here is a stack algorithm (Mattson et
+al. 1970): a larger cache holds whatever a smaller one does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import NamedTuple, Protocol
 
 from moepack.plan import Policy
+
+#: Of the least cache priority, arXiv 2509.08342: an expert's count of activations is worth
+#: ``LCP_RHO`` of itself after ``LCP_OMEGA`` tokens without one.
+LCP_RHO = 0.25
+LCP_OMEGA = 128
+
+#: What a token of recency adds to the logarithm of that count (derived).
+LCP_PER_TOKEN = math.log(1 / LCP_RHO) / LCP_OMEGA
+
+
+def access_key(policy: Policy, activations: int, last: float) -> float:
+    """What an expert that has been used is kept by: the cache lets the smallest go.
+
+    Keys never fall. Whoever computes them elsewhere takes logarithms from ``math.log``: another
+    library's may differ in the last bit, and then so do ties.
+
+    Parameters
+    ----------
+    activations : int
+        So far, at least one.
+    last : float
+        The number of the last token that used it.
+
+    Returns
+    -------
+    float
+        For ``lru`` the last token, for ``lfu`` the activations. For ``lcp`` the logarithm of the
+        paper's priority, ``activations * LCP_RHO ** (age / LCP_OMEGA)``, without what all experts
+        have in common at one moment (derived).
+    """
+    if policy == "lru":
+        return last
+    if policy == "lfu":
+        return activations
+    if policy == "lcp":
+        return math.log(activations) + last * LCP_PER_TOKEN
+    raise ValueError(f"a cache that is {policy} keeps nothing by its use")
 
 
 class Access(NamedTuple):
@@ -36,6 +81,23 @@ class Access(NamedTuple):
     admitted: dict[int, int]
 
 
+class LayerCache(Protocol):
+    """What one layer sees of its slots, or of those that all layers share."""
+
+    @property
+    def resident(self) -> dict[int, int]:
+        """Resident expert of the layer -> slot (a copy)."""
+
+    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+        """Account for one pass over the layer.
+
+        Parameters
+        ----------
+        tokens
+            For every token of the pass, in order, the ids of its experts.
+        """
+
+
 class ExpertCache:
     """Slots of one layer, and the policy that fills them.
 
@@ -46,11 +108,14 @@ class ExpertCache:
     hot : sequence of int
         Every expert of the layer, hottest first; the first ``capacity`` are resident at the start,
         in slots 0, 1, 2 ...
-    policy : str
-        Only ``lru`` so far.
+    layers : int
+        How many layers step it, each with its own experts: ages are counted in tokens, and a token
+        steps it so many times.
     """
 
-    def __init__(self, capacity: int, hot: Sequence[int], policy: Policy = "lru") -> None:
+    def __init__(
+        self, capacity: int, hot: Sequence[int], policy: Policy = "lru", *, layers: int = 1
+    ) -> None:
         if not 0 <= capacity <= len(hot) or sorted(hot) != list(range(len(hot))):
             raise ValueError(
                 f"capacity {capacity} with a hot ranking of {len(hot)}: expected a permutation of "
@@ -58,12 +123,15 @@ class ExpertCache:
             )
         self.policy = policy
         self.capacity = capacity
-        self._slot_of = {expert: slot for slot, expert in enumerate(hot[:capacity])}
-        # Before its first use an expert sorts below every used one, by its place in the ranking.
-        self._key = [0] * len(hot)
-        for place, expert in enumerate(hot):
-            self._key[expert] = -1 - place
+        self._layers = layers
         self._clock = 0
+        self._activations = [0] * len(hot)
+        self._last = [0] * len(hot)
+        self._place = [0] * len(hot)
+        for place, expert in enumerate(hot):
+            self._place[expert] = place
+        self._slot_of = {expert: slot for slot, expert in enumerate(hot[:capacity])}
+        self._rebuild()
 
     @property
     def resident(self) -> dict[int, int]:
@@ -71,44 +139,127 @@ class ExpertCache:
         return dict(self._slot_of)
 
     def step(self, tokens: Iterable[Sequence[int]]) -> Access:
-        """Account for one pass over the layer.
-
-        Parameters
-        ----------
-        tokens
-            For every token of the pass, in order, the ids of its experts.
-        """
+        """Account for one pass; see :meth:`LayerCache.step`."""
+        activations, last, clock = self._activations, self._last, self._clock
         needed: set[int] = set()
         for experts in tokens:
             for expert in experts:
-                self._key[expert] = self._clock
+                activations[expert] += 1
+                last[expert] = clock
             needed.update(experts)
-            self._clock += 1
-        slots = self._slot_of
+            clock += 1
+        self._clock = clock
         order = sorted(needed)
-        hits = {expert: slots[expert] for expert in order if expert in slots}
-        if len(hits) == len(order) or self.capacity == 0:
-            return Access(hits, {})
-        return Access(hits, self._admit(order, hits))
-
-    def _rank(self, expert: int) -> tuple[int, int]:
-        return (self._key[expert], -expert)
-
-    def _admit(self, order: list[int], hits: dict[int, int]) -> dict[int, int]:
         slots = self._slot_of
-        contenders = sorted({*slots, *order}, key=self._rank, reverse=True)
-        wanted = set(contenders[: self.capacity])
-        victims = sorted(
-            (expert for expert in slots if expert not in wanted and expert not in hits),
-            key=self._rank,
-            reverse=True,
-        )
+        hits = {expert: slots[expert] for expert in order if expert in slots}
+        if len(hits) == len(order) or self.capacity == 0 or self.policy == "pinned":
+            return Access(hits, {})
+        if len(order) <= self.capacity:
+            return Access(hits, self._admit_all(order, hits))
+        return Access(hits, self._admit_some(order, hits))
+
+    def _rank(self, expert: int) -> tuple[float, int]:
+        """The order of experts apart from the pass; the smallest goes first."""
+        activations = self._activations[expert]
+        if not activations:
+            return (-1 - self._place[expert], -expert)
+        return access_key(self.policy, activations, self._last[expert] / self._layers), -expert
+
+    def _rebuild(self) -> None:
+        # The rank that every resident had when it was last looked at. Ranks never fall, so what
+        # is smallest here and still has that rank is the smallest of all.
+        self._heap = [self._rank(expert) for expert in self._slot_of]
+        heapify(self._heap)
+
+    def _admit_all(self, order: list[int], hits: dict[int, int]) -> dict[int, int]:
+        """What the pass uses fits: all of it is wanted, so only what it does not use goes."""
+        slots, heap = self._slot_of, self._heap
+        spared: list[tuple[float, int]] = []
+        admitted: dict[int, int] = {}
+        for expert in order:
+            if expert in hits:
+                continue
+            smallest = self._pop_smallest()
+            while -smallest[1] in hits:
+                spared.append(smallest)
+                smallest = self._pop_smallest()
+            admitted[expert] = slots[expert] = slots.pop(-smallest[1])
+        for rank in spared:
+            heappush(heap, rank)
+        for expert in admitted:
+            heappush(heap, self._rank(expert))
+        return admitted
+
+    def _pop_smallest(self) -> tuple[float, int]:
+        heap = self._heap
+        while (rank := self._rank(-heap[0][1])) != heap[0]:
+            heapreplace(heap, rank)
+        return heappop(heap)
+
+    def _admit_some(self, order: list[int], hits: dict[int, int]) -> dict[int, int]:
+        """More is used than there are slots: what is not wanted gives way once it is consumed."""
+        slots, rank = self._slot_of, self._rank
+        wanted = set(sorted(order, key=rank)[-self.capacity :])
+        victims = sorted((expert for expert in slots if expert not in hits), key=rank, reverse=True)
         admitted: dict[int, int] = {}
         for expert in order:
             if expert in hits:
                 if expert not in wanted:
                     victims.append(expert)
-                    victims.sort(key=self._rank, reverse=True)
+                    victims.sort(key=rank, reverse=True)
             elif expert in wanted and victims:
                 admitted[expert] = slots[expert] = slots.pop(victims.pop())
+        self._rebuild()
         return admitted
+
+
+class SharedCache:
+    """Slots that all layers share: one cache over the experts of all of them.
+
+    Experts are numbered layer by layer. The cache starts from the hottest of every layer in turn,
+    then the second hottest, and so on.
+
+    Parameters
+    ----------
+    slots : int
+        0 to the number of experts of all layers together.
+    hot_by_layer
+        Of each layer every expert, hottest first.
+    """
+
+    def __init__(self, slots: int, hot_by_layer: Sequence[Sequence[int]], policy: Policy) -> None:
+        first, start = 0, []
+        views = []
+        for hot in hot_by_layer:
+            start += [(place, first + expert) for place, expert in enumerate(hot)]
+            views.append((first, first + len(hot)))
+            first += len(hot)
+        ranking = [expert for _, expert in sorted(start, key=lambda entry: entry[0])]
+        self._cache = ExpertCache(slots, ranking, policy, layers=len(hot_by_layer))
+        self._layers = [_SharedLayer(self._cache, *view) for view in views]
+
+    def layer(self, index: int) -> LayerCache:
+        """What the layer at ``index`` sees of the pool. Layers are to be stepped in their order."""
+        return self._layers[index]
+
+
+class _SharedLayer:
+    """One layer of a shared cache, by the layer's own numbers of experts."""
+
+    def __init__(self, cache: ExpertCache, first: int, stop: int) -> None:
+        self._cache = cache
+        self._first = first
+        self._stop = stop
+
+    @property
+    def resident(self) -> dict[int, int]:
+        held = self._cache.resident.items()
+        return {e - self._first: slot for e, slot in held if self._first <= e < self._stop}
+
+    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+        first = self._first
+        found = self._cache.step([[first + expert for expert in experts] for experts in tokens])
+        return Access(
+            {expert - first: slot for expert, slot in found.resident.items()},
+            {expert - first: slot for expert, slot in found.admitted.items()},
+        )

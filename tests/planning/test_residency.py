@@ -1,6 +1,9 @@
-"""The cache's rules, against an LRU that is written to be obvious."""
+"""The cache's rules, against caches that are written to be obvious."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moepack.hit_curves import lru_hit_curves
-from moepack.residency import ExpertCache
+from moepack.plan import POLICIES, Policy
+from moepack.residency import LCP_OMEGA, LCP_RHO, Access, ExpertCache, SharedCache, access_key
 from moepack.trace import Trace
+
+policies = st.sampled_from(POLICIES)
 
 
 @st.composite
@@ -19,6 +25,57 @@ def routings(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
     top_k = draw(st.integers(1, experts))
     token = st.permutations(range(experts)).map(lambda order: list(order[:top_k]))
     return experts, draw(st.lists(token, min_size=1, max_size=30))
+
+
+class ObviousCache:
+    """The rules word for word, from everything that ever happened."""
+
+    def __init__(
+        self, capacity: int, hot: Sequence[int], policy: Policy, *, layers: int = 1
+    ) -> None:
+        self.slots = list(hot[:capacity])
+        self._hot = list(hot)
+        self._policy = policy
+        self._layers = layers
+        self._history: list[list[int]] = []
+
+    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+        passed = [list(token) for token in tokens]
+        self._history += passed
+        used = {expert for token in passed for expert in token}
+        before = list(self.slots)
+        contenders = sorted(
+            used.union(before),
+            key=lambda expert: (expert in used, *self._order(expert)),
+            reverse=True,
+        )
+        wanted = contenders[: len(before)] if self._policy != "pinned" else before
+        admitted = {}
+        for expert in sorted(used):
+            if expert in before or expert not in wanted:
+                continue
+            victims = [
+                held
+                for held in self.slots
+                if held not in wanted and not (held in used and held > expert)
+            ]
+            if victims:
+                admitted[expert] = self.slots.index(min(victims, key=self._order))
+                self.slots[admitted[expert]] = expert
+        return Access({e: before.index(e) for e in sorted(used) if e in before}, admitted)
+
+    def _order(self, expert: int) -> tuple[bool, float, int]:
+        """Used at all; then the policy's own measure; then the lower id."""
+        uses = [when for when, token in enumerate(self._history) if expert in token]
+        if not uses or self._policy == "pinned":
+            return bool(uses), -self._hot.index(expert), -expert
+        age = (len(self._history) - uses[-1]) / self._layers
+        priority = {
+            "lru": -age,
+            "lfu": len(uses),
+            "lcp": len(uses) * 0.25 ** (age / 128),  # as the paper prints it
+        }[self._policy]
+        return True, priority, -expert
 
 
 def obvious_lru(capacity: int, hot: list[int], tokens: list[list[int]]) -> list[int]:
@@ -45,13 +102,90 @@ def test_decoding_hits_what_an_obvious_lru_hits(
     assert hits == obvious_lru(capacity, list(hot), tokens)
 
 
-@given(routings(), st.integers(0, 9), st.integers(1, 7))
+@given(routings(), policies, st.integers(0, 9), st.integers(1, 7), st.data())
+def test_every_policy_does_what_its_rules_say(
+    routing: tuple[int, list[list[int]]],
+    policy: Policy,
+    capacity: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    experts, tokens = routing
+    hot = data.draw(st.permutations(range(experts)))
+    capacity = min(capacity, experts)
+    cache, obvious = ExpertCache(capacity, hot, policy), ObviousCache(capacity, hot, policy)
+    for start in range(0, len(tokens), batch):
+        passed = tokens[start : start + batch]
+        assert cache.step(passed) == obvious.step(passed)
+        assert cache.resident == {expert: slot for slot, expert in enumerate(obvious.slots)}
+
+
+@given(routings(), policies, st.integers(1, 4), st.integers(1, 36), st.integers(1, 5), st.data())
+def test_a_pool_is_one_cache_over_the_experts_of_all_layers(
+    routing: tuple[int, list[list[int]]],
+    policy: Policy,
+    layers: int,
+    slots: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    experts, tokens = routing
+    rankings = [data.draw(st.permutations(range(experts))) for _ in range(layers)]
+    slots = min(slots, layers * experts)
+    pool = SharedCache(slots, rankings, policy)
+    start = [
+        layer * experts + rankings[layer][n] for n in range(experts) for layer in range(layers)
+    ]
+    obvious = ObviousCache(slots, start, policy, layers=layers)
+    for begin in range(0, len(tokens), batch):
+        for layer in range(layers):
+            # Another routing in each layer.
+            passed = [
+                [(expert + layer) % experts for expert in token]
+                for token in tokens[begin : begin + batch]
+            ]
+            first = layer * experts
+            expected = obvious.step([[first + expert for expert in token] for token in passed])
+            found = pool.layer(layer).step(passed)
+            for mine, others in zip(found, expected, strict=True):
+                assert {first + expert: slot for expert, slot in mine.items()} == others
+        held = {
+            slot: layer * experts + expert
+            for layer in range(layers)
+            for expert, slot in pool.layer(layer).resident.items()
+        }
+        assert [held[slot] for slot in range(slots)] == obvious.slots
+
+
+def test_layers_of_a_pool_may_have_different_numbers_of_experts() -> None:
+    pool = SharedCache(4, [[1, 0], [2, 0, 1]], "lru")
+    assert pool.layer(0).resident == {1: 0, 0: 2}
+    assert pool.layer(1).resident == {2: 1, 0: 3}
+    assert pool.layer(1).step([[1]]) == ({}, {1: 3})  # of the second hottest, the higher number
+    assert pool.layer(0).step([[0]]) == ({0: 2}, {})
+
+
+@given(routings(), policies, st.data())
+def test_from_top_k_slots_on_a_larger_cache_holds_what_a_smaller_one_does(
+    routing: tuple[int, list[list[int]]], policy: Policy, data: st.DataObject
+) -> None:
+    experts, tokens = routing
+    hot = data.draw(st.permutations(range(experts)))
+    caches = [ExpertCache(n, hot, policy) for n in range(len(tokens[0]), experts + 1)]
+    for token in tokens:
+        for cache in caches:
+            cache.step([token])
+        for smaller, larger in itertools.pairwise(caches):
+            assert smaller.resident.keys() < larger.resident.keys()
+
+
+@given(routings(), policies, st.integers(0, 9), st.integers(1, 7))
 def test_slots_are_never_shared_and_never_more_than_the_capacity(
-    routing: tuple[int, list[list[int]]], capacity: int, batch: int
+    routing: tuple[int, list[list[int]]], policy: Policy, capacity: int, batch: int
 ) -> None:
     experts, tokens = routing
     capacity = min(capacity, experts)
-    cache = ExpertCache(capacity, range(experts))
+    cache = ExpertCache(capacity, range(experts), policy)
     contents = {slot: expert for expert, slot in cache.resident.items()}
     for start in range(0, len(tokens), batch):
         passed = tokens[start : start + batch]
@@ -112,6 +246,36 @@ def test_fewer_slots_than_experts_in_use_keep_the_lower_ids() -> None:
     cache = ExpertCache(1, [3, 0, 1, 2])
     access = cache.step([[0, 1, 2]])
     assert access == ({}, {0: 0})
+
+
+def test_what_is_used_now_is_admitted_however_seldom_it_was_before() -> None:
+    cache = ExpertCache(2, [0, 1, 2], "lfu")
+    for _ in range(5):
+        cache.step([[0, 1]])
+    assert cache.step([[2]]) == ({}, {2: 1})  # 0 and 1 tie: the higher number goes
+    assert cache.step([[1]]) == ({}, {1: 1})
+
+
+def test_a_pinned_cache_keeps_what_it_began_with() -> None:
+    cache = ExpertCache(2, [3, 1, 0, 2], "pinned")
+    for _ in range(3):
+        assert cache.step([[0, 1, 2]]) == ({1: 1}, {})
+    assert cache.resident == {3: 0, 1: 1}
+
+
+def test_the_key_of_lcp_orders_as_the_priority_of_the_paper_does() -> None:
+    now = 500
+    used = [(count, last) for count in range(1, 40) for last in range(0, now, 7)]
+    by_key = sorted(used, key=lambda use: access_key("lcp", *use))
+    priorities = [count * LCP_RHO ** ((now - last) / LCP_OMEGA) for count, last in by_key]
+    assert all(np.diff(priorities) >= -1e-12)
+    # 128 tokens of age cost three quarters of the activations.
+    assert access_key("lcp", 4, 0) == pytest.approx(access_key("lcp", 1, 128))
+
+
+def test_a_pinned_cache_has_no_keys() -> None:
+    with pytest.raises(ValueError, match="pinned keeps nothing by its use"):
+        access_key("pinned", 1, 0)
 
 
 @pytest.mark.parametrize(("capacity", "hot"), [(3, [0, 1]), (-1, [0, 1]), (1, [0, 0]), (1, [1, 2])])
