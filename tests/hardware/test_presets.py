@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,54 @@ from moepack import presets
 from moepack.errors import PresetNotFoundError, ProfileError
 from moepack.hardware import HardwareProfile, find_hardware, load_hardware
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = presets.preset_names()
 
 
 def test_the_presets_that_the_documentation_names_are_there() -> None:
-    assert {"rtx-4090", "rtx-3090", "a6000", "cpu-nvme4", "cpu-sata"} <= set(NAMES)
+    cards = {"rtx-3060-12g", "rtx-3090", "rtx-4070-laptop", "rtx-4090", "rtx-5090"}
+    cards |= {"a6000", "a100-40g", "a100-80g", "h100"}
+    machines = {"cpu-nvme4", "cpu-sata", "cpu-ddr4-nvme3", "cpu-ddr5-nvme5"}
+    assert cards | machines <= set(NAMES)
+
+
+def test_the_files_are_what_the_table_of_facts_makes(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "make_presets.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.yaml")}
+    for folder in {path.parent for path in made}:
+        shipped = presets.presets_folder() / folder
+        assert {path.name for path in shipped.iterdir()} == {
+            path.name for path in made if path.parent == folder
+        }
+    for path, content in made.items():
+        edited = (presets.presets_folder() / path).read_bytes() != content
+        assert not edited, f"{path}: change scripts/preset_facts.py and run make_presets.py"
+
+
+#: Bytes of VRAM, and bytes per second of its memory and over the bus, as their makers state them.
+STATED = {
+    "rtx-3060-12g": (12e9, 360e9, 31.5e9),
+    "rtx-3090": (24e9, 936e9, 31.5e9),
+    "rtx-4070-laptop": (8e9, 256e9, 15.75e9),
+    "rtx-4090": (24e9, 1008e9, 31.5e9),
+    "rtx-5090": (32e9, 1792e9, 63e9),
+    "a6000": (48e9, 768e9, 31.5e9),
+    "a100-40g": (40e9, 1555e9, 31.5e9),
+    "a100-80g": (80e9, 1935e9, 31.5e9),
+    "h100": (80e9, 3350e9, 63e9),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_a_card_stays_a_little_below_what_its_maker_states(name: str) -> None:
+    vram_bytes, memory_bytes_per_s, bus_bytes_per_s = STATED[name]
+    profile = find_hardware(name)
+    assert profile.vram_bytes is not None
+    assert profile.bus is not None
+    assert 1.0 <= profile.vram_bytes / vram_bytes <= 1.08  # "24 GB" are 24 GiB, less what ECC takes
+    assert 0.85 <= profile.memory.bytes_per_s / memory_bytes_per_s <= 0.95
+    assert 0.7 <= profile.bus.points[-1].bytes_per_s / bus_bytes_per_s <= 0.9
 
 
 @pytest.mark.parametrize("name", NAMES)
