@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,14 @@ ROUTING_PARTS: tuple[RoutingPart, ...] = ("fit", "select", "test")
 PART_SHARES = (0.6, 0.2)
 
 Ids = npt.NDArray[np.uint16]
+
+
+class LayerShape(NamedTuple):
+    """One layer of a trace: its number in the decoder, its experts, and how many a token uses."""
+
+    layer: int
+    num_experts: int
+    top_k: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,17 @@ class Trace:
     predicted: Ids
     sequence: npt.NDArray[np.uint32]
     part: npt.NDArray[np.uint8]
+
+    def between(self, begin: int, end: int) -> Trace:
+        """The trace of some consecutive tokens alone."""
+        rows = slice(begin, end)
+        return Trace(
+            self.ids[rows],
+            self.weights[rows],
+            self.predicted[rows],
+            self.sequence[rows],
+            self.part[rows],
+        )
 
 
 def part_of_tokens(count: int) -> npt.NDArray[np.uint8]:

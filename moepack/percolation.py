@@ -1,0 +1,127 @@
+"""The caches of all sizes at once: what one token does to the stack of a layer.
+
+A cache of n slots that keeps the n best of what it held and what the token used holds, whatever n,
+the first n of one *stack* (Mattson et al., 1970, "Evaluation techniques for storage hierarchies").
+A token changes the stack by percolation: a *pool* walks down it with the experts that the caches
+so far have dropped. At each place the expert that stood there joins the pool, unless the token
+uses it, and the best of the pool stays; the pool never holds more than K.
+
+A place needs the pool of the place above it and the stack that the token before left there. So
+token t can be at place n while token t + 1 is at place n - 1: all tokens in flight, of all
+layers, are one numpy operation, and a trace takes tokens + N steps instead of tokens x N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.expert_order import ExpertOrder
+
+#: Tokens whose stacks are held at once, each N codes of every layer.
+_CHUNK_TOKENS = 1024
+
+#: Tokens whose stacks are turned into ranks at once, so that they stay in the processor's cache.
+_RANKED_TOKENS = 16
+
+
+def ranks(
+    order: ExpertOrder,
+    hot: npt.NDArray[np.integer],
+    asked: npt.NDArray[np.integer],
+    *,
+    bypass: bool = False,
+) -> npt.NDArray[np.uint16]:
+    """Where experts stand in the stack when a token arrives: held by every cache of more slots.
+
+    Peak memory: the stacks of 1,024 tokens, twice.
+
+    Parameters
+    ----------
+    hot : int [layers, N]
+        The stack before the first token.
+    asked : int [tokens, layers, any]
+        Expert ids.
+    bypass
+        Whether a cache may drop what the token used; else those experts stand above all others.
+
+    Returns
+    -------
+    uint16 [tokens, layers, any]
+    """
+    found = np.empty(asked.shape, dtype=np.uint16)
+    stack = np.take_along_axis(order.start, hot, axis=1).T  # [N, layers]
+    for begin in range(0, len(asked), _CHUNK_TOKENS):
+        rows = slice(begin, begin + _CHUNK_TOKENS)
+        before, after = (
+            np.ascontiguousarray(codes[rows].transpose(0, 2, 1))
+            for codes in (order.before, order.after)
+        )
+        stacks = _percolate(stack, before, after, bypass=bypass)
+        stack = stacks[-1].copy()
+        for part in range(0, len(before), _RANKED_TOKENS):
+            here = slice(begin + part, begin + min(part + _RANKED_TOKENS, len(before)))
+            places = _places(stacks[part : part + here.stop - here.start], order.expert_of)
+            found[here] = np.take_along_axis(places, asked[here].astype(np.intp), axis=2)
+    return found
+
+
+def _percolate(
+    stack: npt.NDArray[Any],
+    before: npt.NDArray[Any],
+    after: npt.NDArray[Any],
+    *,
+    bypass: bool,
+) -> npt.NDArray[Any]:
+    """The stack before each token, and after the last: codes [tokens + 1, N, layers].
+
+    Parameters
+    ----------
+    stack : [N, layers]
+    before, after : [tokens, K, layers]
+    """
+    tokens, top_k, layers = before.shape
+    experts = len(stack)
+    stacks = np.empty((tokens + 1, experts, layers), dtype=before.dtype)
+    stacks[0] = stack
+    # Sorted, best first. Filled with the largest code it passes K places without a word: those
+    # of the experts that the token used.
+    pool = np.full_like(before, np.iinfo(before.dtype).max)
+    taken = top_k
+    if bypass:
+        pool, taken = np.ascontiguousarray(np.sort(after, axis=1)[:, ::-1]), 0
+    else:
+        stacks[1:, :top_k] = after
+    flat = stacks.reshape(-1, layers)
+    # Place n of token t is row t * N + n; in step s, n = s - t: rows N - 1 apart.
+    stride = max(1, experts - 1)
+    for step in range(tokens + experts - 1):
+        first, last = max(0, step - experts + 1), min(tokens, step + 1)
+        begin = first * experts + step - first
+        held = flat[begin : begin + (last - first - 1) * stride + 1 : stride]
+        used = (held[:, None] == before[first:last]).any(axis=1)
+        joining = held * ~used  # code 0 loses to all: one less in the pool
+        inside = pool[first:last]
+        settled = min(tokens, step + 1 - taken) - first
+        if settled > 0:
+            begin += experts  # the same place of the next token
+            flat[begin : begin + (settled - 1) * stride + 1 : stride] = np.maximum(
+                inside[:settled, 0], joining[:settled]
+            )
+        worse = np.minimum(inside, joining[:, None])
+        np.maximum(inside[:, 1:], worse[:, :-1], out=inside[:, :-1])
+        inside[:, -1] = worse[:, -1]
+    return stacks
+
+
+def _places(stacks: npt.NDArray[Any], expert_of: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Place of every expert, by id: uint16 [tokens, layers, N] from codes [tokens, N, layers]."""
+    tokens, experts, layers = stacks.shape
+    row = np.arange(layers)
+    ids = expert_of.reshape(-1).take(stacks + row * expert_of.shape[1])
+    target = ids + (np.arange(tokens)[:, None, None] * layers + row) * experts
+    places = np.empty(tokens * layers * experts, dtype=np.uint16)
+    places[target] = np.arange(experts, dtype=np.uint16)[:, None]
+    return places.reshape(tokens, layers, experts)
