@@ -7,10 +7,9 @@ A :class:`HardwareProfile` says nothing about any model. It is measured here
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-
-import yaml
 
 from moepack import records
 from moepack.atomic import write_atomically
@@ -19,6 +18,8 @@ from moepack.plan import DeviceKind
 from moepack.presets import preset_path
 from moepack.rates import LinkCurve, MatmulCurve, MemoryRate, require_positive
 from moepack.records import record
+from moepack.units import MIB
+from moepack.yaml_files import to_yaml_text
 
 HARDWARE_VERSION = 1
 
@@ -144,7 +145,9 @@ class HardwareProfile:
         data = records.to_data(self)
         sources = data.pop("sources")
         # One line for each point of a curve, and one (or more) for each source.
-        text = _dump(data, flow=None) + (_dump({"sources": sources}, flow=False) if sources else "")
+        text = to_yaml_text(data, unicode=True)
+        if sources:
+            text += to_yaml_text({"sources": sources}, flow=False, unicode=True)
         write_atomically(path, (_HEADER + text).encode())
 
 
@@ -154,29 +157,49 @@ def load_hardware(path: Path) -> HardwareProfile:
     Raises
     ------
     ProfileError
-        When it cannot be read, or a field is wrong, naming it.
+        When it cannot be read, or a field is wrong, naming it; also when a number is one that no
+        machine has, and so probably in another unit.
     """
     what = f"hardware profile {path}"
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ProfileError(f"{what}: larger than {_MAX_FILE_BYTES} bytes; expected a profile")
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as failure:
-        raise ProfileError(
-            f"{what}: {failure.strerror}; make one with moepack profile --hardware-only"
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as failure:
-        reason = " ".join(str(failure).split())
-        raise ProfileError(
-            f"{what}: not YAML ({reason}); make it anew with moepack profile --hardware-only"
-        ) from None
-    profile = records.decode_object(HardwareProfile, data, what=what, error=ProfileError)
+    profile = records.load_yaml(
+        HardwareProfile,
+        path,
+        what="hardware profile",
+        error=ProfileError,
+        remedy="make one with moepack profile --hardware-only",
+        limit_bytes=_MAX_FILE_BYTES,
+    )
     if profile.version != HARDWARE_VERSION:
         raise ProfileError(
             f"{what}: version {profile.version}, this moepack reads {HARDWARE_VERSION}; "
             "profile again"
         )
+    for name, value, least, most in _bounds(profile):
+        if not least <= value <= most:
+            raise ProfileError(
+                f"{what}: {name} is {value:g}, expected {least:g} to {most:g}; it looks like "
+                "another unit: sizes are in bytes, rates per second, times in seconds"
+            )
     return profile
+
+
+def _bounds(profile: HardwareProfile) -> Iterator[tuple[str, float, float, float]]:
+    """What a person may have written in another unit: name, value, and what machines have."""
+    size, rate, flop, time = (MIB, 1 << 50), (1e4, 1e14), (1e6, 1e17), (1e-9, 1.0)
+    yield ("ram_bytes", profile.ram_bytes, *size)
+    yield ("process_base_bytes", profile.process_base_bytes, *size)
+    if profile.vram_bytes is not None:
+        yield ("vram_bytes", profile.vram_bytes, *size)
+    for name, link in (("disk", profile.disk), ("bus", profile.bus)):
+        if link is not None:
+            yield (f"{name}.latency_s", link.latency_s, *time)
+            for index, point in enumerate(link.points):
+                yield (f"{name}.points.{index}.bytes_per_s", point.bytes_per_s, *rate)
+    yield ("memory.bytes_per_s", profile.memory.bytes_per_s, *rate)
+    yield ("launch_s", profile.launch_s, *time)
+    for place, curve in enumerate(profile.matmul):
+        for index, entry in enumerate(curve.points):
+            yield (f"matmul.{place}.points.{index}.flop_per_s", entry.flop_per_s, *flop)
 
 
 def find_hardware(name_or_path: str) -> HardwareProfile:
@@ -200,10 +223,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # too long a name, for one
         return False
-
-
-def _dump(data: object, *, flow: bool | None) -> str:
-    text: str = yaml.safe_dump(
-        data, sort_keys=False, default_flow_style=flow, width=100, allow_unicode=True
-    )
-    return text

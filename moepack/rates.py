@@ -63,7 +63,7 @@ class LinkCurve:
 
     def __post_init__(self) -> None:
         require_positive(readers=self.readers, latency_s=self.latency_s)
-        _require_ascending("points", [point.size_bytes for point in self.points])
+        _require_ascending("size_bytes of the points", [point.size_bytes for point in self.points])
 
     def seconds(self, size_bytes: int) -> float:
         """Seconds of the link for one transfer among others of its size.
@@ -120,7 +120,7 @@ class MatmulCurve:
 
     def __post_init__(self) -> None:
         require_positive(rows=self.rows, columns=self.columns)
-        _require_ascending("points", [point.tokens for point in self.points])
+        _require_ascending("tokens of the points", [point.tokens for point in self.points])
 
     def flop_per_s(self, tokens: float) -> float:
         """Rate at a number of tokens: log-log between the points, flat outside."""
@@ -150,8 +150,11 @@ def _require_spread(spread: float) -> None:
 
 
 def _require_ascending(what: str, values: Sequence[int]) -> None:
-    if not values or any(a >= b for a, b in pairwise(values)):
-        raise ValueError(f"{what} are {list(values)}, expected at least one, ascending")
+    if not values:
+        raise ValueError(f"{what}: there are none, expected at least one, ascending")
+    for before, after in pairwise(values):
+        if before >= after:
+            raise ValueError(f"{what}: {after} comes after {before}, expected ascending")
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

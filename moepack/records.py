@@ -17,6 +17,9 @@ from moepack.errors import MoepackError
 
 T = TypeVar("T")
 
+#: A hundred times a routing profile of a large model.
+MAX_YAML_BYTES = 64 << 20
+
 
 @dataclass_transform(frozen_default=True)
 def record(cls: type[T]) -> type[T]:
@@ -51,16 +54,12 @@ def decode(cls: type[T], text: str | bytes, *, what: str, error: type[MoepackErr
     """
     from pydantic import ValidationError
 
+    from moepack.complaints import complaint
+
     try:
         return _adapter(cls).validate_json(text)  # type: ignore[no-any-return, arg-type]
     except ValidationError as failure:
-        first = failure.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        got = repr(first["input"])
-        got = got if len(got) <= 60 else f"{got[:57]}..."
-        raise error(
-            f"{what}: {where}: {first['msg'].lower()} (got {got}); make it anew or correct it"
-        ) from None
+        raise error(f"{what}: {complaint(cls, failure)}; correct it or make it anew") from None
 
 
 def decode_object(cls: type[T], data: object, *, what: str, error: type[MoepackError]) -> T:
@@ -72,7 +71,15 @@ def decode_object(cls: type[T], data: object, *, what: str, error: type[MoepackE
     return decode(cls, text, what=what, error=error)
 
 
-def load_yaml(cls: type[T], path: Path, *, what: str, error: type[MoepackError], remedy: str) -> T:
+def load_yaml(
+    cls: type[T],
+    path: Path,
+    *,
+    what: str,
+    error: type[MoepackError],
+    remedy: str,
+    limit_bytes: int = MAX_YAML_BYTES,
+) -> T:
     """Read a record from a YAML file, strictly.
 
     Parameters
@@ -81,31 +88,26 @@ def load_yaml(cls: type[T], path: Path, *, what: str, error: type[MoepackError],
         The kind of document, for instance ``compute profile``.
     remedy
         What to do when it cannot be read, for instance ``make one with moepack profile``.
+    limit_bytes
+        A larger file is something else.
 
     Raises
     ------
     MoepackError
         ``error``, when the file cannot be read, is not YAML, or is not such a record.
     """
-    import yaml  # deferred: only profiles and presets are YAML
+    from moepack.yaml_files import read_yaml  # deferred: only profiles and presets are YAML
 
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as failure:
-        raise error(f"{what} {path}: {failure.strerror}; {remedy}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as failure:
-        reason = " ".join(str(failure).split())
-        raise error(f"{what} {path}: not YAML ({reason}); {remedy}") from None
-    return decode_object(cls, data, what=f"{what} {path}", error=error)
+    what = f"{what} {path}"
+    data = read_yaml(path, what=what, error=error, remedy=remedy, limit_bytes=limit_bytes)
+    return decode_object(cls, data, what=what, error=error)
 
 
 def to_yaml(item: Any, *, header: str) -> bytes:
     """A record as YAML under a line of comment."""
-    import yaml
+    from moepack.yaml_files import to_yaml_text
 
-    # Other than ASCII is escaped: PyYAML writes some of it (U+0085) so that it reads back changed.
-    text = yaml.safe_dump(to_data(item), sort_keys=False, default_flow_style=None, width=100)
-    return f"# {header}\n{text}".encode()
+    return f"# {header}\n{to_yaml_text(to_data(item))}".encode()
 
 
 def to_data(item: Any) -> Any:

@@ -34,11 +34,13 @@ class Shape:
             raise ValueError("more than three points")
 
 
+# What YAML could take for something else: numbers, dates, nothing at all.
+tricky = st.sampled_from(["1e5", "-2.e+6", ".5E3", "2026-11-22", "1_000", "0x1f", "~", "yes", "="])
 points = st.builds(
     Point,
     x=st.integers(-(2**53), 2**53),
     y=st.floats(allow_nan=False, allow_infinity=False),
-    tag=st.none() | st.text(),
+    tag=st.none() | st.text() | tricky,
 )
 shapes = st.builds(
     Shape,
@@ -101,7 +103,7 @@ def test_a_wrong_field_is_named_with_what_it_holds(change: dict[str, Any], where
 
 
 def test_a_missing_field_is_named() -> None:
-    with pytest.raises(PlanError, match="points"):
+    with pytest.raises(PlanError, match="points: missing, expected a list"):
         records.decode(Shape, '{"name": "s", "weights": {}}', what="shape", error=PlanError)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -120,24 +121,41 @@ def test_bytes_that_are_no_text_are_a_named_error(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("cores: 6", "cores: six", "cores"),
-    ("cores: 6", "cores: 0", "cores is 0"),
-    ("cores: 6", "cores: 6.5", "cores"),
-    ("cores: 6", "cores: 6\ncolour: red", "colour"),
-    ("cores: 6\n", "", "cores"),
-    ("device: cpu", "device: abacus", "device"),
+    ("cores: 6", "cores: six", "cores: expected a whole number, got 'six'"),
+    ("cores: 6", "cores: 0", "cores is 0, expected more than 0"),
+    ("cores: 6", "cores: 6.5", "cores: expected a whole number, got 6.5"),
+    ("cores: 6", "cores: 6\ncolour: red", "colour: unknown key (got 'red'); there are version,"),
+    ("cores: 6", "coers: 6", "coers: unknown key (got 6); did you mean cores? (and 1 more)"),
+    ("cores: 6", "cores: 6\ncores: 8", "line 13: the key cores stands twice"),
+    ("cores: 6\n", "", "cores: missing, expected a whole number"),
+    ("ram_bytes: 34359738368", "ram_bytes: 32G", "got '32G'; write 34359738368"),
+    (
+        "ram_bytes: 34359738368",
+        "ram_bytes: 32e9",
+        "whole number of bytes, got 32000000000.0; write",
+    ),
+    ("ram_bytes: 34359738368", "ram_bytes: 32", "ram_bytes is 32, expected 1.04858e+06 to"),
+    ("{bytes_per_s: 38400000000.0", "{bytes_per_s: 38.4", "memory.bytes_per_s is 38.4, expected"),
+    ("{bytes_per_s: 38400000000.0", "{bytes_per_s: 2 GB/s", "got '2 GB/s'; write 2147483648"),
+    ("launch_s: 2.0e-06", "launch_s: 2us", "expected a number of seconds, got '2us'; write 2e-06"),
+    ("launch_s: 2.0e-06", "launch_s: 2", "launch_s is 2, expected 1e-09 to 1; it looks like"),
+    ("launch_s: 2.0e-06", "launch_s: .nan", "launch_s is nan, expected more than 0"),
+    ("launch_s: 2.0e-06", "launch_s: .inf", "launch_s is inf"),
+    ("device: cpu", "device: abacus", "device: expected cpu or cuda, got 'abacus'"),
     ("device: cpu", "device: cuda", "bus belong to a machine whose device is cuda"),
     ("vram_bytes: null", "vram_bytes: 5", "bus belong to a machine"),
-    ("device_base_bytes: 0", "device_base_bytes: -1", "device_base_bytes is -1"),
-    ("past_cache: true", "past_cache: perhaps", r"disk\.past_cache"),
-    ("{size_bytes: 4096,", "{size_bytes: -4096,", r"disk\.points\.0"),
-    ("{size_bytes: 4096,", "{size_bytes: 4194304,", "ascending"),
-    ("dtype: BF16", "dtype: BF8", r"matmul\.0\.dtype"),
+    ("device_base_bytes: 0", "device_base_bytes: -1", "device_base_bytes is -1, expected 0 or"),
+    ("past_cache: true", "past_cache: perhaps", "disk.past_cache: expected true or false, got"),
+    ("{size_bytes: 4096,", "{size_bytes: -4096,", "disk.points.0: size_bytes is -4096, expected"),
+    ("{size_bytes: 4096,", "{size_bytes: 65536,", "disk: size_bytes of the points: 16384 comes"),
+    ("{size_bytes: 4096,", "{size: 4096,", "disk.points.0.size: unknown key (got 4096); there are"),
+    ("{tokens: 4,", "{tokens: 64,", "matmul.0: tokens of the points: 8 comes after 64, expected"),
+    ("dtype: BF16", "dtype: BF8", "matmul.0.dtype: expected BF16 or F16 or F32, got 'BF8'"),
     ("version: 1", "version: 2", "version 2, this moepack reads 1"),
-    ("launch_s: 2.0e-06", "launch_s: .nan", "launch_s is nan"),
-    ("launch_s: 2.0e-06", "launch_s: .inf", "launch_s is inf"),
-    ("source: preset", "source: hearsay", "source"),
-    ("recorded_utc: '", "recorded_utc: 2026-11-22 #'", "not JSON serializable"),
+    ("source: preset", "source: hearsay", "source: expected measured or preset, got 'hearsay'"),
+    ("  cores: AMD", "  cores: [AMD]\n  x: AMD", "sources.cores: expected a valid string, got"),
+    ("bus: null", "bus: pcie4", "bus: expected a map of readers, latency_s,"),
+    ("disk:\n", "disk: []\nbuses:\n", "buses: unknown key"),
 ]
 
 
@@ -148,9 +166,29 @@ def test_a_wrong_field_is_named(right: str, wrong: str, named: str, tmp_path: Pa
     text = path.read_text()
     assert right in text
     path.write_text(text.replace(right, wrong, 1))
-    with pytest.raises(ProfileError, match=named) as caught:
+    with pytest.raises(ProfileError, match=re.escape(named)) as caught:
         load_hardware(path)
     assert str(caught.value).startswith(f"hardware profile {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("right", "plain"),
+    [
+        ("launch_s: 2.0e-06", "launch_s: 2e-6"),
+        ("bytes_per_s: 38400000000.0", "bytes_per_s: 384e8"),
+        ("recorded_utc: '2026-11-22T00:00:00+00:00'", "recorded_utc: 2026-11-22T00:00:00+00:00"),
+    ],
+)
+def test_numbers_and_dates_are_read_as_people_write_them(
+    right: str, plain: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "machine.yaml"
+    CPU.save(path)
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, plain, 1))
+    assert load_hardware(path) == CPU
 
 
 def test_rates_and_spreads_have_to_be_numbers_that_can_be() -> None:

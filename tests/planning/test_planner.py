@@ -237,7 +237,7 @@ def test_a_plan_survives_its_file(spec: ModelSpec, routing: RoutingProfile, tmp_
     [
         ("", "invalid json"),
         ("{", "invalid json"),
-        ("[]", "should be an object"),
+        ("[]", "the document: expected a map of version"),
         ('{"version": "one"}', "version"),
     ],
 )
