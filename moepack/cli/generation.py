@@ -67,7 +67,7 @@ def open_session(
             f"the link is throttled to {format_rate(rate_bytes_per_s)} and "
             f"{format_duration(latency_s)}, as planned"
         )
-    engine = open_packed(packed.folder, plan, check=CheckMode(check), link=plan.link)
+    engine = open_packed(packed, plan, check=CheckMode(check), link=plan.link)
     return Session(plan, engine, tokenizer, stop_ids)
 
 

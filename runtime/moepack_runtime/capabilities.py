@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from moepack.budget import memory_breakdown
+from moepack.budget import layer_segment, memory_breakdown, stored_bytes
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.model_spec import ModelSpec
-from moepack.plan import EngineCapabilities, Layout, Placement
+from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Plan, Policy
 from moepack.units import format_size
 
-CAPABILITIES = EngineCapabilities(policies=("lru",), devices=("cpu", "cuda"))
+CAPABILITIES = EngineCapabilities(policies=POLICIES, devices=("cpu", "cuda"), shared_pool=True)
 
 
-def require_capable(placement: Placement) -> None:
-    """Refuse a placement that asks for more than this engine does.
+def require_own(plan: Plan) -> None:
+    """Refuse to execute a plan that was made for an engine with other capabilities.
+
+    Raises
+    ------
+    CapabilityError
+        Always for such a plan, even where this engine could carry it out: its forecast is another
+        engine's.
+    """
+    if plan.assumed_engine:
+        raise CapabilityError(
+            "the plan was made for an engine that can do more than this one; plan again without "
+            "--assume-engine"
+        )
+
+
+def require_capable(placement: Placement, engine: EngineCapabilities = CAPABILITIES) -> None:
+    """Refuse a placement that asks for more than an engine does.
 
     Raises
     ------
@@ -20,16 +36,55 @@ def require_capable(placement: Placement) -> None:
         Naming the layer, what it asks for and what there is.
     """
     for layer in placement.layers:
-        if layer.policy not in CAPABILITIES.policies:
+        what = f"layer {layer.layer}"
+        _require_policy(what, layer.policy, engine)
+        depth = layer.prefetch_depth
+        if layer.prefetch not in engine.prefetch or depth > engine.max_prefetch_depth:
             raise CapabilityError(
-                f"layer {layer.layer} wants the policy {layer.policy!r}; this engine has "
-                f"{', '.join(CAPABILITIES.policies)}; plan again with this moepack"
+                f"{what} wants {depth} experts fetched ahead (prefetch {layer.prefetch!r}); this "
+                f"engine has {', '.join(engine.prefetch)}, and {engine.max_prefetch_depth} at "
+                "most; plan again with this moepack"
             )
-        if layer.prefetch_depth > CAPABILITIES.max_prefetch_depth:
+    if placement.pool is not None:
+        if not engine.shared_pool:
             raise CapabilityError(
-                f"layer {layer.layer} wants {layer.prefetch_depth} experts fetched ahead; this "
-                f"engine does {CAPABILITIES.max_prefetch_depth}; plan again with this moepack"
+                f"the plan has {placement.pool.slots} slots that all layers share; this engine "
+                "gives each layer its own; plan again with this moepack"
             )
+        _require_policy("the shared pool", placement.pool.policy, engine)
+
+
+def _require_policy(what: str, policy: Policy, engine: EngineCapabilities) -> None:
+    if policy not in engine.policies:
+        raise CapabilityError(
+            f"{what} wants the policy {policy!r}; this engine has {', '.join(engine.policies)}; "
+            "plan again with this moepack"
+        )
+
+
+def _require_alike(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
+    """Refuse a shared pool over experts that do not fit one another's slots."""
+    assert placement.pool is not None
+    first = layout.layers[0]
+    shape = layer_segment(spec, first, "top")
+    for cut in layout.layers:
+        if cut.split != cut.width:
+            raise PlanMismatchError(
+                f"all layers share slots for whole experts, and layer {cut.layer} is cut at "
+                f"{cut.split} of {cut.width} neurons; plan again"
+            )
+        if layer_segment(spec, cut, "top") != shape:
+            raise PlanMismatchError(
+                f"all layers share slots of one size, and an expert of layer {cut.layer} takes "
+                f"{stored_bytes(spec, cut, 'top')} bytes, one of layer {first.layer} "
+                f"{stored_bytes(spec, first, 'top')}; plan again"
+            )
+    experts = sum(len(layer.hot) for layer in placement.layers)
+    if placement.pool.slots > experts:
+        raise PlanMismatchError(
+            f"the plan shares {placement.pool.slots} slots among {experts} experts; expected no "
+            "more slots than experts; plan again"
+        )
 
 
 def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
@@ -38,13 +93,22 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
     Raises
     ------
     CapabilityError
-        When it asks for a policy or prefetching that the engine lacks.
+        When it asks for a policy, a pool or prefetching that the engine lacks.
     PlanMismatchError
-        When its bytes are not those of this model and layout.
+        When its bytes are not those of this model and layout, or the layers cannot share a pool.
     BudgetTooSmallError
         When it needs more than its budget, naming the missing bytes.
     """
     require_capable(placement)
+    for layer in placement.layers:
+        experts = spec.moe(layer.layer).num_experts
+        if len(layer.hot) != experts:
+            raise PlanMismatchError(
+                f"the plan ranks {len(layer.hot)} experts of layer {layer.layer}, the model has "
+                f"{experts}; plan again"
+            )
+    if placement.pool is not None:
+        _require_alike(spec, layout, placement)
     needed = memory_breakdown(
         spec,
         layout,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -23,21 +23,11 @@ from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.memory import refusals_named
 from moepack_runtime.model import Decoder
 from moepack_runtime.moe import Block, add_experts
-from moepack_runtime.router import Routing
+from moepack_runtime.observers import Observer, PassObserver
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import LinkStatistics, Transfer
-
-
-class Observer(Protocol):
-    """Sees what the router of each layer decides (profiling, live statistics)."""
-
-    def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
-        """One block of one layer: the residual after attention [tokens, hidden], and the choice.
-
-        The residual is overwritten afterwards; whoever keeps it copies it.
-        """
 
 
 class _Hidden(NamedTuple):
@@ -107,9 +97,11 @@ class Engine:
                 placement.layers,
                 staging_experts=placement.staging_experts,
                 transfer=transfer,
+                pool=placement.pool,
             )
             self._experts.warm()
         self._observer: Observer | None = None
+        self._pass_observer: PassObserver | None = None
         self._meter = Meter(0, transfer.statistics)
         self._broken = False
         self._tokens: list[int] = []  # what is in the cache
@@ -135,6 +127,10 @@ class Engine:
     def observe(self, observer: Observer | None) -> None:
         """Show every routing decision to ``observer`` from now on."""
         self._observer = observer
+
+    def observe_passes(self, observer: PassObserver | None) -> None:
+        """Show what every pass finds to ``observer`` from now on."""
+        self._pass_observer = observer
 
     @property
     def length(self) -> int:
@@ -327,3 +323,5 @@ class Engine:
         add_experts(moe, blocks, layer_pass)
         self._meter.count(layer_pass.counts)
         self._meter.wait_s += self._experts.wait_s - waited_s
+        if self._pass_observer is not None:
+            self._pass_observer.passed(number, tokens, layer_pass.hits)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from moepack import machine
@@ -14,7 +12,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement, Plan
 from moepack.segments import PARTS, SegmentId
 from moepack.units import format_size
-from moepack_runtime.capabilities import require_fit
+from moepack_runtime.capabilities import require_fit, require_own
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
@@ -23,13 +21,13 @@ from moepack_runtime.transfer.host import DEFAULT_READERS
 
 
 def open_packed(
-    folder: Path,
+    packed: PackedModel,
     plan: Plan,
     *,
     check: CheckMode = CheckMode.FIRST,
     link: tuple[float, float] | None = None,
 ) -> Engine:
-    """Open a packed folder under a plan.
+    """Open an engine over a packed folder, under a plan.
 
     Parameters
     ----------
@@ -40,13 +38,15 @@ def open_packed(
     ------
     PlanMismatchError
         When the pack's layout is not the plan's, naming the layers that differ.
-    PackError, TransferError, DeviceError, OutOfMemoryError, BudgetTooSmallError, CapabilityError
-        When the pack is not sound, or the plan cannot be carried out here.
+    CapabilityError, DeviceError, OutOfMemoryError, BudgetTooSmallError
+        When the plan cannot be carried out here.
+    TransferError, DamagedSegmentError
+        When the trunk or a segment does not arrive whole.
     """
     process_base_bytes = resident_bytes()
-    packed = PackedModel.open(folder)
-    spec = packed.manifest.spec
-    check_plan_fits(plan, packed.manifest, str(folder))
+    spec = packed.spec
+    require_own(plan)
+    check_plan_fits(plan, packed.manifest, str(packed.folder))
     require_fit(spec, plan.layout, plan.placement)
     store = PackStore(packed)
     return _open(spec, plan.layout, plan.placement, store, check, link, process_base_bytes)

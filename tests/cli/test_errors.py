@@ -228,6 +228,16 @@ def test_a_plan_that_needs_other_segments(
     assert moepack("run", "abc", "--model", packed, "--max-new-tokens", "2").code == 0
 
 
+@pytest.mark.parametrize("command", [("run", "abc"), ("bench",)])
+def test_a_plan_for_an_engine_that_is_not_here(
+    packed: Path, moepack: Moepack, home: Path, command: tuple[str, ...]
+) -> None:
+    (path,) = home.glob("models/*/plan.json")
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps(plan | {"assumed_engine": True}))
+    assert_named(moepack(*command), "CapabilityError", "plan again without --assume-engine")
+
+
 @pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'{"version": 1}'])
 def test_garbage_for_a_plan(packed: Path, moepack: Moepack, home: Path, garbage: bytes) -> None:
     (plan,) = home.glob("models/*/plan.json")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moepack_runtime.capabilities import require_fit
 from moepack_runtime.loading import open_packed
 from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler, SamplingParams
@@ -16,7 +15,6 @@ from moepack_runtime.store import PackStore
 from moepack.checkpoint import Checkpoint
 from moepack.errors import (
     BudgetTooSmallError,
-    CapabilityError,
     ContextLengthError,
     DamagedSegmentError,
     PlanMismatchError,
@@ -134,28 +132,6 @@ def test_a_long_prompt_stays_within_the_planned_hidden_states(
         assert peak_bytes(lambda: engine.prefill([7] * 512)) <= planned
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(
-    checkpoint: Checkpoint,
-) -> None:
-    layout, place = whole(checkpoint, tops=3, staging=2)
-    short = dataclasses.replace(place, fast_budget_bytes=place.fast_budget_bytes - 4321)
-    with pytest.raises(BudgetTooSmallError, match="4321 bytes are missing") as caught:
-        require_fit(checkpoint.spec, layout, short)
-    assert caught.value.missing_bytes == 4321
-
-
-def test_a_plan_for_other_bytes_or_another_engine_is_refused(checkpoint: Checkpoint) -> None:
-    layout, place = whole(checkpoint, tops=3, staging=2)
-    lying = dataclasses.replace(place.memory, kv_bytes=place.memory.kv_bytes - 2)
-    with pytest.raises(PlanMismatchError, match="plan again"):
-        require_fit(checkpoint.spec, layout, dataclasses.replace(place, memory=lying))
-    ahead = tuple(
-        dataclasses.replace(layer, prefetch="all", prefetch_depth=4) for layer in place.layers
-    )
-    with pytest.raises(CapabilityError, match="4 experts fetched ahead"):
-        require_fit(checkpoint.spec, layout, dataclasses.replace(place, layers=ahead))
-
-
 def test_the_context_is_a_limit(checkpoint: Checkpoint) -> None:
     layout, place = whole(checkpoint, tops=3, staging=2)
     with open_engine(checkpoint, layout, place) as engine:
@@ -202,7 +178,7 @@ def test_a_damaged_segment_is_named_and_nothing_is_computed_with_it(
         byte = shard.read(1)
         shard.seek(entry.offset_bytes + 100)
         shard.write(bytes([byte[0] ^ 1]))
-    with open_packed(out, plan) as engine:
+    with open_packed(PackedModel.open(out), plan) as engine:
         with pytest.raises(DamagedSegmentError, match="layer 1, expert 2, top"):
             engine.prefill(PROMPT)
         with pytest.raises(RunError, match="open it again"):
@@ -219,11 +195,11 @@ def test_a_pack_of_another_layout_is_refused_by_its_layers(
     other = mixed_layout(spec, (1.0, 0.5, 1.0))
     split = placement(spec, other, tops=1, bottoms=0, staging=1)
     with pytest.raises(PlanMismatchError, match="in layers 1; pack again"):
-        open_packed(out, plan_for(spec, other, split))
+        open_packed(PackedModel.open(out), plan_for(spec, other, split))
     longer = dataclasses.replace(layout, prefill_block_tokens=16)
     again = placement(spec, longer, tops=1, bottoms=0, staging=1)
     with pytest.raises(PlanMismatchError, match="in the prefill block; pack again"):
-        open_packed(out, plan_for(spec, longer, again))
+        open_packed(PackedModel.open(out), plan_for(spec, longer, again))
 
 
 def test_a_new_placement_of_the_same_layout_needs_no_packing(
@@ -235,7 +211,7 @@ def test_a_new_placement_of_the_same_layout_needs_no_packing(
     found = []
     for tops in (0, 2, 8):
         layout, place = whole(checkpoint, tops=tops, staging=2)
-        with open_packed(out, plan_for(checkpoint.spec, layout, place)) as engine:
+        with open_packed(PackedModel.open(out), plan_for(checkpoint.spec, layout, place)) as engine:
             found.append(engine.prefill(PROMPT))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -270,4 +246,4 @@ def test_a_host_that_cannot_hold_the_process_is_refused_before_the_system_kills_
     pack(checkpoint, plan_for(checkpoint.spec, layout, place), out)
     tight = dataclasses.replace(place, ram_budget_bytes=place.memory.total_bytes)
     with pytest.raises(BudgetTooSmallError, match="of host memory and the process itself"):
-        open_packed(out, plan_for(checkpoint.spec, layout, tight))
+        open_packed(PackedModel.open(out), plan_for(checkpoint.spec, layout, tight))

@@ -14,7 +14,7 @@ from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer, Transfe
 
 from moepack.checkpoint import Checkpoint
 from moepack.pack import pack
-from moepack.plan import DeviceKind
+from moepack.plan import POLICIES, DeviceKind, SharedPool
 from tests.conftest import TinyFolder
 from tests.support.engines import all_logits, greedy, open_engine
 from tests.support.packs import plan_for
@@ -25,6 +25,8 @@ KEYS = [(model.family, model.variant) for model in TINY_MODELS]
 
 #: Longer than every sliding window of the tiny models, and no multiple of the block.
 PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(45)]
+#: Longer than the block many times over.
+LONG = [(13 * place * place + 5 * place + 1) % 250 + 3 for place in range(200)]
 FOLLOWING = [17, 99, 4, 250, 31, 8]
 NEW_TOKENS = 32
 CONTEXT = 96
@@ -119,8 +121,8 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
         assert engine.link.reads == filled, "everything was there before"
     places = [
         place_on(tops=0, bottoms=0, staging=1),
-        place_on(tops=1, bottoms=0, staging=2),
-        place_on(tops=3, bottoms=2, staging=5),
+        place_on(tops=1, bottoms=0, staging=2, policy="lfu"),
+        place_on(tops=3, bottoms=2, staging=5, policy="lcp"),
         place_on(tops=5, bottoms=5, staging=3, coldest_first=True),
     ]
     for name, twin in TWINS.items():
@@ -132,6 +134,32 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
                 engine.reset()
                 again = all_logits(engine, PROMPT, FOLLOWING)
                 assert torch.equal(again, resident), (name, "again", place.layers[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "pool"])
+def test_the_bits_of_a_long_prompt_do_not_depend_on_the_policy(
+    tiny_folder: TinyFolder, shared: bool, twin: str, device: DeviceKind
+) -> None:
+    """With fewer slots than a token has experts, and with more; in each layer, and in one pool."""
+    checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,) if shared else MIXED)
+    place_on = partial(placement, spec, layout, context=len(LONG) + 64, device=device)
+    with open_engine(checkpoint, layout, place_on(tops=99, bottoms=99, staging=1)) as engine:
+        resident = all_logits(engine, LONG, FOLLOWING * 4)
+    places = [
+        place_on(tops=0, bottoms=0, staging=2, pool=SharedPool(slots, policy))
+        if shared
+        else place_on(tops=slots, bottoms=slots // 2, staging=2, policy=policy)
+        for policy in POLICIES
+        for slots in ((1, 11) if shared else (1, 4))
+    ]
+    for place in places:
+        with open_engine(checkpoint, layout, place, twin=TWINS[twin]) as engine:
+            found = all_logits(engine, LONG, FOLLOWING * 4)
+            assert torch.equal(found, resident), (place.layers[0], place.pool)
 
 
 def test_packs_of_different_splits_agree_within_rounding(tiny_folder: TinyFolder) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moepack.budget import memory_breakdown
 from moepack.layouts import layer_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
+from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement, Policy, SharedPool
 
 
 def mixed_layout(spec: ModelSpec, ratios: Sequence[float], *, block_tokens: int = 8) -> Layout:
@@ -31,6 +31,8 @@ def placement(
     coldest_first: bool = False,
     threads: int = 1,
     device: DeviceKind = "cpu",
+    policy: Policy = "lru",
+    pool: SharedPool | None = None,
 ) -> Placement:
     """Equal slots in every layer, as many as there are experts at most."""
     layers = []
@@ -44,12 +46,18 @@ def placement(
                 budget_bytes=0,
                 top_slots=min(tops, experts) if cut.split else 0,
                 bottom_slots=min(bottoms, experts) if cut.split < cut.width else 0,
-                policy="lru",
+                policy=policy,
                 hot=hot,
             )
         )
     memory = memory_breakdown(
-        spec, layout, layers, staging_experts=staging, context_tokens=context, threads=threads
+        spec,
+        layout,
+        layers,
+        staging_experts=staging,
+        context_tokens=context,
+        threads=threads,
+        pool=pool,
     )
     return Placement(
         device=device,
@@ -61,4 +69,5 @@ def placement(
         memory=memory,
         layers=tuple(layers),
         threads=threads,
+        pool=pool,
     )
