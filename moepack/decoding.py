@@ -1,0 +1,261 @@
+"""Decoding under a placement: every token of a part through every layer, and the sums of it.
+
+Where nothing is fetched ahead, no pass depends on another and all are computed at once. Otherwise
+the tokens are cut into lanes that run side by side, each again from where the one before it has
+ended, until nothing changes: the result is that of one lane.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.passes import Activations, DecodePasses, Segments
+from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance
+
+# Lanes that run side by side, and the difference between two starts that counts as none.
+_LANES = 256
+_SAME_S = 1e-12
+
+
+class Replayed(NamedTuple):
+    """What a replay of one part of the trace took.
+
+    Attributes
+    ----------
+    ttft_s, tpot_s : float
+        To the first token of the prompt, and for each further token.
+    hit_rate, ready_rate : float
+        Of the experts activated while decoding: those whose cached part was resident, and those
+        that were whole in the fast tier when the routing was known.
+    demand_bytes, ahead_used_bytes, ahead_wasted_bytes : float
+        Over the link for one decoded token: on demand, and ahead of the routing.
+    link_s : float
+        The link's work for one decoded token.
+    layer_wait_s : float64 [L]
+        For one decoded token, what the compute of each layer waited for.
+    events : int
+        (layer, token) passes that were replayed.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    hit_rate: float
+    ready_rate: float
+    demand_bytes: float
+    ahead_used_bytes: float
+    ahead_wasted_bytes: float
+    link_s: float
+    layer_wait_s: Seconds
+    events: int
+
+    @property
+    def link_bytes_per_token(self) -> float:
+        """Everything that crosses the link for one decoded token."""
+        return self.demand_bytes + self.ahead_used_bytes + self.ahead_wasted_bytes
+
+
+class FixedTimes(NamedTuple):
+    """Compute beside the routed experts, in seconds: [L] and [L], and once behind the last layer.
+
+    Layers without experts count to what comes before the next layer with them.
+    """
+
+    before_s: Seconds
+    after_s: Seconds
+    tail_s: float
+
+
+def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work:
+    """Passes [.., L, columns] of which none fetches ahead: each is a lane of its own."""
+    columns = fetch_s.shape[-1]
+    lanes = fetch_s.size // columns
+    turns = lanes // len(fixed.before_s)
+    return Work(
+        np.tile(fixed.before_s, turns),
+        np.tile(fixed.after_s, turns),
+        compute_s.reshape(lanes, columns),
+        fetch_s.reshape(lanes, columns),
+        np.zeros((lanes, 0)),
+        np.zeros((lanes, columns), dtype=np.intp),
+    )
+
+
+def advance_lanes(clock: Clock, work: Work, as_ready: bool, frames: int, parts: int) -> Outcome:
+    """See :func:`moepack.timeline.advance`."""
+    return advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
+
+
+class _Totals(NamedTuple):
+    """Sums over tokens: experts ready [.., L], segments fetched [.., L * G], waits [.., L]."""
+
+    ready: Seconds
+    demanded: Seconds
+    used: Seconds
+    wasted: Seconds
+    wait_s: Seconds
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...], layers: int, parts: int) -> _Totals:
+        segments = (*shape, layers * parts)
+        return cls(
+            np.zeros((*shape, layers)),
+            np.zeros(segments),
+            np.zeros(segments),
+            np.zeros(segments),
+            np.zeros((*shape, layers)),
+        )
+
+
+class Decoding:
+    """The decoding of one part under one placement: totals over all its tokens."""
+
+    def __init__(
+        self,
+        passes: DecodePasses,
+        found: Activations,
+        fixed: FixedTimes,
+        segments: Segments,
+        *,
+        as_ready: bool,
+        frames: int,
+    ) -> None:
+        self._passes = passes
+        self._found = found
+        self._fixed = fixed
+        self._segments = segments
+        self._as_ready = as_ready
+        self._frames = frames
+        self._tokens, self._layers, self._columns = passes.fetch_s.shape
+        self._parts = segments.link_s.shape[1]
+
+    def replayed(self, ttft_s: float) -> Replayed:
+        """Run all tokens and sum up."""
+        tokens, layers = self._tokens, self._layers
+        if self._passes.ahead_s.any():
+            totals, tpot_s = self._in_lanes()
+        else:
+            totals, tpot_s = self._at_once()
+        activations = max(1, int(self._found.valid.sum()))
+        return Replayed(
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            hit_rate=float(self._passes.hits.sum()) / activations,
+            ready_rate=float(totals.ready.sum()) / activations,
+            demand_bytes=float(totals.demanded @ self._segments.stored_bytes.ravel()) / tokens,
+            ahead_used_bytes=float(totals.used @ self._segments.stored_bytes.ravel()) / tokens,
+            ahead_wasted_bytes=float(totals.wasted @ self._segments.stored_bytes.ravel()) / tokens,
+            link_s=float(
+                (totals.demanded + totals.used + totals.wasted) @ self._segments.link_s.ravel()
+            )
+            / tokens,
+            layer_wait_s=totals.wait_s / tokens,
+            events=tokens * layers,
+        )
+
+    def _at_once(self) -> tuple[_Totals, float]:
+        """Nothing is fetched ahead: the link is idle when a pass begins."""
+        passes, parts = self._passes, self._parts
+        work = independent(self._fixed, passes.compute_s, passes.fetch_s)
+        clock = Clock.start(self._tokens * self._layers)
+        done = advance_lanes(clock, work, self._as_ready, self._frames, parts)
+        shape = (self._tokens, self._layers, -1, parts)
+        ready = done.ready.reshape(shape).all(axis=3) & self._found.valid
+        none = np.zeros(self._layers * parts)
+        totals = _Totals(
+            ready=ready.sum(axis=(0, 2)).astype(np.float64),
+            demanded=done.demanded.reshape(shape).sum(axis=(0, 2)).ravel().astype(np.float64),
+            used=none,
+            wasted=none,
+            wait_s=done.wait_s.reshape(self._tokens, self._layers).sum(axis=0),
+        )
+        return totals, float(done.clock.now_s.sum()) / self._tokens + self._fixed.tail_s
+
+    def _in_lanes(self) -> tuple[_Totals, float]:
+        """Cut the tokens into lanes and run them until each begins where the one before ended."""
+        count = min(_LANES, self._tokens)
+        bounds = np.linspace(0, self._tokens, count + 1).astype(np.intp)
+        begins = ends = Clock.start(count)
+        elapsed_s = np.zeros(count)
+        totals = _Totals.nothing((count,), self._layers, self._parts)
+        todo = np.arange(count)
+        while len(todo):
+            start = Clock(*(values[todo] for values in begins))
+            clock, sums = self._run_lanes(bounds[todo], bounds[todo + 1], start)
+            elapsed_s[todo] = clock.now_s
+            for name, values in zip(_Totals._fields, sums, strict=True):
+                getattr(totals, name)[todo] = values
+            ends = Clock(*(values.copy() for values in ends))
+            for kept, values in zip(ends, clock, strict=True):
+                kept[todo] = values - clock.now_s
+            follows = Clock(*(np.concatenate([[0.0], values[:-1]]) for values in ends))
+            apart = [np.abs(a - b) > _SAME_S for a, b in zip(follows, begins, strict=True)]
+            # What lies before now does not matter, however far.
+            past = [(a <= 0) & (b <= 0) for a, b in zip(follows, begins, strict=True)]
+            todo = np.flatnonzero(
+                np.any([a & ~b for a, b in zip(apart, past, strict=True)], axis=0)
+            )
+            begins = follows
+        summed = _Totals(*(values.sum(axis=0) for values in totals))
+        return summed, float(elapsed_s.sum()) / self._tokens
+
+    def _run_lanes(
+        self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: Clock
+    ) -> tuple[Clock, _Totals]:
+        """Run lanes of tokens from ``begins`` to ``ends``, which differ by one at most."""
+        passes, fixed = self._passes, self._fixed
+        totals = _Totals.nothing((len(begins),), self._layers, self._parts)
+        for step in range(int((ends - begins).max())):
+            alive = np.flatnonzero(begins + step < ends)
+            tokens = begins[alive] + step
+            now = Clock(*(values[alive] for values in clock))
+            compute_s, fetch_s = passes.compute_s[tokens], passes.fetch_s[tokens]
+            ahead_s, ahead_of = passes.ahead_s[tokens], passes.ahead_of[tokens]
+            right, valid = self._found.right[tokens], self._found.valid[tokens]
+            for index in range(self._layers):
+                work = Work(
+                    fixed.before_s[index],
+                    fixed.after_s[index],
+                    compute_s[:, index],
+                    fetch_s[:, index],
+                    ahead_s[:, index],
+                    ahead_of[:, index],
+                )
+                done = advance_lanes(now, work, self._as_ready, self._frames, self._parts)
+                now = done.clock
+                self._count(totals, alive, index, done, right[:, index], valid[:, index])
+            now = now._replace(now_s=now.now_s + fixed.tail_s)
+            for kept, values in zip(clock, now, strict=True):
+                kept[alive] = values
+        return clock, totals
+
+    def _count(
+        self,
+        totals: _Totals,
+        alive: npt.NDArray[np.intp],
+        index: int,
+        done: Outcome,
+        right: Flags,
+        valid: Flags,
+    ) -> None:
+        parts = self._parts
+        here = slice(index * parts, (index + 1) * parts)
+        lanes = len(alive)
+        ready = done.ready.reshape(lanes, -1, parts).all(axis=2) & valid
+        totals.ready[alive, index] += ready.sum(axis=1)
+        totals.demanded[alive, here] += done.demanded.reshape(lanes, -1, parts).sum(axis=1)
+        begun = done.begun.reshape(lanes, -1, parts)
+        needed = right[:, : begun.shape[1], None]
+        totals.used[alive, here] += (begun & needed).sum(axis=1)
+        totals.wasted[alive, here] += (begun & ~needed).sum(axis=1)
+        totals.wait_s[alive, index] += done.wait_s
+
+
+def _apart(left: Clock, right: Clock) -> npt.NDArray[np.bool_]:
+    """Which lanes stand differently, with the compute at 0: what comes next could tell."""
+    asked = [np.maximum(clock.link_s, clock.asked_s) for clock in (left, right)]
+    busy = [np.maximum(clock.link_s, 0.0) for clock in (left, right)]
+    differ: Flags = (np.abs(asked[0] - asked[1]) > _SAME_S) | (np.abs(busy[0] - busy[1]) > _SAME_S)
+    return differ

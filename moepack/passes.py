@@ -1,0 +1,246 @@
+"""What each pass of a placement has to compute and to fetch: the replay's work, as arrays.
+
+Shapes: ``T`` tokens, ``L`` layers with experts, ``K`` places for activated experts, ``D`` predicted
+ones that are looked at, ``G`` segments of an expert (1 where no layer is cut, else 2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.budget import stored_bytes
+from moepack.compute import ComputeProfile, Curve, LayerCompute
+from moepack.cost import LinkSeconds
+from moepack.model_spec import ModelSpec
+from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.routing_tables import RoutingTables
+from moepack.segments import PARTS
+from moepack.timeline import Columns, Flags, Seconds
+from moepack.trace import NO_PREDICTION
+
+#: What a bound may know: the next layer's experts, or all that is to come.
+Oracle = Literal["none", "prediction", "future"]
+
+
+class Segments(NamedTuple):
+    """The segments of each layer's experts under one layout, each [L, G] but for the last two.
+
+    Attributes
+    ----------
+    stored_bytes, link_s
+        Of one transfer; 0 where a layer lacks the part.
+    compute_s
+        Of one token.
+    transfer_s
+        What one transfer costs the computing thread, [L].
+    interior
+        Whether a layer is cut in two, [L].
+    """
+
+    stored_bytes: npt.NDArray[np.int64]
+    link_s: Seconds
+    compute_s: Seconds
+    transfer_s: Seconds
+    interior: Flags
+
+
+def segments_of(
+    spec: ModelSpec, compute: ComputeProfile, layout: Layout, link: LinkSeconds
+) -> Segments:
+    """Sizes and times of every layer's segments."""
+    sizes = np.array(
+        [[stored_bytes(spec, cut, part) for part in PARTS] for cut in layout.layers], dtype=np.int64
+    )
+    interior = np.all(sizes > 0, axis=1)
+    seconds = np.zeros((len(sizes), 2))
+    transfer_s = np.zeros(len(sizes))
+    for index, cut in enumerate(layout.layers):
+        entry = compute.layer(cut.layer)
+        share = cut.split / cut.width
+        seconds[index] = expert_curve(entry, cut=interior[index]).at(1) * np.array(
+            [share, 1 - share]
+        )
+        transfer_s[index] = entry.transfer_s
+    known = {int(size): link(int(size)) for size in np.unique(sizes) if size}
+    link_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
+    if not interior.any():  # one segment each: the part that is there
+        sizes, link_s, seconds = (
+            values.sum(axis=1, keepdims=True) for values in (sizes, link_s, seconds)
+        )
+    return Segments(sizes, link_s, seconds, transfer_s, interior)
+
+
+def expert_curve(entry: LayerCompute, *, cut: bool) -> Curve:
+    """Seconds of one routed expert over tokens, whole or in two segments."""
+    curve = entry.expert_split if cut else entry.expert
+    assert curve is not None, f"layers {entry.layers} have experts, their compute profile has none"
+    return curve
+
+
+class Activations(NamedTuple):
+    """The experts of one part of a trace in the order in which they are consumed.
+
+    Attributes
+    ----------
+    tokens : int [T]
+        Of the whole trace.
+    order : int [T, L, K]
+        Place of each in the trace's own order; the padding of smaller layers comes last.
+    valid : bool [T, L, K]
+        No padding.
+    guess : int [T, L, K]
+        Rank at which each was predicted; the number of ranks where it was not.
+    right : bool [T, L, R]
+        The expert predicted at each of the R ranks is activated.
+    """
+
+    tokens: npt.NDArray[np.intp]
+    order: Columns
+    valid: Flags
+    guess: Columns
+    right: Flags
+
+
+def activations(tables: RoutingTables, tokens: npt.NDArray[np.intp]) -> Activations:
+    """Put the experts of some tokens in the order of consumption, and match the predictions."""
+    ids = tables.trace.ids[tokens].astype(np.intp)
+    predicted = tables.trace.predicted[tokens].astype(np.intp)
+    order = np.argsort(np.where(tables.valid, ids, NO_PREDICTION), axis=2, kind="stable")
+    ids = np.take_along_axis(ids, order, axis=2)
+    valid = np.take_along_axis(np.broadcast_to(tables.valid, ids.shape), order, axis=2)
+    same = (ids[:, :, :, None] == predicted[:, :, None, :]) & valid[:, :, :, None]
+    guess = np.where(same.any(axis=3), same.argmax(axis=3), predicted.shape[2])
+    return Activations(tokens, order, valid, guess, same.any(axis=2))
+
+
+def perfect(found: Activations) -> Activations:
+    """The same with every expert predicted, in the order of consumption."""
+    guess = np.broadcast_to(np.arange(found.order.shape[2]), found.order.shape)
+    return found._replace(guess=guess, right=found.valid)
+
+
+class DecodePasses(NamedTuple):
+    """One token at a time through every layer that has experts.
+
+    Attributes
+    ----------
+    compute_s, fetch_s : [T, L, K * G]
+        In the order of consumption; see :class:`moepack.timeline.Work`.
+    ahead_s : [T, L, D * G]
+    ahead_of : int [T, L, K * G]
+    hits : bool [T, L, K]
+        The part that is cached first was resident.
+    """
+
+    compute_s: Seconds
+    fetch_s: Seconds
+    ahead_s: Seconds
+    ahead_of: Columns
+    hits: Flags
+
+
+def decode_passes(
+    tables: RoutingTables,
+    found: Activations,
+    placement: Placement,
+    segments: Segments,
+    oracle: Oracle,
+) -> DecodePasses:
+    """The work of decoding some tokens under a placement.
+
+    Parameters
+    ----------
+    found
+        From :func:`activations`, made :func:`perfect` for any oracle.
+    """
+    held, held_ahead = _held(tables, found, placement, segments, oracle)
+    fetch_s = np.where(held | ~found.valid[..., None], 0.0, segments.link_s[:, None, :])
+    compute_s = np.where(found.valid[..., None], segments.compute_s[:, None, :], 0.0)
+    compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
+    depths = np.array([place.prefetch_depth for place in placement.layers])
+    depth = min(int(depths.max(initial=0)), found.right.shape[2])
+    wanted = np.arange(depth) < depths[:, None]  # [L, D]
+    if oracle == "none":
+        known = tables.trace.predicted[found.tokens][:, :, :depth] != NO_PREDICTION
+    else:
+        known = found.valid[:, :, :depth]
+    ahead = (known & wanted)[..., None] & ~held_ahead[:, :, :depth]
+    only_bottoms = np.array([place.prefetch == "bottoms" for place in placement.layers])
+    if only_bottoms.any() and segments.link_s.shape[1] == 2:
+        top_held = held_ahead[:, :, :depth, :1]
+        ahead &= ~only_bottoms[:, None, None] | top_held
+    elif only_bottoms.any():
+        ahead &= ~only_bottoms[:, None, None]
+    ahead_s = np.where(ahead, segments.link_s[:, None, :], 0.0)
+    parts = segments.link_s.shape[1]
+    part = np.arange(parts)
+    # Brought by its rank, if that rank really asks for this segment.
+    rank = np.minimum(found.guess, max(depth - 1, 0))[..., None]
+    asked = (found.guess < depth)[..., None] & (fetch_s > 0)
+    if depth:
+        flat_s = ahead_s.reshape(*ahead_s.shape[:2], depth * parts)
+        places = (rank * parts + part).reshape(*rank.shape[:2], -1)
+        asked &= np.take_along_axis(flat_s, places, axis=2).reshape(fetch_s.shape) > 0
+    else:
+        flat_s = np.zeros((*fetch_s.shape[:2], 0))
+    ahead_of = np.where(asked, rank * parts + part, depth * parts)
+    flat = (*fetch_s.shape[:2], -1)
+    return DecodePasses(
+        compute_s=compute_s.reshape(flat),
+        fetch_s=fetch_s.reshape(flat),
+        ahead_s=flat_s,
+        ahead_of=ahead_of.reshape(flat),
+        hits=_cached_first(held, segments) & found.valid,
+    )
+
+
+def _cached_first(held: Flags, segments: Segments) -> Flags:
+    """Of [.., L, K, G], the part that is cached first: the top where there is one."""
+    if held.shape[-1] == 1:
+        return held[..., 0]
+    return np.where(segments.stored_bytes[:, :1] > 0, held[..., 0], held[..., 1])
+
+
+def _held(
+    tables: RoutingTables,
+    found: Activations,
+    placement: Placement,
+    segments: Segments,
+    oracle: Oracle,
+) -> tuple[Flags, Flags]:
+    """What is resident when its layer begins: activated [T, L, K, G], predicted [T, L, R, G]."""
+    tokens, order = found.tokens, found.order
+    parts = segments.link_s.shape[1]
+    held = np.zeros((*order.shape, parts), dtype=np.bool_)
+    ahead = np.zeros((*found.right.shape, parts), dtype=np.bool_)
+    if placement.pool is not None:
+        activated, predicted = tables.pooled(placement.pool)
+        held[..., 0] = np.take_along_axis(activated[tokens], order, axis=2)
+        ahead[..., 0] = predicted[tokens] if oracle == "none" else held[..., 0]
+        return held, ahead
+    if oracle == "future":
+        slots = np.array([place.top_slots for place in placement.layers])
+        future = tables.future[tokens] < slots[:, None]
+        held[..., 0] = np.take_along_axis(future, order, axis=2)
+        return held, held.copy()
+    for index, place in enumerate(placement.layers):
+        for part, count in enumerate(_slots(place, parts, cut=bool(segments.interior[index]))):
+            activated, predicted = tables.held(index, place.policy, count)
+            mine = np.take_along_axis(activated[tokens], order[:, index], axis=1)
+            held[:, index, :, part] = mine
+            ahead[:, index, :, part] = predicted[tokens] if oracle == "none" else mine
+    # A part that does not exist is never missing.
+    absent = segments.stored_bytes == 0
+    held |= absent[:, None, :]
+    ahead |= absent[:, None, :]
+    return held, ahead
+
+
+def _slots(place: LayerPlacement, parts: int, *, cut: bool) -> tuple[int, ...]:
+    """Slots for each segment; a layer that is not cut keeps its experts in one of two pools."""
+    if cut or parts == 2:
+        return place.top_slots, place.bottom_slots
+    return (place.top_slots + place.bottom_slots,)

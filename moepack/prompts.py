@@ -1,0 +1,142 @@
+"""A prompt under a placement: each layer over all its blocks, each missing segment once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.compute import ComputeProfile, Curve
+from moepack.passes import Oracle, Segments, expert_curve
+from moepack.plan import Layout, Placement
+from moepack.routing_tables import RoutingTables
+from moepack.timeline import Seconds
+from moepack.trace import NO_PREDICTION, RoutingPart
+
+#: Prompts whose mean is the time to the first token.
+MAX_PROMPTS = 4
+
+Counts = npt.NDArray[np.int64]
+
+
+class Prompts(NamedTuple):
+    """What some prompts of one length use. ``W`` counts prompts, ``N`` is the widest layer.
+
+    Attributes
+    ----------
+    blocks : tuple of int
+        Lengths of the blocks that a prompt is run in.
+    counts : int [W, L, blocks, N]
+        Tokens of each block that use each expert.
+    predicted : bool [W, L, N]
+        Some token's prediction, to the layer's top-k, names the expert.
+    """
+
+    blocks: tuple[int, ...]
+    counts: Counts
+    predicted: npt.NDArray[np.bool_]
+
+
+def block_lengths(tokens: int, block_tokens: int) -> tuple[int, ...]:
+    """Lengths of the blocks that ``tokens`` are run in."""
+    whole, rest = divmod(tokens, block_tokens)
+    return (block_tokens,) * whole + ((rest,) if rest else ())
+
+
+def prompts_of(
+    tables: RoutingTables, part: RoutingPart, *, prompt_tokens: int, block_tokens: int
+) -> Prompts:
+    """Take prompts from a part of the trace.
+
+    From the whole trace where the part is shorter than one prompt, and repeated where that is
+    too short as well.
+    """
+    tokens = tables.tokens(part)
+    if len(tokens) < prompt_tokens:
+        tokens = np.arange(len(tables.trace.ids))
+    if len(tokens) < prompt_tokens:
+        tokens = np.resize(tokens, prompt_tokens)
+    prompts = min(MAX_PROMPTS, len(tokens) // prompt_tokens)
+    starts = np.linspace(0, len(tokens) - prompt_tokens, prompts).astype(int)
+    blocks = block_lengths(prompt_tokens, block_tokens)
+    widest = max(shape.num_experts for shape in tables.layers)
+    counts = np.zeros((prompts, len(tables.layers), len(blocks), widest), dtype=np.int64)
+    predicted = np.zeros((prompts, len(tables.layers), widest), dtype=np.bool_)
+    bounds = np.cumsum((0, *blocks))
+    for prompt, start in enumerate(starts):
+        taken = tokens[start : start + prompt_tokens]
+        for index, shape in enumerate(tables.layers):
+            ids = tables.trace.ids[taken, index, : shape.top_k]
+            for block in range(len(blocks)):
+                inside = ids[bounds[block] : bounds[block + 1]].ravel()
+                counts[prompt, index, block] = np.bincount(inside, minlength=widest)
+            guesses = tables.trace.predicted[taken, index, : shape.top_k].ravel()
+            predicted[prompt, index, guesses[guesses != NO_PREDICTION]] = True
+    return Prompts(blocks, counts, predicted)
+
+
+class PromptPasses(NamedTuple):
+    """The work of some prompts, each [W, L, N * G]; see :class:`moepack.timeline.Work`."""
+
+    compute_s: Seconds
+    fetch_s: Seconds
+    ahead_s: Seconds
+
+
+def prompt_passes(
+    compute: ComputeProfile,
+    tables: RoutingTables,
+    prompts: Prompts,
+    layout: Layout,
+    placement: Placement,
+    segments: Segments,
+    oracle: Oracle,
+) -> PromptPasses:
+    """What prompts have to compute and to fetch, with the caches as they are at the start.
+
+    An engine that fetches ahead asks for what the predictions for all tokens of the prompt name.
+    """
+    used = prompts.counts.sum(axis=2) > 0  # [W, L, N]
+    parts = segments.link_s.shape[1]
+    held = _held_at_start(tables, placement, segments, used.shape[2])  # [L, N, G]
+    fetch_s = np.where(used[..., None] & ~held, segments.link_s[:, None, :], 0.0)
+    expert_s = np.zeros(used.shape)
+    for index, cut in enumerate(layout.layers):
+        curve = expert_curve(compute.layer(cut.layer), cut=bool(segments.interior[index]))
+        expert_s[:, index] = _seconds(curve, prompts.counts[:, index]).sum(axis=1)
+    share = segments.compute_s / segments.compute_s.sum(axis=1, keepdims=True)
+    compute_s = expert_s[..., None] * share[:, None, :]
+    compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
+    named = used if oracle != "none" else prompts.predicted
+    fetches = np.array([place.prefetch != "off" for place in placement.layers])
+    ahead = named & fetches[:, None]
+    ahead_s = np.where(ahead[..., None] & ~held, segments.link_s[:, None, :], 0.0)
+    flat = (*used.shape[:2], used.shape[2] * parts)
+    return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s.reshape(flat))
+
+
+def _seconds(curve: Curve, counts: Counts) -> Seconds:
+    """Seconds of an expert over each number of tokens; 0 for none."""
+    known = np.array([0.0, *(curve.at(count) for count in range(1, int(counts.max()) + 1))])
+    return known[counts]
+
+
+def _held_at_start(
+    tables: RoutingTables, placement: Placement, segments: Segments, widest: int
+) -> npt.NDArray[np.bool_]:
+    """What is resident before the first token, bool [L, N, G]: the head of each hot ranking."""
+    parts = segments.link_s.shape[1]
+    held = np.zeros((len(tables.layers), widest, parts), dtype=np.bool_)
+    for index, place in enumerate(placement.layers):
+        slots = (place.top_slots, place.bottom_slots)
+        if parts == 1:
+            slots = (place.top_slots + place.bottom_slots,) * 2
+        if placement.pool is not None:
+            # Places are handed out over the layers in turn.
+            each, rest = divmod(placement.pool.slots, len(tables.layers))
+            slots = (each + (index < rest),) * 2
+        for part in range(parts):
+            held[index, list(place.hot[: slots[part]]), part] = True
+    held |= (segments.stored_bytes == 0)[:, None, :]
+    return held

@@ -1,0 +1,164 @@
+"""Replaying a recorded trace under a placement: what a run would take, token by token.
+
+What is resident comes from the rules of :mod:`moepack.residency` (through the stack positions of
+:mod:`moepack.stack_ranks`, which are equal to them); when things happen comes from
+:mod:`moepack.timeline`. Contents of a cache do not depend on times, so the two are separate passes.
+
+Decoding is replayed over the tokens of one part of the trace, with the caches as the trace up to
+each token has left them. A prompt is replayed as the runtime runs it, layer by layer over all its
+blocks, with the caches as they are at the start. Where an engine fetches nothing ahead, no pass
+depends on another and all are computed at once; otherwise the tokens are cut into lanes that run
+side by side, each again from where the one before it has ended, until nothing changes: the result
+is that of one lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moepack.compute import ComputeProfile, LayerCompute
+from moepack.cost import LinkSeconds
+from moepack.decoding import Decoding, FixedTimes, Replayed, advance_lanes, independent
+from moepack.model_spec import ModelSpec
+from moepack.passes import (
+    Oracle,
+    Segments,
+    activations,
+    decode_passes,
+    perfect,
+    segments_of,
+)
+from moepack.plan import Layout, Placement
+from moepack.prompts import Prompts, prompt_passes, prompts_of
+from moepack.routing_tables import RoutingTables
+from moepack.timeline import Clock, Work
+from moepack.trace import RoutingPart
+
+
+class Replayer:
+    """Replays placements of one model on one machine, over one part of one trace.
+
+    Parameters
+    ----------
+    link
+        Seconds of one transfer of so many bytes.
+    prompt_tokens
+        Length of the prompts, see :func:`moepack.prompts.prompts_of`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        compute: ComputeProfile,
+        tables: RoutingTables,
+        link: LinkSeconds,
+        *,
+        prompt_tokens: int,
+        part: RoutingPart,
+    ) -> None:
+        self._spec = spec
+        self._compute = compute
+        self._tables = tables
+        self._link = link
+        self._part = part
+        self._prompt_tokens = prompt_tokens
+        self._found = activations(tables, tables.tokens(part))
+        self._prompts: dict[int, Prompts] = {}
+
+    def replay(
+        self, layout: Layout, placement: Placement, *, as_ready: bool, oracle: Oracle = "none"
+    ) -> Replayed:
+        """Replay one placement.
+
+        Parameters
+        ----------
+        as_ready
+            Whether the engine computes what is resident while the rest arrives.
+        oracle
+            Knowledge that no engine has: for bounds.
+        """
+        segments = segments_of(self._spec, self._compute, layout, self._link)
+        ttft_s = self._prefill_s(layout, placement, segments, as_ready=as_ready, oracle=oracle)
+        found = self._found if oracle == "none" else perfect(self._found)
+        passes = decode_passes(self._tables, found, placement, segments, oracle)
+        fixed = self._fixed((1,))
+        run = Decoding(
+            passes, found, fixed, segments, as_ready=as_ready, frames=placement.staging_experts
+        )
+        return run.replayed(ttft_s)
+
+    def _fixed(self, blocks: Sequence[int]) -> FixedTimes:
+        """What the blocks of one pass take beside the routed experts."""
+        before_s: list[float] = []
+        after_s: list[float] = []
+        waiting_s = 0.0
+        for number in range(len(self._spec.layers)):
+            entry = self._compute.layer(number)
+            if self._spec.layers[number].moe is None:
+                waiting_s += sum(_dense_s(entry, tokens) for tokens in blocks)
+                continue
+            before_s.append(waiting_s + sum(_routing_s(entry, tokens) for tokens in blocks))
+            after_s.append(sum(_ffn_s(entry, tokens) for tokens in blocks))
+            waiting_s = 0.0
+        return FixedTimes(np.array(before_s), np.array(after_s), waiting_s + self._compute.head_s)
+
+    def _prefill_s(
+        self,
+        layout: Layout,
+        placement: Placement,
+        segments: Segments,
+        *,
+        as_ready: bool,
+        oracle: Oracle,
+    ) -> float:
+        """Mean seconds to the first token over the prompts."""
+        block_tokens = layout.prefill_block_tokens
+        if block_tokens not in self._prompts:
+            self._prompts[block_tokens] = prompts_of(
+                self._tables,
+                self._part,
+                prompt_tokens=self._prompt_tokens,
+                block_tokens=block_tokens,
+            )
+        prompts = self._prompts[block_tokens]
+        passes = prompt_passes(
+            self._compute, self._tables, prompts, layout, placement, segments, oracle
+        )
+        fixed = self._fixed(prompts.blocks)
+        lanes, layers, columns = passes.fetch_s.shape
+        parts = segments.link_s.shape[1]
+        frames = placement.staging_experts
+        if not passes.ahead_s.any():
+            work = independent(fixed, passes.compute_s, passes.fetch_s)
+            done = advance_lanes(Clock.start(lanes * layers), work, as_ready, frames, parts)
+            return float(done.clock.now_s.sum() / lanes) + fixed.tail_s
+        clock = Clock.start(lanes)
+        for index in range(layers):
+            # The first layer's experts are not known before its own routing.
+            ahead_s = passes.ahead_s[:, index] * (index > 0)
+            asked = (passes.fetch_s[:, index] > 0) & (ahead_s > 0)
+            work = Work(
+                fixed.before_s[index],
+                fixed.after_s[index],
+                passes.compute_s[:, index],
+                passes.fetch_s[:, index],
+                ahead_s,
+                np.where(asked, np.arange(columns), columns),
+            )
+            clock = advance_lanes(clock, work, as_ready, frames, parts).clock
+        return float(clock.now_s.mean()) + fixed.tail_s
+
+
+def _dense_s(entry: LayerCompute, tokens: int) -> float:
+    return entry.attention.at(tokens) + _ffn_s(entry, tokens)
+
+
+def _routing_s(entry: LayerCompute, tokens: int) -> float:
+    router_s = 0.0 if entry.router is None else entry.router.at(tokens)
+    return entry.attention.at(tokens) + router_s
+
+
+def _ffn_s(entry: LayerCompute, tokens: int) -> float:
+    return 0.0 if entry.ffn is None else entry.ffn.at(tokens)
