@@ -85,6 +85,6 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         path = tmp_path / f"{name}.txt"
         path.write_text(f"This is text {name}, and it says the same again and again. " * 40)
         paths.append(path)
-    for module in ("bench", "profile"):
-        monkeypatch.setattr(f"moepack.cli.{module}.shipped_texts", lambda: tuple(paths))
+    for module in ("measuring", "cli.profile"):
+        monkeypatch.setattr(f"moepack.{module}.shipped_texts", lambda: tuple(paths))
     return paths

@@ -1,0 +1,94 @@
+"""Measuring a packed model as it runs: the same texts and draws for whoever compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moepack.errors import WorkspaceError
+from moepack.progress import NO_PROGRESS, Progress
+from moepack.shipped import shipped_texts
+
+if TYPE_CHECKING:
+    from moepack_runtime.engine import Engine
+    from moepack_runtime.stats import RunStats
+    from moepack_runtime.tokenizer import Tokenizer
+
+#: Texts measured: one could lie by its subject, and more take longer than they teach.
+NUM_TEXTS = 3
+
+_AVERAGED_RATES = ("tokens_per_s", "prefill_tokens_per_s", "link_bytes_per_s")
+_PEAKS = ("prompt_tokens", "new_tokens", "peak_fast_bytes", "process_base_bytes")
+
+
+def shipped_prompts(tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """The ends of some texts: a routing profile holds the end of each back from its fitting.
+
+    Raises
+    ------
+    WorkspaceError
+        When this installation has no texts.
+    """
+    texts = shipped_texts()
+    if not texts:
+        raise WorkspaceError("this installation of moepack lacks its texts; install it again")
+    step = max(1, len(texts) // NUM_TEXTS)
+    prompts = []
+    for path in texts[::step][:NUM_TEXTS]:
+        ids = tokenizer.encode(path.read_text("utf-8"))
+        ids *= -(-length // len(ids))  # a text that is too short is repeated
+        prompts.append(ids[-length:])
+    return prompts
+
+
+def measure(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    progress: Progress = NO_PROGRESS,
+) -> tuple[RunStats, list[int]]:
+    """Generate after each prompt, at temperature 1 from seed 0.
+
+    Returns
+    -------
+    The mean over the prompts, and every token drawn.
+    """
+    from moepack_runtime.sampling import Sampler, SamplingParams
+
+    runs: list[RunStats] = []
+    tokens: list[int] = []
+    # The first pass of a process picks its kernels, one for every shape, and reads every file for
+    # the first time: not what is priced. The last prompt, so that the first finds other experts.
+    list(engine.generate(prompts[-1], max_new_tokens=2, sampler=Sampler()))
+    progress.start("measure (tokens)", len(prompts) * new_tokens, "items")
+    try:
+        for prompt in prompts:
+            sampler = Sampler(SamplingParams(temperature=1.0))
+            for token in engine.generate(prompt, max_new_tokens=new_tokens, sampler=sampler):
+                tokens.append(token)
+                progress.advance(1)
+            runs.append(engine.stats())
+    finally:
+        progress.done()
+    return average(runs), tokens
+
+
+def average(runs: Sequence[RunStats]) -> RunStats:
+    """Of several generations: means of times and shares, harmonic of rates, the most of sizes."""
+    from moepack_runtime.stats import RunStats
+
+    fields: dict[str, float | None] = {}
+    for field in dataclasses.fields(RunStats):
+        values = [value for run in runs if (value := getattr(run, field.name)) is not None]
+        if not values:
+            fields[field.name] = None
+        elif field.name in _PEAKS:
+            fields[field.name] = max(values)
+        elif field.name in _AVERAGED_RATES:
+            fields[field.name] = statistics.harmonic_mean(values)
+        else:
+            fields[field.name] = statistics.fmean(values)
+    return RunStats(**fields)  # type: ignore[arg-type]
