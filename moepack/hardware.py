@@ -15,7 +15,7 @@ from moepack import records
 from moepack.atomic import write_atomically
 from moepack.errors import ProfileError
 from moepack.plan import DeviceKind
-from moepack.presets import preset_path
+from moepack.presets import resolve
 from moepack.rates import LinkCurve, MatmulCurve, MemoryRate, require_positive
 from moepack.records import record
 from moepack.units import MIB
@@ -212,14 +212,4 @@ def find_hardware(name_or_path: str) -> HardwareProfile:
     ProfileError
         When the file is not a profile.
     """
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or _is_file(path):
-        return load_hardware(path)
-    return load_hardware(preset_path(name_or_path))
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long a name, for one
-        return False
+    return load_hardware(resolve(name_or_path, "hardware"))

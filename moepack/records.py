@@ -17,9 +17,6 @@ from moepack.errors import MoepackError
 
 T = TypeVar("T")
 
-#: A hundred times a routing profile of a large model.
-MAX_YAML_BYTES = 64 << 20
-
 
 @dataclass_transform(frozen_default=True)
 def record(cls: type[T]) -> type[T]:
@@ -78,7 +75,7 @@ def load_yaml(
     what: str,
     error: type[MoepackError],
     remedy: str,
-    limit_bytes: int = MAX_YAML_BYTES,
+    limit_bytes: int | None = None,
 ) -> T:
     """Read a record from a YAML file, strictly.
 
@@ -89,16 +86,18 @@ def load_yaml(
     remedy
         What to do when it cannot be read, for instance ``make one with moepack profile``.
     limit_bytes
-        A larger file is something else.
+        A larger file is something else; None for a limit that suits them all.
 
     Raises
     ------
     MoepackError
         ``error``, when the file cannot be read, is not YAML, or is not such a record.
     """
-    from moepack.yaml_files import read_yaml  # deferred: only profiles and presets are YAML
+    # Deferred: only profiles and presets are YAML.
+    from moepack.yaml_files import MAX_YAML_BYTES, read_yaml
 
     what = f"{what} {path}"
+    limit_bytes = limit_bytes or MAX_YAML_BYTES
     data = read_yaml(path, what=what, error=error, remedy=remedy, limit_bytes=limit_bytes)
     return decode_object(cls, data, what=what, error=error)
 

@@ -11,6 +11,9 @@ import yaml
 from moepack.errors import MoepackError
 from moepack.units import format_size
 
+#: A hundred times a routing profile of a large model.
+MAX_YAML_BYTES = 64 << 20
+
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _FLOAT = "tag:yaml.org,2002:float"
 
@@ -47,7 +50,12 @@ _Dumper.add_implicit_resolver(_FLOAT, _EXPONENT, _EXPONENT_BEGINS)
 
 
 def read_yaml(
-    path: Path, *, what: str, error: type[MoepackError], remedy: str, limit_bytes: int
+    path: Path,
+    *,
+    what: str,
+    error: type[MoepackError],
+    remedy: str,
+    limit_bytes: int = MAX_YAML_BYTES,
 ) -> Any:
     """Parse a YAML file.
 

@@ -1,4 +1,4 @@
-"""Write the presets of profiles/hardware from the facts in preset_facts.py.
+"""Write the presets of profiles/hardware and profiles/links from the facts in preset_facts.py.
 
     python scripts/make_presets.py [FOLDER]      without one: profiles/ of this repository
 
@@ -13,9 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from preset_facts import GPUS, LINKS, PROCESSORS, RECORDED_UTC, GpuFacts, ProcessorFacts
+from preset_facts import (
+    GPUS,
+    LINKS,
+    PROCESSORS,
+    RECORDED_UTC,
+    GpuFacts,
+    LinkFacts,
+    ProcessorFacts,
+)
 
 from moepack.hardware import HARDWARE_VERSION, HardwareProfile
+from moepack.links import LINK_VERSION, LinkPreset
 from moepack.rates import LinkCurve, LinkPoint, MatmulCurve, MatmulPoint, MemoryRate
 from moepack.timing import rounded
 from moepack.units import GIB, KIB, MIB
@@ -124,6 +133,15 @@ def _ram_source(ram_gib: int) -> str:
     return f"assumption: {ram_gib} GiB; moepack plan --ram says otherwise"
 
 
+def link_preset(name: str, link: LinkFacts) -> LinkPreset:
+    """A link to throttle to: the same as the curve of a machine that has it."""
+    source = link.source
+    if link.readers > 1:
+        source += f", {link.readers} reads in flight"
+    latency_s = link.latency_s / link.readers
+    return LinkPreset(LINK_VERSION, name, link.bytes_per_s, latency_s, source)
+
+
 def link_curve(name: str) -> LinkCurve:
     """The curve of a link, with all its readers at work."""
     link = LINKS[name]
@@ -165,6 +183,8 @@ def main(arguments: Sequence[str]) -> None:
     machines += [without_gpu(name, *facts) for name, facts in PROCESSORS.items()]
     for machine in machines:
         machine.save(folder / "hardware" / f"{machine.name}.yaml")
+    for name, link in LINKS.items():
+        link_preset(name, link).save(folder / "links" / f"{name}.yaml")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,26 @@ size = _usage(units.parse_size)
 
 @_usage
 def link(text: str) -> Link:
-    """Bytes per second and seconds of ``2G`` or ``2G,50us``."""
+    """Bytes per second and seconds of ``2G``, of ``2G,50us``, of a preset or of a file.
+
+    Raises
+    ------
+    ProfileError
+        When it names a file that is not a link.
+    """
+    from moepack.presets import is_file_name, preset_names
+
     rate, comma, latency = text.partition(",")
-    return Link(units.parse_rate(rate), units.parse_duration(latency) if comma else 0.0)
+    try:
+        return Link(units.parse_rate(rate), units.parse_duration(latency) if comma else 0.0)
+    except ValueError as failure:
+        names = preset_names("link")
+        if text not in names and (comma or not is_file_name(text)):
+            raise ValueError(f"{failure}; or one of {', '.join(names)}") from None
+    from moepack.links import find_link
+
+    found = find_link(text)
+    return Link(found.rate_bytes_per_s, found.latency_s)
 
 
 class Lengths(NamedTuple):
@@ -98,8 +115,9 @@ LinkOption = Annotated[
     typer.Option(
         "--link",
         parser=link,
-        metavar="RATE[,LATENCY]",
-        help="Throttle the link, as in 2G,50us, to study a slower one.",
+        metavar="RATE[,LATENCY]|NAME",
+        help="Throttle the link, as in 2G,50us or pcie3-x16 (moepack preset list link), to study a "
+        "slower one.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import moepack
 from moepack import presets
 from moepack.errors import PresetNotFoundError, ProfileError
 from moepack.hardware import HardwareProfile, find_hardware, load_hardware
+from moepack.links import find_link
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = presets.preset_names()
@@ -101,6 +103,47 @@ def test_the_curves_of_a_preset_follow_its_stated_formula(name: str) -> None:
             bound_s = max(weights * item_bytes / profile.memory.bytes_per_s, flop / peak)
             expected = flop / (bound_s + profile.launch_s)
             assert matmul.flop_per_s == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_name_means_one_preset_whatever_its_kind() -> None:
+    names = [preset.name for preset in presets.presets()]
+    assert len(names) == len(set(names))
+    assert {preset.kind.name for preset in presets.presets()} == set(presets.KINDS)
+
+
+@pytest.mark.parametrize("preset", presets.presets(), ids=lambda preset: str(preset.name))
+def test_every_preset_is_of_the_kind_that_its_keys_say(preset: presets.Preset) -> None:
+    assert presets.kind_of(preset.path) == preset.kind
+    assert preset.load().name == preset.name
+
+
+@pytest.mark.parametrize(
+    ("link", "machine"),
+    [("sata", "cpu-ddr5-sata"), ("nvme4", "cpu-nvme4"), ("pcie4-x16", "rtx-4090")],
+)
+def test_a_link_preset_is_the_link_of_the_machine_that_has_it(link: str, machine: str) -> None:
+    preset, curve = find_link(link), find_hardware(machine).link
+    for point in curve.points:
+        expected_s = preset.latency_s + point.size_bytes / preset.rate_bytes_per_s
+        assert point.duration_s == pytest.approx(expected_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "named"),
+    [
+        ("latency_s: 1.2e-05", "latency_s: 12us", "got '12us'; write 1.2e-05"),
+        ("latency_s: 1.2e-05", "latency_s: 12", "latency_s is 12.0, expected seconds, 0 to 1"),
+        ("\nrate_bytes_per_s", "\nrate", "rate: unknown key"),
+        ("version: 1", "version: 3", "version 3, this moepack reads 1"),
+    ],
+)
+def test_what_is_wrong_with_a_link_is_named(
+    right: str, wrong: str, named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(presets.preset_path("pcie3-x16", "link").read_text().replace(right, wrong, 1))
+    with pytest.raises(ProfileError, match=re.escape(named)):
+        find_link(str(path))
 
 
 def test_an_unknown_preset_names_the_known_and_the_closest() -> None:
