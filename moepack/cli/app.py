@@ -20,6 +20,7 @@ from moepack.cli.bench import bench
 from moepack.cli.inspect import inspect
 from moepack.cli.pack import pack
 from moepack.cli.plan import plan
+from moepack.cli.preset import preset
 from moepack.cli.profile import profile
 from moepack.cli.run import run
 from moepack.cli.verify import verify
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (profile, plan, pack, run, bench, verify, inspect):
     app.command()(command)
+app.add_typer(preset)
 
 
 @dataclasses.dataclass
