@@ -16,11 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.plan import Policy
+from moepack.residency import LCP_PER_TOKEN
 
 Codes = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-#: Added to the logarithm of an expert's activations for each token by which its last use is later.
-_LCP_RATE = math.log(1 / 0.25) / 128
 
 
 class ExpertOrder(NamedTuple):
@@ -93,7 +91,7 @@ def policy_order(
         logarithms = np.array([0.0, *map(math.log, range(1, len(ids) + 1))])
         clock = uses.activation // ids.shape[2]
         ticks = clock if tokens_per_tick == 1 else clock / tokens_per_tick
-        keys = logarithms[_nth_use(uses)] + ticks * _LCP_RATE
+        keys = logarithms[_nth_use(uses)] + ticks * LCP_PER_TOKEN
     else:
         keys = _narrow(uses.activation // ids.shape[2])
     after = _dense(keys, experts + 1, _code_dtype(ids, experts))

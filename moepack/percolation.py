@@ -23,8 +23,8 @@ from moepack.expert_order import ExpertOrder
 #: Tokens whose stacks are held at once, each N codes of every layer.
 _CHUNK_TOKENS = 1024
 
-#: Tokens whose stacks are turned into ranks at once, so that they stay in the processor's cache.
-_RANKED_TOKENS = 16
+#: Places of stacks that are turned into ranks at once, so that they stay in the processor's cache.
+_RANKED_PLACES = 1 << 17
 
 
 def ranks(
@@ -53,17 +53,19 @@ def ranks(
     """
     found = np.empty(asked.shape, dtype=np.uint16)
     stack = np.take_along_axis(order.start, hot, axis=1).T  # [N, layers]
+    ranked = 1 + _RANKED_PLACES // stack.size  # tokens
     for begin in range(0, len(asked), _CHUNK_TOKENS):
         rows = slice(begin, begin + _CHUNK_TOKENS)
         before, after = (
-            np.ascontiguousarray(codes[rows].transpose(0, 2, 1))
+            np.ascontiguousarray(codes[rows].transpose(2, 0, 1))
             for codes in (order.before, order.after)
         )
         stacks = _percolate(stack, before, after, bypass=bypass)
         stack = stacks[-1].copy()
-        for part in range(0, len(before), _RANKED_TOKENS):
-            here = slice(begin + part, begin + min(part + _RANKED_TOKENS, len(before)))
-            places = _places(stacks[part : part + here.stop - here.start], order.expert_of)
+        for part in range(0, len(stacks) - 1, ranked):
+            arrived = stacks[part : min(part + ranked, len(stacks) - 1)]
+            here = slice(begin + part, begin + part + len(arrived))
+            places = _places(arrived, order.expert_of)
             found[here] = np.take_along_axis(places, asked[here].astype(np.intp), axis=2)
     return found
 
@@ -80,9 +82,9 @@ def _percolate(
     Parameters
     ----------
     stack : [N, layers]
-    before, after : [tokens, K, layers]
+    before, after : [K, tokens, layers]
     """
-    tokens, top_k, layers = before.shape
+    top_k, tokens, layers = before.shape
     experts = len(stack)
     stacks = np.empty((tokens + 1, experts, layers), dtype=before.dtype)
     stacks[0] = stack
@@ -91,28 +93,28 @@ def _percolate(
     pool = np.full_like(before, np.iinfo(before.dtype).max)
     taken = top_k
     if bypass:
-        pool, taken = np.ascontiguousarray(np.sort(after, axis=1)[:, ::-1]), 0
+        pool, taken = np.ascontiguousarray(np.sort(after, axis=0)[::-1]), 0
     else:
-        stacks[1:, :top_k] = after
+        stacks[1:, :top_k] = after.transpose(1, 0, 2)
     flat = stacks.reshape(-1, layers)
     # Place n of token t is row t * N + n; in step s, n = s - t: rows N - 1 apart.
     stride = max(1, experts - 1)
     for step in range(tokens + experts - 1):
         first, last = max(0, step - experts + 1), min(tokens, step + 1)
         begin = first * experts + step - first
-        held = flat[begin : begin + (last - first - 1) * stride + 1 : stride]
-        used = (held[:, None] == before[first:last]).any(axis=1)
+        held = flat[begin : begin + (last - first - 1) * stride + 1 : stride].copy()
+        used = (before[:, first:last] == held).any(axis=0)
         joining = held * ~used  # code 0 loses to all: one less in the pool
-        inside = pool[first:last]
+        inside = pool[:, first:last]
         settled = min(tokens, step + 1 - taken) - first
         if settled > 0:
             begin += experts  # the same place of the next token
             flat[begin : begin + (settled - 1) * stride + 1 : stride] = np.maximum(
-                inside[:settled, 0], joining[:settled]
+                inside[0, :settled], joining[:settled]
             )
-        worse = np.minimum(inside, joining[:, None])
-        np.maximum(inside[:, 1:], worse[:, :-1], out=inside[:, :-1])
-        inside[:, -1] = worse[:, -1]
+        worse = np.minimum(inside, joining)
+        np.maximum(inside[1:], worse[:-1], out=inside[:-1])
+        inside[-1] = worse[-1]
     return stacks
 
 

@@ -241,6 +241,7 @@ def record_routing(
         how=how,
         sources=tuple(sources),
         layers=_moe_layers(engine.spec),
+        with_hit_rates=True,
     )
 
 

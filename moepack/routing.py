@@ -1,4 +1,4 @@
-"""How a model routes: popularity, the recorded trace, and what a cache makes of it.
+"""How a model routes: popularity, and the recorded trace.
 
 A profile is two files: ``routing.yaml``, a summary that a person can read, and ``routing.npz``,
 the trace. Each text is split in its order into three parts: *fit* (what rankings are learnt from),
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,23 @@ import numpy.typing as npt
 
 from moepack import records
 from moepack.atomic import write_atomically
+from moepack.cache_curves import hit_curves
 from moepack.errors import ProfileError
-from moepack.hit_curves import lru_hit_curves
+from moepack.hit_rates import LayerHitRates, layer_curves, layer_hit_rates
 from moepack.records import record
+from moepack.stack_ranks import stack_ranks
 from moepack.trace import (
     NO_PREDICTION,
     ROUTING_PARTS,
+    LayerShape,
     RoutingPart,
     Trace,
     activation_counts,
     hot_ranking,
+    hot_rankings,
 )
 
-ROUTING_VERSION = 1
+ROUTING_VERSION = 2
 
 
 @record
@@ -68,7 +74,13 @@ class LayerRouting:
 
 @record
 class RoutingSummary:
-    """What was recorded, from what, and when."""
+    """What was recorded, from what, and when.
+
+    Attributes
+    ----------
+    hit_rates : tuple of LayerHitRates
+        What caches would hit; empty where nobody asked.
+    """
 
     version: int
     model_name: str
@@ -80,22 +92,22 @@ class RoutingSummary:
     trace_sha256: str
     sources: tuple[TextSource, ...]
     layers: tuple[LayerRouting, ...]
+    hit_rates: tuple[LayerHitRates, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingProfile:
-    """Summary and trace together.
-
-    Attributes
-    ----------
-    hits : float32 [parts, L, experts + 1]
-        Hit rate of an LRU cache of 0, 1 ... N experts, scored on each part; see
-        :func:`lru_hit_curves`.
-    """
+    """Summary and trace together. Whatever caches make of the trace is derived from it."""
 
     summary: RoutingSummary
     trace: Trace
-    hits: npt.NDArray[np.float32]
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """The layers on the trace's layer axis."""
+        return tuple(
+            LayerShape(entry.layer, entry.num_experts, entry.top_k) for entry in self.summary.layers
+        )
 
     def layer_index(self, layer: int) -> int:
         """Where a decoder layer stands on the trace's layer axis."""
@@ -111,15 +123,20 @@ class RoutingProfile:
         """Every expert of a layer, most used in *fit* first; ties to the lower id."""
         return hot_ranking(self.counts(layer))
 
-    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float32]:
-        """Hit rate of an LRU cache of 0, 1 ... N experts on one part, float32 [N + 1]."""
+    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float64]:
+        """Hit rate of an LRU cache of 0, 1 ... N experts on one part, float64 [N + 1]."""
         index = self.layer_index(layer)
-        experts = self.summary.layers[index].num_experts
-        return self.hits[ROUTING_PARTS.index(part), index, : experts + 1]
+        return self._lru_curves[part][index, : self.summary.layers[index].num_experts + 1]
+
+    @cached_property
+    def _lru_curves(self) -> dict[RoutingPart, npt.NDArray[np.float64]]:
+        layers = self.layers
+        ranks = stack_ranks(self.trace, layers, hot_rankings(self.trace, layers), "lru")
+        return {part: hit_curves(ranks, self.trace, layers, part) for part in ROUTING_PARTS}
 
     def save(self, folder: Path) -> None:
         """Write ``routing.npz`` and then ``routing.yaml``, each atomically."""
-        write_atomically(folder / "routing.npz", _to_bytes(self.trace, self.hits))
+        write_atomically(folder / "routing.npz", _to_bytes(self.trace))
         header = "How this model routes on the texts below: made by moepack profile."
         write_atomically(folder / "routing.yaml", records.to_yaml(self.summary, header=header))
 
@@ -164,7 +181,7 @@ def load_routing(path: Path) -> RoutingProfile:
     return _read_trace(trace_path, blob, summary)
 
 
-def _to_bytes(trace: Trace, hits: npt.NDArray[np.float32]) -> bytes:
+def _to_bytes(trace: Trace) -> bytes:
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -173,14 +190,12 @@ def _to_bytes(trace: Trace, hits: npt.NDArray[np.float32]) -> bytes:
         predicted=trace.predicted,
         sequence=trace.sequence,
         part=trace.part,
-        hits=hits,
     )
     return out.getvalue()
 
 
 def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> RoutingProfile:
     top_k = max((layer.top_k for layer in summary.layers), default=0)
-    experts = max((layer.num_experts for layer in summary.layers), default=0)
     shape = (summary.tokens, len(summary.layers))
     expected: dict[str, tuple[type[Any], tuple[int, ...]]] = {
         "ids": (np.uint16, (*shape, top_k)),
@@ -188,7 +203,6 @@ def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> RoutingProf
         "predicted": (np.uint16, (*shape, 2 * top_k)),
         "sequence": (np.uint32, (summary.tokens,)),
         "part": (np.uint8, (summary.tokens,)),
-        "hits": (np.float32, (len(ROUTING_PARTS), len(summary.layers), experts + 1)),
     }
     try:
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
@@ -202,17 +216,28 @@ def _read_trace(path: Path, blob: bytes, summary: RoutingSummary) -> RoutingProf
                 f"{path}: {name} is {array.dtype} {array.shape}, expected "
                 f"{np.dtype(dtype)} {wanted}; profile again"
             )
+    trace = Trace(**found)
     for index, layer in enumerate(summary.layers):
-        ids = found["ids"][:, index, : layer.top_k]
-        if ids.size and int(ids.max()) >= layer.num_experts:
-            raise ProfileError(
-                f"{path}: layer {layer.layer} names expert {int(ids.max())} of "
-                f"{layer.num_experts}; profile again"
-            )
-    hits = found.pop("hits")
-    if not ((hits >= 0) & (hits <= 1)).all():
-        raise ProfileError(f"{path}: a hit rate is not between 0 and 1; profile again")
-    return RoutingProfile(summary, Trace(**found), hits)
+        if complaint := _complaint(trace, index, layer):
+            raise ProfileError(f"{path}: layer {layer.layer} {complaint}; profile again")
+    if trace.part.size and int(trace.part.max()) >= len(ROUTING_PARTS):
+        raise ProfileError(
+            f"{path}: a part numbered {int(trace.part.max())}, expected at most "
+            f"{len(ROUTING_PARTS) - 1}; profile again"
+        )
+    return RoutingProfile(summary, trace)
+
+
+def _complaint(trace: Trace, index: int, layer: LayerRouting) -> str | None:
+    """What is wrong with one layer of a trace, if anything."""
+    ids = np.sort(trace.ids[:, index, : layer.top_k], axis=1)
+    guesses = trace.predicted[:, index]
+    for named in (ids, guesses[guesses != NO_PREDICTION]):
+        if named.size and int(named.max()) >= layer.num_experts:
+            return f"names expert {int(named.max())} of {layer.num_experts}"
+    if (ids[:, 1:] == ids[:, :-1]).any():
+        return "names an expert twice for one token"
+    return None
 
 
 def make_profile(
@@ -223,7 +248,8 @@ def make_profile(
     recorded_utc: str,
     how: str,
     sources: tuple[TextSource, ...],
-    layers: tuple[tuple[int, int, int], ...],
+    layers: Sequence[tuple[int, int, int]],
+    with_hit_rates: bool = False,
 ) -> RoutingProfile:
     """Summarise a trace.
 
@@ -231,8 +257,10 @@ def make_profile(
     ----------
     layers
         (decoder layer, experts, top-k) for every layer of the trace.
+    with_hit_rates
+        Tell what caches would hit, which takes some seconds for a long trace.
     """
-    hits = lru_hit_curves(trace, layers)
+    shapes = tuple(LayerShape(*layer) for layer in layers)
     summary = RoutingSummary(
         version=ROUTING_VERSION,
         model_name=model_name,
@@ -241,14 +269,15 @@ def make_profile(
         how=how,
         tokens=len(trace.ids),
         sequences=len(np.unique(trace.sequence)),
-        trace_sha256=hashlib.sha256(_to_bytes(trace, hits)).hexdigest(),
+        trace_sha256=hashlib.sha256(_to_bytes(trace)).hexdigest(),
         sources=sources,
         layers=tuple(
             _summarise_layer(trace, index, layer, experts, top_k)
-            for index, (layer, experts, top_k) in enumerate(layers)
+            for index, (layer, experts, top_k) in enumerate(shapes)
         ),
+        hit_rates=layer_hit_rates(layer_curves(trace, shapes)) if with_hit_rates else (),
     )
-    return RoutingProfile(summary, trace, hits)
+    return RoutingProfile(summary, trace)
 
 
 def _summarise_layer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -54,9 +55,8 @@ class Trace:
     sequence: npt.NDArray[np.uint32]
     part: npt.NDArray[np.uint8]
 
-    def between(self, begin: int, end: int) -> Trace:
-        """The trace of some consecutive tokens alone."""
-        rows = slice(begin, end)
+    def take(self, rows: slice | npt.NDArray[np.integer]) -> Trace:
+        """The trace of some tokens alone."""
         return Trace(
             self.ids[rows],
             self.weights[rows],
@@ -64,6 +64,17 @@ class Trace:
             self.sequence[rows],
             self.part[rows],
         )
+
+    def halved_fit(self) -> Trace:
+        """The *fit* tokens alone, the second half of each text's relabelled *select*."""
+        fit = self.part == ROUTING_PARTS.index("fit")
+        rows = np.flatnonzero(fit)
+        begins = fit & ~np.concatenate([[False], fit[:-1]])
+        text = np.cumsum(begins)[rows]  # 1, 2 ...: a text's *fit* tokens are one run
+        lengths = np.bincount(text)
+        place = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[text]
+        late = place >= (lengths[text] + 1) // 2
+        return replace(self.take(rows), part=late.astype(np.uint8))
 
 
 def part_of_tokens(count: int) -> npt.NDArray[np.uint8]:
@@ -92,3 +103,13 @@ def activation_counts(
 def hot_ranking(counts: npt.NDArray[np.int64]) -> tuple[int, ...]:
     """Experts by their counts, most used first; ties to the lower id."""
     return tuple(np.argsort(-counts, kind="stable").tolist())
+
+
+def hot_rankings(
+    trace: Trace, layers: Sequence[LayerShape], part: RoutingPart = "fit"
+) -> list[tuple[int, ...]]:
+    """The hot ranking of every layer of a trace, learnt from one part."""
+    return [
+        hot_ranking(activation_counts(trace, index, layer.num_experts, layer.top_k, part))
+        for index, layer in enumerate(layers)
+    ]

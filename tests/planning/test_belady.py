@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moepack import percolation
 from moepack.belady import belady_hits, belady_ranks
 from moepack.plan import POLICIES
 from moepack.stack_ranks import NO_RANK, stack_ranks
-from tests.support.caches import random_rankings, shapes, traces
+from moepack.trace import LayerShape
+from tests.support.caches import random_rankings, random_trace, shapes, traces
 
 
 def most_hits(capacity: int, hot: Sequence[int], tokens: Sequence[Sequence[int]]) -> int:
@@ -55,3 +58,12 @@ def test_no_policy_hits_more(data: st.DataObject) -> None:
             assert (bound[:, row, layer.top_k :] == NO_RANK).all()
             for capacity in range(layer.top_k, layer.num_experts + 1):
                 assert (bound[:, row] < capacity).sum() >= (ranks[:, row] < capacity).sum()
+
+
+def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    layers = tuple(LayerShape(number, 20, 4) for number in range(3))
+    trace, hot = random_trace(layers, 100, rng), random_rankings(layers, rng)
+    whole = belady_ranks(trace, layers, hot)
+    monkeypatch.setattr(percolation, "_CHUNK_TOKENS", 33)
+    assert np.array_equal(belady_ranks(trace, layers, hot), whole)

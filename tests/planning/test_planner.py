@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from moepack.plan_request import PlanRequest
 from moepack.planner import make_plan
 from moepack.roofline import derive_compute
 from moepack.routing import RoutingProfile, TextSource, load_routing, make_profile
-from moepack.trace import Trace, part_of_tokens
+from moepack.trace import RoutingPart, Trace, part_of_tokens
 from moepack.units import GIB, KIB, MIB, parse_size
 from tests.conftest import TinyFolder
 
@@ -62,6 +63,14 @@ def routing(spec: ModelSpec) -> RoutingProfile:
         sources=(TextSource("none", "0" * 64, tokens),),
         layers=tuple((number, experts, top_k) for number in layers),
     )
+
+
+class OneCurve(RoutingProfile):
+    """Nothing depends on chance: candidates are chosen and told on one hit curve."""
+
+    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float64]:
+        del part
+        return super().hit_curve(layer, "select")
 
 
 def request(spec: ModelSpec, routing: RoutingProfile | None, **changes: object) -> PlanRequest:
@@ -156,9 +165,7 @@ def test_more_memory_is_never_slower_and_a_slower_link_never_faster(
     spec: ModelSpec, routing: RoutingProfile
 ) -> None:
     def total_s(**changes: object) -> float:
-        # Nothing depends on chance here: candidates are chosen and told on one hit curve.
-        flat = dataclasses.replace(routing, hits=np.stack([routing.hits[1]] * 3))
-        made = make_plan(request(spec, flat, **changes))
+        made = make_plan(request(spec, OneCurve(routing.summary, routing.trace), **changes))
         return made.prediction.ttft_s + 31 * made.prediction.tpot_s
 
     least = least_bytes(spec)
@@ -175,7 +182,7 @@ def test_more_memory_is_never_slower_and_a_slower_link_never_faster(
 def test_the_plan_is_no_worse_than_any_baseline_that_could_run(
     spec: ModelSpec, routing: RoutingProfile
 ) -> None:
-    flat = dataclasses.replace(routing, hits=np.stack([routing.hits[1]] * 3))
+    flat = OneCurve(routing.summary, routing.trace)
     for spare in (0, 100 * KIB, 400 * KIB, 900 * KIB):
         made = make_plan(request(spec, flat, fast_budget_bytes=least_bytes(spec) + spare))
         own_s = made.prediction.ttft_s + 31 * made.prediction.tpot_s
@@ -269,7 +276,7 @@ def test_a_routing_profile_survives_its_files_and_notices_a_strange_one(
     again = load_routing(tmp_path)
     assert again.summary == routing.summary
     assert np.array_equal(again.trace.ids, routing.trace.ids)
-    assert np.array_equal(again.hits, routing.hits)
+    assert np.array_equal(again.hit_curve(0), routing.hit_curve(0))
     blob = bytearray((tmp_path / "routing.npz").read_bytes())
     blob[100] ^= 1
     (tmp_path / "routing.npz").write_bytes(blob)

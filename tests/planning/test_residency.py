@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepack.hit_curves import lru_hit_curves
 from moepack.plan import POLICIES, Policy
 from moepack.residency import LCP_OMEGA, LCP_RHO, Access, ExpertCache, SharedCache, access_key
-from moepack.trace import Trace
 
 policies = st.sampled_from(POLICIES)
 
@@ -201,38 +199,6 @@ def test_slots_are_never_shared_and_never_more_than_the_capacity(
                 contents[access.admitted[expert]] = expert
         assert {slot: expert for expert, slot in cache.resident.items()} == contents
         assert len(contents) == capacity
-
-
-@given(routings(), st.data())
-def test_one_pass_gives_the_hit_rate_of_every_cache_size(
-    routing: tuple[int, list[list[int]]], data: st.DataObject
-) -> None:
-    experts, tokens = routing
-    top_k = len(tokens[0])
-    ids = np.array(tokens, dtype=np.uint16)[:, None, :]
-    part = np.array(
-        data.draw(st.lists(st.integers(0, 2), min_size=len(tokens), max_size=len(tokens))),
-        dtype=np.uint8,
-    )
-    nothing = np.zeros((len(tokens), 1, 2 * top_k), dtype=np.uint16)
-    trace = Trace(ids, ids.astype(np.float16), nothing, part.astype(np.uint32), part)
-    curves = lru_hit_curves(trace, ((0, experts, top_k),))
-    counts = np.bincount(ids[part == 0].ravel(), minlength=experts)
-    hot = sorted(range(experts), key=lambda expert: (-counts[expert], expert))
-    assert curves.shape == (3, 1, experts + 1)
-    for capacity in range(top_k, experts + 1):
-        hits = obvious_lru(capacity, hot, tokens)
-        for number in range(3):
-            counted = [hit for hit, of in zip(hits, part, strict=True) if of == number]
-            if counted:
-                expected = sum(counted) / (len(counted) * top_k)
-                assert curves[number, 0, capacity] == pytest.approx(expected)
-    for capacity in range(1, top_k):
-        cache = ExpertCache(capacity, hot)
-        chosen = [token for token, of in zip(tokens, part, strict=True) if of == 2]
-        found = [len(cache.step([token]).resident) for token in chosen]
-        if found:
-            assert curves[2, 0, capacity] == pytest.approx(sum(found) / (len(found) * top_k))
 
 
 def test_a_full_cache_admits_every_expert_of_a_token_it_can_hold() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moepack import expert_order, percolation
 from moepack.plan import POLICIES, Policy
+from moepack.residency import ExpertCache
 from moepack.stack_ranks import NO_RANK, stack_ranks
 from moepack.trace import NO_PREDICTION, LayerShape
 from tests.support.caches import obvious_cache, random_rankings, random_trace, shapes, traces
@@ -38,6 +39,24 @@ def test_ranks_say_what_an_obvious_cache_of_every_size_holds(
                     assert (rank == NO_RANK) == (guess == NO_PREDICTION)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_ranks_say_what_the_runtimes_cache_hits(policy: Policy, data: st.DataObject) -> None:
+    layers = data.draw(shapes(layers=1, experts=12))
+    trace = data.draw(traces(layers, tokens=150))
+    (layer,), (hot,) = layers, random_rankings(layers, np.random.default_rng(1))
+    ranks = stack_ranks(trace, layers, [hot], policy)
+    for capacity in range(layer.top_k, layer.num_experts + 1):
+        cache = ExpertCache(capacity, hot, policy)
+        for now, token in enumerate(trace.ids[:, 0, : layer.top_k].tolist()):
+            held = [guess in cache.resident for guess in trace.predicted[now, 0].tolist()]
+            assert (ranks.predicted[now, 0] < capacity).tolist() == held
+            hits = cache.step([token]).resident
+            resident = ranks.ids[now, 0, : layer.top_k] < capacity
+            assert resident.tolist() == [expert in hits for expert in token]
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lcp"])
 def test_chunks_and_the_width_of_codes_leave_no_trace(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -47,7 +66,7 @@ def test_chunks_and_the_width_of_codes_leave_no_trace(
     trace, hot = random_trace(layers, 100, rng), random_rankings(layers, rng)
     whole = stack_ranks(trace, layers, hot, policy)
     monkeypatch.setattr(percolation, "_CHUNK_TOKENS", 33)
-    monkeypatch.setattr(percolation, "_RANKED_TOKENS", 7)
+    monkeypatch.setattr(percolation, "_RANKED_PLACES", 400)
     monkeypatch.setattr(expert_order, "_code_dtype", lambda *_: np.uint32)
     pieces = stack_ranks(trace, layers, hot, policy)
     assert np.array_equal(whole.ids, pieces.ids)
@@ -59,6 +78,6 @@ def test_a_prefix_is_ranked_as_in_the_whole_trace() -> None:
     layers = (LayerShape(0, 12, 3), LayerShape(1, 12, 3))
     trace, hot = random_trace(layers, 60, rng), random_rankings(layers, rng)
     whole = stack_ranks(trace, layers, hot, "lcp")
-    prefix = stack_ranks(trace.between(0, 25), layers, hot, "lcp")
+    prefix = stack_ranks(trace.take(slice(25)), layers, hot, "lcp")
     assert np.array_equal(prefix.ids, whole.ids[:25])
     assert np.array_equal(prefix.predicted, whole.predicted[:25])
