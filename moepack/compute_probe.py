@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from moepack.atomic import output_error
 from moepack.budget import layer_segment
 from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
-from moepack.cost import LayerTimes, PartCost, decode_layer_s
+from moepack.cost import Held, LayerTimes, Parts
+from moepack.decode_cost import decode_layer_s
 from moepack.hardware import HardwareProfile
 from moepack.layouts import layer_layout
 from moepack.plan import LayerPlacement, Layout
@@ -311,11 +312,11 @@ def _measure_transfer(
     priced_s = decode_layer_s(
         LayerTimes(0.0, expert_s),
         top_k,
-        [PartCost(shape.stored_bytes, 0.0, 0)],
-        probe.hardware.link_seconds,
+        Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
+        Held(top=0.0, bottom=1.0),
         staging_experts=top_k,
     )
-    return max(0.0, missing_s - priced_s) / top_k
+    return max(0.0, missing_s - priced_s.item()) / top_k
 
 
 @contextmanager

@@ -1,49 +1,90 @@
-"""The latency model of loading on demand: arithmetic only.
+"""The latency model in closed form: arithmetic only.
 
-One serial link and one compute queue. A layer's experts are consumed in a fixed order; its missing
-segments are asked for as soon as its routing is known and arrive while the others are computed.
-Nothing is fetched before its layer's routing, so layers do not overlap.
+One serial link and one compute queue. What counts is deadlines: which experts are in the fast tier
+when their layer's routing is known, what then has to be fetched on demand, and how much of that no
+computing hides. The notation is that of MoEpic (arXiv 2509.08342); the formulas are derived, and
+checked against a simulation in the tests. Here are the terms and what is shared; a decoded token is
+priced in :mod:`moepack.decode_cost`.
+
+Everything is computed for many options at once: ``S`` states of the slots (how likely a part is
+resident) times ``C`` cuts (how long a part takes), with results of [S, C]; one option is S = C = 1.
+Every step is monotone in the link: a faster one never makes anything dearer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 #: Seconds that the link takes for one transfer of so many bytes.
 LinkSeconds = Callable[[int], float]
 
-
-class PartCost(NamedTuple):
-    """One part (top or bottom) of a layer's experts.
-
-    Attributes
-    ----------
-    stored_bytes : int
-        What crosses the link for one.
-    hit_rate : float
-        Probability that it is resident when its expert is activated.
-    slots : int
-        How many are resident.
-    """
-
-    stored_bytes: int
-    hit_rate: float
-    slots: int
+Array = npt.NDArray[np.float64]
+Number = float | Array
 
 
 class LayerTimes(NamedTuple):
-    """Compute seconds of one layer for one number of tokens.
+    """Compute seconds of one layer for one token.
 
-    ``expert_s`` is for one whole expert over the tokens that it gets; ``transfer_s`` is what each
-    transfer costs the computing thread beside the link's time; ``other_s`` is everything but the
-    routed experts: attention, router, shared expert or dense FFN.
+    Attributes
+    ----------
+    other_s : float
+        Before the routing is known: attention and router.
+    expert_s : float or [C]
+        One routed expert, with all its segments.
+    transfer_s : float
+        What each transfer costs the computing thread beside the link's time.
+    shared_s : float
+        After the routing, without any routed expert: the shared expert.
     """
 
     other_s: float
-    expert_s: float
+    expert_s: Number
     transfer_s: float = 0.0
+    shared_s: float = 0.0
+
+
+class Parts(NamedTuple):
+    """How experts are cut, each a float or [C].
+
+    ``top_s`` and ``bottom_s`` are the link's seconds for one, 0 where there is none; ``top_share``
+    is theta, the top's share of an expert's computing.
+    """
+
+    top_s: Number
+    bottom_s: Number
+    top_share: Number
+
+    def columns(self) -> tuple[Array, Array, Array]:
+        """The three of them, each [C]."""
+        top_s, bottom_s, share = (np.atleast_1d(np.asarray(part, np.float64)) for part in self)
+        return top_s, bottom_s, share
+
+
+class Lacks(NamedTuple):
+    """How likely an activated expert lacks its bottom alone, and all that it has."""
+
+    bottom: Array
+    both: Array
+
+
+class Held(NamedTuple):
+    """How likely each part of an expert is resident, each a float or [S].
+
+    1 where there is no such part. Caches are nested (a bottom is kept only where every top is), so
+    an expert is whole with the smaller of the two chances.
+    """
+
+    top: Number
+    bottom: Number
+
+    def lacking(self) -> Lacks:
+        """What an activated expert lacks if nothing is fetched ahead, each [S]."""
+        top, bottom = (np.atleast_1d(np.asarray(chance, np.float64)) for chance in self)
+        return Lacks(top - np.minimum(top, bottom), 1.0 - top)
 
 
 def throttled(link: LinkSeconds, rate_bytes_per_s: float, latency_s: float) -> LinkSeconds:
@@ -51,100 +92,57 @@ def throttled(link: LinkSeconds, rate_bytes_per_s: float, latency_s: float) -> L
     return lambda size: max(link(size), latency_s + size / rate_bytes_per_s)
 
 
-def miss_bytes(top_k: int, parts: Sequence[PartCost]) -> float:
-    """Expected bytes over the link for one token of one layer: K * sum (1 - h) * bytes."""
-    return top_k * sum((1.0 - part.hit_rate) * part.stored_bytes for part in parts)
+def missing_after(used: Array) -> Array:
+    """Expected experts of a prompt that caches of 0, 1 ... N slots lack, [N + 1].
 
-
-def miss_seconds(parts: Sequence[PartCost], link: LinkSeconds) -> tuple[float, float]:
-    """How likely an activated expert lacks something, and what fetching it then costs.
-
-    The parts' caches are nested (a bottom is kept only for an expert whose top is hotter still),
-    so an expert is whole exactly when its least cached part is resident.
-
-    Returns
-    -------
-    (probability, seconds)
-        Seconds are the expectation given that something is missing.
+    Parameters
+    ----------
+    used : [N]
+        How likely a prompt needs each expert, in the order in which slots are filled.
     """
-    if not parts:
-        return 0.0, 0.0
-    probability = max(1.0 - part.hit_rate for part in parts)
-    if probability <= 0.0:
-        return 0.0, 0.0
-    seconds = sum((1.0 - part.hit_rate) * link(part.stored_bytes) for part in parts)
-    return probability, seconds / probability
+    return np.append(np.cumsum(used[::-1])[::-1], 0.0)
 
 
-def decode_layer_s(
-    times: LayerTimes,
-    top_k: int,
-    parts: Sequence[PartCost],
-    link: LinkSeconds,
-    *,
-    staging_experts: int,
-) -> float:
-    """Expected seconds of one token through one layer.
-
-    With m of K experts missing, m ~ Binomial(K, p), the last arrives after m * t, and what is
-    computed from it on cannot overlap: (K + 1) / (m + 1) experts on average, for misses at random
-    places in a fixed order. With a single frame each fetch also waits for the compute of the miss
-    before it. Derived; checked against a simulation in the tests.
-    """
-    probability, fetch_s = miss_seconds(parts, link)
-    compute_s = top_k * times.expert_s
-    expected_s = 0.0
-    for misses in range(top_k + 1):
-        chance = (
-            math.comb(top_k, misses) * probability**misses * (1.0 - probability) ** (top_k - misses)
-        )
-        link_s = misses * fetch_s
-        if misses:
-            link_s += times.expert_s * (top_k + 1) / (misses + 1)
-            if staging_experts == 1:
-                link_s += times.expert_s * (misses - 1)
-        expected_s += chance * max(compute_s, link_s)
-    transfers = top_k * sum(1.0 - part.hit_rate for part in parts)
-    return times.other_s + expected_s + transfers * times.transfer_s
-
-
-def distinct_experts(shares: Sequence[float], tokens: int, top_k: int) -> list[float]:
-    """Probability that each expert is activated by at least one of ``tokens``.
+def distinct_experts(shares: Array, tokens: int, top_k: int) -> Array:
+    """Probability that each expert is activated by at least one of ``tokens``, [N].
 
     ``1 - (1 - p)^P`` with p = K * share: tokens taken as independent, which overstates the spread
     of real, correlated text.
     """
-    return [1.0 - (1.0 - min(1.0, top_k * share)) ** tokens for share in shares]
+    chance = np.minimum(1.0, top_k * np.asarray(shares, dtype=np.float64))
+    return np.asarray(1.0 - (1.0 - chance) ** tokens)
 
 
 def prefill_layer_s(
-    times: LayerTimes,
-    used: Sequence[float],
-    hot: Sequence[int],
-    parts: Sequence[PartCost],
-    link: LinkSeconds,
+    other_s: float,
+    experts_s: Number,
+    transfer_s: float,
+    parts: Parts,
+    missing: tuple[Number, Number],
     *,
     staging_experts: int,
-) -> float:
-    """Expected seconds of a whole prompt through one layer.
+    ahead: bool = False,
+) -> Array:
+    """Expected seconds of a whole prompt through one layer, [S, C].
 
-    Each missing segment crosses the link once per prompt: ``max(link, compute)``, or their sum
-    with one frame, which cannot overlap them.
+    Each missing segment crosses the link once per prompt: ``other + max(link, experts)``; with one
+    frame, which cannot overlap them, their sum; fetched ahead ``max(link, other + experts)``, the
+    predictions of a whole prompt taken to name all that it needs.
 
     Parameters
     ----------
-    times
-        ``expert_s`` for one expert over all its tokens of the prompt.
-    used
-        From :func:`distinct_experts`, by expert id.
-    hot
-        Expert ids, hottest first; the first ``slots`` of each part are resident.
+    other_s, experts_s
+        Everything but the routed experts, and these, the latter a float or [C].
+    missing
+        Tops and bottoms that have to be fetched, each a float or [S]: :func:`missing_after`.
     """
-    missing = [sum(used[expert] for expert in hot[part.slots :]) for part in parts]
-    link_s = sum(
-        count * link(part.stored_bytes) for count, part in zip(missing, parts, strict=True)
-    )
-    compute_s = sum(used) * times.expert_s + sum(missing) * times.transfer_s
-    if staging_experts > 1:
-        return times.other_s + max(link_s, compute_s)
-    return times.other_s + link_s + compute_s
+    tops, bottoms = (np.atleast_1d(np.asarray(count, np.float64))[:, None] for count in missing)
+    top_s, bottom_s, _ = parts.columns()
+    link_s = tops * top_s + bottoms * bottom_s
+    transfers = tops * (top_s > 0.0) + bottoms * (bottom_s > 0.0)
+    compute_s = np.atleast_1d(experts_s) + transfers * transfer_s
+    if staging_experts == 1:
+        return np.asarray(other_s + link_s + compute_s)
+    if ahead:
+        return np.maximum(link_s, other_s + compute_s)
+    return np.asarray(other_s + np.maximum(link_s, compute_s))

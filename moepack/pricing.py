@@ -11,15 +11,15 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile, Curve, LayerCompute
 from moepack.cost import (
+    Held,
     LayerTimes,
     LinkSeconds,
-    PartCost,
-    decode_layer_s,
+    Parts,
     distinct_experts,
-    miss_bytes,
-    miss_seconds,
+    missing_after,
     prefill_layer_s,
 )
+from moepack.decode_cost import decode_layer_s
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout
 from moepack.routing import RoutingProfile
@@ -125,52 +125,61 @@ class Pricer:
                 continue
             cut, place = placed[number]
             top_k = self._spec.moe(number).top_k
-            parts = self._parts(cut, place, part)
-            ttft_s += self._prefill_s(entry, cut, place, parts, blocks, staging_experts)
+            sizes = tuple(stored_bytes(self._spec, cut, name) for name in PARTS)
+            held = self._held(cut, place, part)
+            ttft_s += self._prefill_s(entry, cut, place, blocks, staging_experts)
             times = LayerTimes(0.0, _expert_curve(entry, cut).at(1), entry.transfer_s)
             tpot_s += decode_layer_s(
-                times, top_k, parts, self._link, staging_experts=staging_experts
-            )
+                times, top_k, self._parts(cut), held, staging_experts=staging_experts
+            ).item()
             activations += top_k
-            hits += top_k * parts[0].hit_rate
-            ready += top_k * (1.0 - miss_seconds(parts, self._link)[0])
-            link_bytes += miss_bytes(top_k, parts)
+            hits += top_k * float(held.top if sizes[0] else held.bottom)
+            ready += top_k * float(min(held.top, held.bottom))
+            link_bytes += top_k * float(
+                (1.0 - held.top) * sizes[0] + (1.0 - held.bottom) * sizes[1]
+            )
         return Price(ttft_s, tpot_s, hits / activations, ready / activations, link_bytes)
 
-    def _parts(self, cut: LayerLayout, place: LayerPlacement, part: RoutingPart) -> list[PartCost]:
-        curve = self._routing[cut.layer].hits[part]
-        slots = {"top": place.top_slots, "bottom": place.bottom_slots}
-        return [
-            PartCost(size_bytes, float(curve[slots[name]]), slots[name])
+    def _parts(self, cut: LayerLayout) -> Parts:
+        top_s, bottom_s = (
+            self._link(size) if (size := stored_bytes(self._spec, cut, name)) else 0.0
             for name in PARTS
-            if (size_bytes := stored_bytes(self._spec, cut, name))
-        ]
+        )
+        return Parts(top_s, bottom_s, cut.split_ratio)
+
+    def _held(self, cut: LayerLayout, place: LayerPlacement, part: RoutingPart) -> Held:
+        curve = self._routing[cut.layer].hits[part]
+        return Held(
+            top=float(curve[place.top_slots]) if cut.split else 1.0,
+            bottom=float(curve[place.bottom_slots]) if cut.split < cut.width else 1.0,
+        )
 
     def _prefill_s(
         self,
         entry: LayerCompute,
         cut: LayerLayout,
         place: LayerPlacement,
-        parts: Sequence[PartCost],
         blocks: Sequence[int],
         staging_experts: int,
     ) -> float:
         top_k = self._spec.moe(cut.layer).top_k
-        shares = self._routing[cut.layer].shares
+        shares = np.array(self._routing[cut.layer].shares)
         used = distinct_experts(shares, sum(blocks), top_k)
         curve = _expert_curve(entry, cut)
         compute_s = 0.0
         for tokens in blocks:
-            distinct = sum(distinct_experts(shares, tokens, top_k))
+            distinct = float(distinct_experts(shares, tokens, top_k).sum())
             compute_s += distinct * curve.at(tokens * top_k / distinct)
+        missing = missing_after(used[list(place.hot)])
+        tops, bottoms = missing[place.top_slots], missing[place.bottom_slots]
         return prefill_layer_s(
-            LayerTimes(0.0, compute_s / sum(used), entry.transfer_s),
-            used,
-            place.hot,
-            parts,
-            self._link,
+            0.0,
+            compute_s,
+            entry.transfer_s,
+            self._parts(cut),
+            (tops if cut.split else 0.0, bottoms if cut.split < cut.width else 0.0),
             staging_experts=staging_experts,
-        )
+        ).item()
 
 
 def _blocks(tokens: int, block_tokens: int) -> list[int]:

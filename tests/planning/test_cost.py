@@ -1,21 +1,11 @@
-"""The latency model, against hand-computed cases and a simulation of what the engine does."""
+"""What the latency model is made of: prompts, lacks, and the throttled link."""
 
 from __future__ import annotations
 
-import random
-
+import numpy as np
 import pytest
 
-from moepack.cost import (
-    LayerTimes,
-    PartCost,
-    decode_layer_s,
-    distinct_experts,
-    miss_bytes,
-    miss_seconds,
-    prefill_layer_s,
-    throttled,
-)
+from moepack.cost import Held, Parts, distinct_experts, missing_after, prefill_layer_s, throttled
 
 
 def link(size_bytes: int) -> float:
@@ -23,77 +13,54 @@ def link(size_bytes: int) -> float:
     return size_bytes * 1e-6
 
 
-def simulate(
-    miss: float, fetch_s: float, expert_s: float, top_k: int, frames: int, rng: random.Random
-) -> float:
-    """One token through one layer, event by event: frames, one serial link, one compute queue."""
-    missing = [rng.random() < miss for _ in range(top_k)]
-    now = link_free = 0.0
-    frame_free = [0.0] * frames
-    arrival: dict[int, tuple[float, int]] = {}
-    waiting = [place for place in range(top_k) if missing[place]]
-
-    def start_fetches(at: float) -> None:
-        nonlocal link_free
-        for frame in range(frames):
-            if waiting and frame_free[frame] <= at:
-                link_free = max(link_free, at) + fetch_s
-                arrival[waiting.pop(0)] = (link_free, frame)
-                frame_free[frame] = float("inf")
-
-    start_fetches(0.0)
-    for place in range(top_k):
-        if not missing[place]:
-            now += expert_s
-            continue
-        arrived, frame = arrival[place]
-        now = max(now, arrived) + expert_s
-        frame_free[frame] = now
-        start_fetches(now)
-    return now
-
-
-@pytest.mark.parametrize("frames", [1, 2, 4])
-@pytest.mark.parametrize("miss", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("ratio", [0.2, 1.0, 3.0])
-def test_decoding_agrees_with_a_simulation(frames: int, miss: float, ratio: float) -> None:
-    rng = random.Random(1)
-    runs = 4000
-    simulated = sum(simulate(miss, ratio, 1.0, 4, frames, rng) for _ in range(runs)) / runs
-    part = PartCost(stored_bytes=round(ratio * 1e6), hit_rate=1.0 - miss, slots=0)
-    priced = decode_layer_s(LayerTimes(0.0, 1.0), 4, [part], link, staging_experts=frames)
-    assert priced == pytest.approx(simulated, rel=0.12)
-
-
-def test_everything_resident_costs_the_compute_alone() -> None:
-    part = PartCost(stored_bytes=1000, hit_rate=1.0, slots=8)
-    times = LayerTimes(other_s=0.5, expert_s=0.25)
-    assert decode_layer_s(times, 4, [part], link, staging_experts=2) == 1.5
-    assert miss_bytes(4, [part]) == 0
-
-
-def test_a_miss_of_a_split_expert_is_two_reads_and_a_hit_one() -> None:
-    top = PartCost(stored_bytes=300, hit_rate=0.75, slots=3)
-    bottom = PartCost(stored_bytes=700, hit_rate=0.0, slots=0)
-    probability, fetch_s = miss_seconds([top, bottom], link)
-    assert probability == 1.0
-    assert fetch_s == pytest.approx(0.25 * 300e-6 + 700e-6)
-    assert miss_bytes(4, [top, bottom]) == pytest.approx(4 * (75 + 700))
-
-
 def test_a_prompt_fetches_each_missing_expert_once() -> None:
-    used = distinct_experts([0.5, 0.25, 0.125, 0.125], tokens=1000, top_k=2)
+    used = distinct_experts(np.array([0.5, 0.25, 0.125, 0.125]), tokens=1000, top_k=2)
     assert used == pytest.approx([1.0, 1.0, 1.0, 1.0])
-    part = PartCost(stored_bytes=1_000_000, hit_rate=0.0, slots=1)
-    times = LayerTimes(other_s=1.0, expert_s=0.5)
-    hot = (0, 1, 2, 3)
-    assert prefill_layer_s(times, used, hot, [part], link, staging_experts=2) == pytest.approx(4.0)
-    assert prefill_layer_s(times, used, hot, [part], link, staging_experts=1) == pytest.approx(6.0)
+    missing = missing_after(used)
+    assert missing == pytest.approx([4.0, 3.0, 2.0, 1.0, 0.0])
+    whole = Parts(1.0, 0.0, 1.0)
+
+    def seconds(staging_experts: int, *, ahead: bool = False) -> float:
+        made = prefill_layer_s(
+            1.0, 2.0, 0.0, whole, (missing[1], 0.0), staging_experts=staging_experts, ahead=ahead
+        )
+        return float(made.item())
+
+    assert seconds(2) == pytest.approx(1.0 + 3.0)
+    assert seconds(1) == pytest.approx(1.0 + 3.0 + 2.0)
+    assert seconds(2, ahead=True) == pytest.approx(3.0)
+
+
+def test_a_prompt_is_priced_for_all_states_and_cuts_at_once() -> None:
+    parts = Parts(np.array([1.0, 0.25]), np.array([0.0, 0.75]), np.array([1.0, 0.25]))
+    tops, bottoms = np.array([4.0, 1.0, 0.0]), np.array([4.0, 4.0, 2.0])
+    experts_s = np.array([2.0, 3.0])
+    grid = prefill_layer_s(0.5, experts_s, 0.1, parts, (tops, bottoms), staging_experts=4)
+    for state in range(3):
+        for cut in range(2):
+            one = prefill_layer_s(
+                0.5,
+                experts_s[cut],
+                0.1,
+                Parts(*(values[cut] for values in parts.columns())),
+                (tops[state], bottoms[state]),
+                staging_experts=4,
+            )
+            assert grid[state, cut] == pytest.approx(one.item())
 
 
 def test_one_token_uses_top_k_experts_in_expectation() -> None:
-    shares = [0.4, 0.3, 0.2, 0.1]
-    assert sum(distinct_experts(shares, tokens=1, top_k=2)) == pytest.approx(2.0)
+    shares = np.array([0.4, 0.3, 0.2, 0.1])
+    assert distinct_experts(shares, tokens=1, top_k=2).sum() == pytest.approx(2.0)
+
+
+def test_bottoms_are_kept_only_where_tops_are() -> None:
+    interior = Held(top=0.75, bottom=0.0).lacking()
+    assert (interior.bottom.item(), interior.both.item()) == (0.75, 0.25)
+    all_tops = Held(top=1.0, bottom=0.25).lacking()
+    assert (all_tops.bottom.item(), all_tops.both.item()) == (0.75, 0.0)
+    whole = Held(top=0.75, bottom=1.0).lacking()
+    assert (whole.bottom.item(), whole.both.item()) == (0.0, 0.25)
 
 
 def test_a_throttled_link_is_never_faster_than_the_real_one() -> None:

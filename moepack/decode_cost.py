@@ -1,0 +1,204 @@
+"""What one decoded token costs in one layer, with and without fetching ahead, in closed form.
+
+See :mod:`moepack.cost` for the terms and the shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moepack.cost import Array, Held, Lacks, LayerTimes, Parts
+from moepack.expert_stage import Stage
+from moepack.plan import PrefetchMode
+
+
+class Ahead(NamedTuple):
+    """What is fetched before the routing is known. ``D`` counts ranks of the prediction.
+
+    Attributes
+    ----------
+    mode : {"bottoms", "all"}
+        Which parts of a predicted expert are fetched.
+    gap_s : float
+        Compute between the experts of the layer before and this layer's routing.
+    accuracy : [D]
+        A(r): how likely the expert predicted at rank r is activated.
+    held : Held, each [D] or [D, S]
+        Q(r): how likely its parts are resident.
+    """
+
+    mode: PrefetchMode
+    gap_s: float
+    accuracy: Array
+    held: Held
+
+
+def decode_layer_s(
+    times: LayerTimes,
+    top_k: int,
+    parts: Parts,
+    held: Held,
+    *,
+    staging_experts: int,
+    as_ready: bool = False,
+) -> Array:
+    """Expected seconds of one token through one layer that fetches on demand.
+
+    ``other + E[stage] + K * transfers * transfer_s``: the expectation is over how many of the K
+    experts lack what (multinomial), since that of a maximum is not the maximum of expectations.
+
+    ``staging_experts`` and ``as_ready`` are those of :class:`~moepack.expert_stage.Stage`.
+
+    Returns
+    -------
+    [S, C]
+    """
+    lacks = held.lacking()
+    stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
+    return stage.expected_s(lacks) + _unhidden_s(times, top_k, parts, held, as_ready)
+
+
+def decode_ahead_s(
+    times: LayerTimes,
+    top_k: int,
+    parts: Parts,
+    held: Held,
+    ahead: Ahead,
+    depths: tuple[int, ...],
+    *,
+    staging_experts: int,
+    as_ready: bool = False,
+) -> Array:
+    """Expected seconds of one token through one layer whose experts are also fetched ahead.
+
+    The first m* ranks of the prediction are there in time (:func:`ranks_in_time`; fewer where the
+    depth or the staging ends before), the rest is fetched on demand. A fraction of a rank is a
+    share of the two neighbouring expectations: its transfer has begun, or the window varies (whole
+    ranks alone miss the simulation by twice as much). Where the window ends first, a wrong transfer
+    may be in flight and delays the demands by half of itself: ``1/2 * mean over ranks of (1 - A)
+    tau``, weighted by how likely the layer waits for the link at all.
+
+    Parameters
+    ----------
+    depths
+        How many ranks are asked for, 1 to D.
+
+    Returns
+    -------
+    [depths, S, C]
+    """
+    before = held.lacking()
+    after = lacking_after(before, ahead, top_k)
+    stage = Stage(times, top_k, parts, before, staging_experts=staging_experts, as_ready=as_ready)
+    needs_s, wrong_s = _rank_seconds(parts, ahead)
+    gap_s = ahead.gap_s + (0.0 if as_ready else times.shared_s)
+    in_time = ranks_in_time(needs_s, stage.link_idle_s(after) + gap_s)
+    expected_s, bound = stage.expected_s(after), stage.link_bound(after)
+    found = []
+    for depth in depths:
+        cap = min(depth, staging_experts)
+        ranks = np.minimum(in_time, cap)
+        late_s = np.where(in_time < cap, 0.5 * wrong_s[depth] / depth, 0.0)
+        found.append(_at(expected_s, ranks) + late_s * _at(bound, ranks))
+    return np.stack(found) + _unhidden_s(times, top_k, parts, held, as_ready)
+
+
+def lacking_after(before: Lacks, ahead: Ahead, top_k: int) -> Lacks:
+    """What an activated expert still lacks once m ranks are there, each [D + 1, S].
+
+    Rank r brings ``A(r) / K`` times what it lacked: R(m) is the sum over r <= m. Where A and Q
+    together say more than the hit rate leaves for a kind of lack, the other kind takes it.
+    """
+    only_bottom, both = _rank_lacks(ahead)
+    share = np.asarray(ahead.accuracy)[:, None] / top_k
+    brought_bottom, brought_both = _cumulated(share * only_bottom), _cumulated(share * both)
+    bottom, all_of_it = before.bottom - brought_bottom, before.both - brought_both
+    if ahead.mode == "bottoms":
+        return Lacks(np.maximum(bottom, 0.0), np.maximum(all_of_it, 0.0))
+    return Lacks(
+        np.maximum(np.maximum(bottom, 0.0) + np.minimum(all_of_it, 0.0), 0.0),
+        np.maximum(np.maximum(all_of_it, 0.0) + np.minimum(bottom, 0.0), 0.0),
+    )
+
+
+def ranks_in_time(needs_s: Array, window_s: Array) -> Array:
+    """The largest m whose transfers end within the window, fractional: m*.
+
+    ``max {m : sum of tau(r) over r <= m is <= W(m)}``, up to the first m that fails: the more is
+    ready, the less of the link do demands take before, so the window depends on m too.
+
+    Parameters
+    ----------
+    needs_s, window_s : [D + 1, S, C]
+        After m = 0, 1 ... D ranks.
+
+    Returns
+    -------
+    [S, C]
+    """
+    room_s = window_s - needs_s
+    depth = len(room_s) - 1
+    failing = room_s < 0.0
+    first = np.where(failing.any(axis=0), failing.argmax(axis=0), depth + 1)
+    last = np.maximum(first - 1, 0)
+    before_s = np.take_along_axis(room_s, last[None], axis=0)[0]
+    after_s = np.take_along_axis(room_s, np.minimum(first, depth)[None], axis=0)[0]
+    step_s = np.where(first <= depth, before_s - after_s, np.inf)
+    share = np.maximum(before_s, 0.0) / np.where(step_s > 0.0, step_s, np.inf)
+    return np.asarray(last + share)
+
+
+def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held, as_ready: bool) -> Array:
+    """What a token takes beside the stage of its experts, [S, C].
+
+    Every transfer of something needed costs the computing thread its share, whenever it was asked
+    for.
+    """
+    lacks = held.lacking()
+    top_s, bottom_s, _ = parts.columns()
+    has_top, has_bottom = (np.asarray(part_s > 0.0, np.float64) for part_s in (top_s, bottom_s))
+    transfers = lacks.bottom[:, None] * has_bottom + lacks.both[:, None] * (has_top + has_bottom)
+    other_s = times.other_s + (0.0 if as_ready else times.shared_s)
+    return other_s + top_k * transfers * times.transfer_s
+
+
+def _rank_lacks(ahead: Ahead) -> tuple[Array, Array]:
+    """What the expert of each rank lacks and is fetched for: its bottom alone, or both, [D, S]."""
+    top, bottom = (
+        values if values.ndim == 2 else values[:, None]
+        for values in (np.asarray(chance, dtype=np.float64) for chance in ahead.held)
+    )
+    only_bottom, both = top - np.minimum(top, bottom), 1.0 - top
+    return only_bottom, both if ahead.mode == "all" else np.zeros_like(both)
+
+
+def _rank_seconds(parts: Parts, ahead: Ahead) -> tuple[Array, Array]:
+    """Link seconds of the first m ranks, and of the wrong ones among them, each [D + 1, S, C].
+
+    tau(r), the cost of one, is what its expert lacks: for whole experts t_e * (1 - Q(r)).
+    """
+    top_s, bottom_s, _ = parts.columns()
+    only_bottom, both = _rank_lacks(ahead)
+    wrong = 1.0 - np.asarray(ahead.accuracy)[:, None]
+
+    def seconds(share: Array) -> Array:
+        return _cumulated(share * only_bottom)[..., None] * bottom_s + _cumulated(share * both)[
+            ..., None
+        ] * (top_s + bottom_s)
+
+    return seconds(np.ones_like(wrong)), seconds(wrong)
+
+
+def _cumulated(values: Array) -> Array:
+    """Sums of the first 0, 1 ... D rows, [D + 1, ...]."""
+    return np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
+
+
+def _at(table: Array, ranks: Array) -> Array:
+    """A table over m = 0 ... D, [D + 1, S, C], at fractional ranks [S, C]."""
+    low = np.minimum(ranks.astype(np.intp), len(table) - 2)
+    share = ranks - low
+    below, above = (np.take_along_axis(table, (low + step)[None], axis=0)[0] for step in (0, 1))
+    return np.asarray((1.0 - share) * below + share * above)

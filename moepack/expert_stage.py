@@ -1,0 +1,171 @@
+"""The routed experts of one token, between the routing and the last partial sum.
+
+How long that takes depends on how many of the K experts lack what; how many do is chance. See
+:mod:`moepack.cost` for the terms and the shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.cost import Array, Lacks, LayerTimes, Parts
+
+
+class Stage:
+    """The routed experts of one token: how long from the routing to the last partial sum.
+
+    Parameters
+    ----------
+    lacks : Lacks
+        Kinds of lack that never occur here are left out from the start.
+    staging_experts : int
+        Experts in flight at once; one cannot be computed while another arrives.
+    as_ready : bool
+        Whether resident parts are computed while the rest arrives; else in one fixed order.
+
+    Attributes
+    ----------
+    seconds : [J, C]
+        For each way in which the K experts can lack something.
+    """
+
+    def __init__(
+        self,
+        times: LayerTimes,
+        top_k: int,
+        parts: Parts,
+        lacks: Lacks,
+        *,
+        staging_experts: int,
+        as_ready: bool,
+    ) -> None:
+        self._top_k = top_k
+        self._parts = parts
+        self._as_ready = as_ready
+        self._ways = _ways(top_k, bool(lacks.bottom.any()), bool(lacks.both.any()))
+        _, bottom_s, share = parts.columns()
+        self._expert_s = np.atleast_1d(np.asarray(times.expert_s, dtype=np.float64))
+        # What is left to compute when the last part has arrived.
+        self._last_s = self._expert_s * np.where(bottom_s > 0.0, 1.0 - share, 1.0)
+        self._compute_s = top_k * self._expert_s + (times.shared_s if as_ready else 0.0)
+        # Every count up to K of either lack, [K + 1, K + 1, C].
+        bottom = np.arange(top_k + 1.0)[:, None, None]
+        both = np.arange(top_k + 1.0)[None, :, None]
+        ends_s = (self._as_ready_s if as_ready else self._in_order_s)(
+            bottom, both, one_frame=staging_experts == 1
+        )
+        stage_s = np.maximum(self._compute_s, np.where(bottom + both > 0.0, ends_s, 0.0))
+        # To lack less never takes longer: a rule that the averages over places break a little.
+        stage_s = np.maximum.accumulate(np.maximum.accumulate(stage_s, axis=0), axis=1)
+        self.seconds: Array = stage_s[self._ways.bottom, self._ways.both]
+
+    def _as_ready_s(self, bottom: Array, both: Array, *, one_frame: bool) -> Array:
+        """When the last arrival has been computed, if what is there is computed first.
+
+        Bound by the last arrival and the part that it brings, or by the first and all that comes
+        late.
+        """
+        top_s, bottom_s, _ = self._parts.columns()
+        link_s = bottom * bottom_s + both * (top_s + bottom_s)
+        late_s = bottom * self._last_s + both * self._expert_s
+        if one_frame:
+            return np.asarray(link_s + late_s)
+        transfers = bottom + both * ((top_s > 0.0) * 1.0 + (bottom_s > 0.0))
+        first_s = link_s / np.maximum(transfers, 1.0)
+        return np.maximum(link_s + self._last_s, first_s + late_s)
+
+    def _in_order_s(self, bottom: Array, both: Array, *, one_frame: bool) -> Array:
+        """The same in an order that knows nothing of what is missing.
+
+        The q-th of m missing experts stands at place q (K + 1) / (m + 1) on average, and everything
+        from it on waits for it, but for its top, if that is there before its bottom: the first or
+        the last of them is the bound.
+        """
+        top_s, bottom_s, _ = self._parts.columns()
+        link_s = bottom * bottom_s + both * (top_s + bottom_s)
+        lack = np.maximum(bottom + both, 1.0)
+        hidden_s = self._expert_s - self._last_s
+        hidden_s = (bottom * hidden_s + both * np.minimum(hidden_s, bottom_s)) / lack
+        behind_s = self._expert_s * (self._top_k + 1) / (lack + 1.0)
+        if one_frame:  # each fetch also waits for the compute of the miss before it
+            return np.asarray(link_s + behind_s - hidden_s + self._expert_s * (lack - 1.0))
+        return np.maximum(link_s + behind_s, link_s / lack + behind_s * lack) - hidden_s
+
+    def expected_s(self, lacks: Lacks) -> Array:
+        """Expectation over the ways, [..., C] for lacks of [...]."""
+        return np.asarray(np.tensordot(self._chances(lacks), self.seconds, axes=(0, 0)))
+
+    def link_bound(self, lacks: Lacks) -> Array:
+        """How likely the link decides when the stage ends, [..., C]."""
+        bound = np.asarray(self.seconds > self._compute_s * (1.0 + 1e-12), np.float64)
+        return np.asarray(np.tensordot(self._chances(lacks), bound, axes=(0, 0)))
+
+    def link_idle_s(self, lacks: Lacks) -> Array:
+        """How long the link has no demand while the stage lasts, [..., C].
+
+        The computing that demands leave, or what is left of it when they have all arrived:
+        ``max(K * expert - D, tail)`` at the expected lack. It stands for the layer before, which is
+        taken to be like this one, so that layers can be priced one by one.
+        """
+        top_s, bottom_s, _ = self._parts.columns()
+        demand_s = self._top_k * (
+            lacks.bottom[..., None] * bottom_s + lacks.both[..., None] * (top_s + bottom_s)
+        )
+        tail_s = self._last_s
+        if not self._as_ready:
+            lack = self._top_k * (lacks.bottom + lacks.both)[..., None]
+            tail_s = self._expert_s * (self._top_k + 1) / (lack + 1.0)
+        return np.maximum(self._compute_s - demand_s, tail_s)
+
+    def _chances(self, lacks: Lacks) -> Array:
+        """Multinomial chance of each way, [J, ...]."""
+        ready = np.clip(1.0 - lacks.bottom - lacks.both, 0.0, 1.0)
+        bottom, both, rest = (
+            list(_powers(chance, self._top_k)) for chance in (lacks.bottom, lacks.both, ready)
+        )
+        ways = self._ways
+        return np.stack(
+            [
+                factor * bottom[i] * both[j] * rest[self._top_k - i - j]
+                for i, j, factor in zip(ways.bottom, ways.both, ways.factor, strict=True)
+            ]
+        )
+
+
+class _Ways(NamedTuple):
+    """The ways in which K experts can lack something, each [J].
+
+    So many lack their bottom alone, so many all they have; ``factor`` is the multinomial
+    coefficient.
+    """
+
+    bottom: npt.NDArray[np.intp]
+    both: npt.NDArray[np.intp]
+    factor: Array
+
+
+@functools.cache
+def _ways(top_k: int, bottoms: bool, boths: bool) -> _Ways:
+    """All of them, but for kinds of lack that do not occur."""
+    pairs = [
+        (bottom, both)
+        for both in range(top_k * boths + 1)
+        for bottom in range((top_k - both) * bottoms + 1)
+    ]
+    count = [math.comb(top_k, both) * math.comb(top_k - both, bottom) for bottom, both in pairs]
+    bottom, both = np.array(pairs, dtype=np.intp).T
+    return _Ways(bottom, both, np.array(count, dtype=np.float64))
+
+
+def _powers(base: Array, top_k: int) -> Iterator[Array]:
+    """The powers 0 to K."""
+    power = np.ones_like(base)
+    for _ in range(top_k + 1):
+        yield power
+        power = power * base

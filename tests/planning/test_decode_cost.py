@@ -1,0 +1,295 @@
+"""The price of a decoded token, against hand-computed cases and simulations."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moepack.cost import Array, Held, LayerTimes, Parts
+from moepack.decode_cost import (
+    Ahead,
+    decode_ahead_s,
+    decode_layer_s,
+    lacking_after,
+    ranks_in_time,
+)
+from moepack.plan import PrefetchMode
+from tests.support.links import StackOfLayers
+
+WHOLE = Parts(1.0, 0.0, 1.0)
+
+
+def simulate(
+    miss: float, fetch_s: float, expert_s: float, top_k: int, frames: int, rng: random.Random
+) -> float:
+    """One token through one layer on demand, in order: frames, one link, one compute queue."""
+    missing = [rng.random() < miss for _ in range(top_k)]
+    now = link_free = 0.0
+    frame_free = [0.0] * frames
+    arrival: dict[int, tuple[float, int]] = {}
+    waiting = [place for place in range(top_k) if missing[place]]
+
+    def start_fetches(at: float) -> None:
+        nonlocal link_free
+        for frame in range(frames):
+            if waiting and frame_free[frame] <= at:
+                link_free = max(link_free, at) + fetch_s
+                arrival[waiting.pop(0)] = (link_free, frame)
+                frame_free[frame] = float("inf")
+
+    start_fetches(0.0)
+    for place in range(top_k):
+        if not missing[place]:
+            now += expert_s
+            continue
+        arrived, frame = arrival[place]
+        now = max(now, arrived) + expert_s
+        frame_free[frame] = now
+        start_fetches(now)
+    return now
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("miss", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.2, 1.0, 3.0])
+def test_loading_on_demand_agrees_with_a_simulation(frames: int, miss: float, ratio: float) -> None:
+    rng = random.Random(1)
+    runs = 4000
+    simulated = sum(simulate(miss, ratio, 1.0, 4, frames, rng) for _ in range(runs)) / runs
+    parts, held = Parts(ratio, 0.0, 1.0), Held(1.0 - miss, 1.0)
+    priced = decode_layer_s(LayerTimes(0.0, 1.0), 4, parts, held, staging_experts=frames)
+    assert priced.item() == pytest.approx(simulated, rel=0.12)
+
+
+#: (theta, tops of 32, top-k, whole expert's transfer over its compute, gap over its compute)
+SHAPES = [
+    (1.0, 8, 4, 1.0, 1.0),
+    (1.0, 8, 4, 4.0, 4.0),
+    (1.0, 0, 4, 2.0, 4.0),
+    (1.0, 16, 1, 3.0, 2.0),
+    (0.5, 12, 4, 1.0, 1.0),
+    (0.5, 12, 4, 3.0, 4.0),
+    (0.25, 20, 2, 2.0, 2.0),
+    (0.25, 32, 4, 2.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("as_ready", [False, True])
+@pytest.mark.parametrize("mode", ["off", "bottoms", "all"])
+@pytest.mark.parametrize(("theta", "tops", "top_k", "ratio", "gap_s"), SHAPES)
+def test_a_stack_of_layers_agrees_with_a_simulation(
+    theta: float,
+    tops: int,
+    top_k: int,
+    ratio: float,
+    gap_s: float,
+    mode: PrefetchMode,
+    as_ready: bool,
+) -> None:
+    experts, depth = 32, 2 * top_k
+    accuracy = np.linspace(0.9, 0.1, depth)
+    top_s, bottom_s = theta * ratio, (1.0 - theta) * ratio
+    simulated = StackOfLayers(
+        experts=experts,
+        top_k=top_k,
+        tops=tops,
+        bottoms=0,
+        top_s=top_s,
+        bottom_s=bottom_s,
+        top_share=theta,
+        expert_s=1.0,
+        gap_s=gap_s,
+        accuracy=() if mode == "off" else accuracy.tolist(),
+        bottoms_only=mode == "bottoms",
+        as_ready=as_ready,
+    ).mean_s(2000, random.Random(1))
+    held = Held(tops / experts, 1.0 if theta == 1.0 else 0.0)
+    times, parts = LayerTimes(gap_s, 1.0), Parts(top_s, bottom_s, theta)
+    kind: dict[str, Any] = {"staging_experts": depth, "as_ready": as_ready}
+    if mode == "off" or (mode == "bottoms" and theta == 1.0):
+        priced = decode_layer_s(times, top_k, parts, held, **kind)
+    else:
+        ranks = Held(*(np.full(depth, chance) for chance in held))
+        ahead = Ahead(mode, gap_s, accuracy, ranks)
+        priced = decode_ahead_s(times, top_k, parts, held, ahead, (depth,), **kind)
+    assert priced.item() == pytest.approx(simulated, rel=0.08 if as_ready else 0.1)
+
+
+def test_everything_resident_costs_the_compute_alone() -> None:
+    times = LayerTimes(other_s=0.5, expert_s=0.25)
+    made = decode_layer_s(times, 4, WHOLE, Held(1.0, 1.0), staging_experts=2)
+    assert made.item() == 1.5
+
+
+def test_each_missing_part_is_a_transfer_for_the_computing_thread() -> None:
+    def seconds(parts: Parts, held: Held) -> float:
+        times = LayerTimes(0.0, expert_s=100.0, transfer_s=1.0)
+        made = decode_layer_s(times, 4, parts, held, staging_experts=8, as_ready=True)
+        return float(made.item())
+
+    nothing = 400.0  # the link's own time hides behind the compute
+    whole, half = Parts(1e-9, 0.0, 1.0), Parts(1e-9, 1e-9, 0.5)
+    assert seconds(whole, Held(0.75, 1.0)) == pytest.approx(nothing + 1.0)
+    # A bottom for each of four experts, and a top for one of them.
+    assert seconds(half, Held(0.75, 0.0)) == pytest.approx(nothing + 5.0)
+
+
+def test_the_shared_expert_hides_transfers_only_of_an_engine_that_computes_as_ready() -> None:
+    times = LayerTimes(other_s=0.0, expert_s=0.0, shared_s=3.0)
+    none = Held(0.0, 1.0)
+    in_order = decode_layer_s(times, 4, WHOLE, none, staging_experts=8)
+    as_ready = decode_layer_s(times, 4, WHOLE, none, staging_experts=8, as_ready=True)
+    assert in_order.item() == pytest.approx(7.0)
+    assert as_ready.item() == pytest.approx(4.0)
+
+
+def test_a_window_for_all_that_is_lacking_leaves_the_compute() -> None:
+    ahead = Ahead("all", 10.0, np.ones(4), Held(np.zeros(4), np.ones(4)))
+    times = LayerTimes(10.0, 0.5)
+    made = decode_ahead_s(times, 4, WHOLE, Held(0.0, 1.0), ahead, (2, 4), staging_experts=8)
+    # Of four, 0 to 4 lie beyond the two that came; with m missing the last stands at place
+    # m * 5 / (m + 1), and what stands there or behind it is computed after m transfers.
+    ends_s = [2.0, *(max(2.0, m + 0.5 * 5 / (m + 1)) for m in range(1, 5))]
+    two = sum(count * end_s for count, end_s in zip((1, 4, 6, 4, 1), ends_s, strict=True)) / 16
+    assert made[:, 0, 0] == pytest.approx([10.0 + two, 12.0])
+
+
+def test_staging_bounds_what_is_fetched_ahead() -> None:
+    ahead = Ahead("all", 10.0, np.ones(4), Held(np.zeros(4), np.ones(4)))
+
+    def seconds(depth: int, frames: int) -> float:
+        made = decode_ahead_s(
+            LayerTimes(10.0, 0.5), 4, WHOLE, Held(0.0, 1.0), ahead, (depth,), staging_experts=frames
+        )
+        return float(made.item())
+
+    assert seconds(4, 2) == seconds(2, 4) > seconds(4, 4)
+
+
+def test_ranks_in_time_are_the_first_crossing() -> None:
+    needs_s = np.array([0.0, 1.0, 2.0, 3.0])[:, None, None]
+    assert ranks_in_time(needs_s, np.full((4, 1, 1), 1.5)).item() == pytest.approx(1.5)
+    assert ranks_in_time(needs_s, np.full((4, 1, 1), 9.0)).item() == 3.0
+    assert ranks_in_time(needs_s, np.zeros((4, 1, 1))).item() == 0.0
+    # A window that would be long enough for all only if more were there in time already.
+    late = np.array([0.5, 0.5, 9.0, 9.0])[:, None, None]
+    assert ranks_in_time(needs_s, late).item() == pytest.approx(0.5)
+
+
+def test_ranks_bring_what_the_hit_rate_leaves() -> None:
+    before = Held(0.5, 0.0).lacking()
+    accuracy = np.array([0.8, 0.4])
+    held = Held(np.array([0.5, 0.25]), np.zeros(2))
+    after = lacking_after(before, Ahead("all", 0.0, accuracy, held), 4)
+    assert after.bottom[:, 0] == pytest.approx([0.5, 0.4, 0.375])
+    assert after.both[:, 0] == pytest.approx([0.5, 0.4, 0.325])
+    after = lacking_after(before, Ahead("bottoms", 0.0, accuracy, held), 4)
+    assert after.both[:, 0] == pytest.approx([0.5, 0.5, 0.5])
+    # Ranks that are said to be held more often than the hit rate allows.
+    before = Held(0.1, 0.0).lacking()
+    after = lacking_after(before, Ahead("all", 0.0, np.ones(1), Held(np.ones(1), np.zeros(1))), 4)
+    assert after.bottom[1, 0] == 0.0
+    assert after.both[1, 0] == pytest.approx(0.75)
+
+
+def test_a_grid_of_options_is_priced_like_each_by_itself() -> None:
+    tops = np.array([0.0, 0.3, 1.0, 1.0])
+    bottoms = np.array([0.0, 0.0, 0.0, 0.6])
+    top_s, bottom_s = np.array([0.0, 0.5, 0.9]), np.array([2.0, 1.5, 1.1])
+    share, expert_s = np.array([0.0, 0.25, 0.45]), np.array([1.0, 1.2, 1.2])
+    accuracy = np.array([0.9, 0.6, 0.3])
+    for mode in ("bottoms", "all"):
+        for as_ready in (False, True):
+            kind: dict[str, Any] = {"staging_experts": 4, "as_ready": as_ready}
+
+            def ahead(top: Array, bottom: Array, mode: PrefetchMode = mode) -> Ahead:
+                held = Held(np.tile(top, (3, 1)), np.tile(bottom, (3, 1)))
+                return Ahead(mode, 1.5, accuracy, held)
+
+            grid = decode_ahead_s(
+                LayerTimes(1.5, expert_s, 0.1, 0.2),
+                3,
+                Parts(top_s, bottom_s, share),
+                Held(tops, bottoms),
+                ahead(tops, bottoms),
+                (1, 3),
+                **kind,
+            )
+            assert grid.shape == (2, 4, 3)
+            for state in range(4):
+                for cut in range(3):
+                    one = decode_ahead_s(
+                        LayerTimes(1.5, expert_s[cut], 0.1, 0.2),
+                        3,
+                        Parts(top_s[cut], bottom_s[cut], share[cut]),
+                        Held(tops[state], bottoms[state]),
+                        ahead(tops[[state]], bottoms[[state]]),
+                        (1, 3),
+                        **kind,
+                    )
+                    assert grid[:, state, cut] == pytest.approx(one[:, 0, 0])
+
+
+chances = st.floats(0.0, 1.0)
+seconds = st.floats(0.0, 10.0)
+
+
+@given(
+    top_k=st.integers(1, 6),
+    split=st.sampled_from(["whole", "interior", "all tops"]),
+    hit=chances,
+    ratio=st.floats(0.01, 5.0),
+    theta=st.floats(0.05, 0.95),
+    faster=st.floats(0.0, 0.99),
+    gap_s=seconds,
+    shared_s=seconds,
+    transfer_s=st.floats(0.0, 1.0),
+    accuracy=st.lists(chances, min_size=1, max_size=8),
+    rank_hits=st.lists(chances, min_size=8, max_size=8),
+    mode=st.sampled_from(["off", "bottoms", "all"]),
+    frames=st.integers(1, 8),
+    as_ready=st.booleans(),
+)
+@settings(max_examples=400)
+def test_a_faster_link_is_never_dearer(
+    top_k: int,
+    split: str,
+    hit: float,
+    ratio: float,
+    theta: float,
+    faster: float,
+    gap_s: float,
+    shared_s: float,
+    transfer_s: float,
+    accuracy: list[float],
+    rank_hits: list[float],
+    mode: PrefetchMode,
+    frames: int,
+    as_ready: bool,
+) -> None:
+    depth = len(accuracy)
+    hits = np.array(rank_hits[:depth])
+    whole = split == "whole"
+    if split == "all tops":
+        held, ranks = Held(1.0, hit), Held(np.ones(depth), hits)
+    else:
+        held, ranks = Held(hit, float(whole)), Held(hits, np.full(depth, float(whole)))
+    share = 1.0 if whole else theta
+    times = LayerTimes(gap_s, 1.0, transfer_s, shared_s)
+
+    def price(scale: float) -> list[float]:
+        parts = Parts(share * ratio * scale, (1.0 - share) * ratio * scale, share)
+        kind: dict[str, Any] = {"staging_experts": frames, "as_ready": as_ready}
+        if mode == "off":
+            return decode_layer_s(times, top_k, parts, held, **kind).ravel().tolist()
+        ahead = Ahead(mode, gap_s, np.array(accuracy), ranks)
+        depths = tuple(range(1, depth + 1))
+        return decode_ahead_s(times, top_k, parts, held, ahead, depths, **kind).ravel().tolist()
+
+    for slow, fast in zip(price(1.0), price(1.0 - faster), strict=True):
+        assert fast <= slow * (1.0 + 1e-9)
