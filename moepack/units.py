@@ -70,6 +70,15 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def short_size(size_bytes: float) -> str:
+    """A size as it is typed, three significant digits: ``24G``, ``1.5G``, ``768M``."""
+    for factor, unit in ((TIB, "T"), (GIB, "G"), (MIB, "M"), (KIB, "K")):
+        if round(size_bytes / factor, 3) >= 1:
+            number = size_bytes / factor
+            return f"{number:.0f}{unit}" if number >= 100 else f"{number:.3g}{unit}"
+    return f"{size_bytes:.0f}"
+
+
 def format_rate(rate_bytes_per_s: float) -> str:
     """A rate for people: ``1.42 GiB/s``."""
     return f"{format_size(rate_bytes_per_s)}/s"

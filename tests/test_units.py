@@ -92,3 +92,21 @@ def test_durations_read_like_a_person_would_say_them(duration_s: float, text: st
 
 def test_rates_print_as_a_size_a_second() -> None:
     assert units.format_rate(1.5 * units.GIB) == "1.50 GiB/s"
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0"),
+        (512, "512"),
+        (24 * units.GIB, "24G"),
+        (units.GIB * 3 // 2, "1.5G"),
+        (768 * units.MIB, "768M"),
+        (1023 * units.MIB, "1023M"),
+        (units.GIB - 1, "1G"),
+        (100 * units.TIB, "100T"),
+    ],
+)
+def test_a_short_size_is_what_one_would_type(size_bytes: int, text: str) -> None:
+    assert units.short_size(size_bytes) == text
+    assert units.parse_size(text) == pytest.approx(size_bytes, rel=0.005)
