@@ -2,104 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack.timeline import Clock, Work, advance
-
-
-@dataclass
-class Segment:
-    """One segment of the plain simulation: what it computes, and what brings it."""
-
-    compute: float
-    fetch: float
-    ahead: int | None
-    arrival: float = 0.0
-
-
-def simulate(
-    passes: list[tuple[float, float, list[list[Segment]], list[float]]],
-    *,
-    as_ready: bool,
-    frames: int,
-) -> list[float]:
-    """When each pass ends. ``passes``: (before, after, experts, seconds asked for ahead)."""
-    now = link = asked = 0.0
-    ends = []
-    for before, after, experts, ahead in passes:
-        routed = now + before
-        # What was asked for ahead, one after the other, as long as the routing is not known.
-        clock = max(link, asked)
-        came: dict[int, float] = {}
-        for number, seconds in enumerate(ahead):
-            if seconds == 0:
-                continue
-            if clock >= routed:
-                break
-            clock += seconds
-            came[number] = link = clock
-        if as_ready:
-            now, link = consume_as_ready(experts, came, routed, after, link)
-        else:
-            now, link = consume_in_order(experts, came, routed, after, link, frames)
-        asked = routed
-        ends.append(now)
-    return ends
-
-
-def consume_as_ready(
-    experts: list[list[Segment]], came: dict[int, float], routed: float, after: float, link: float
-) -> tuple[float, float]:
-    """What is there first, then each segment as it arrives."""
-    computed = routed + after
-    late = []
-    for part in (part for expert in experts for part in expert):
-        arrival = came.get(part.ahead) if part.ahead is not None else None
-        if part.fetch == 0 or (arrival is not None and arrival <= routed):
-            computed += part.compute
-        elif arrival is not None:
-            late.append((arrival, part.compute))
-        else:
-            link = max(link, routed) + part.fetch
-            late.append((link, part.compute))
-    for arrival, seconds in sorted(late):
-        computed = max(computed, arrival) + seconds
-    return computed, link
-
-
-def consume_in_order(
-    experts: list[list[Segment]],
-    came: dict[int, float],
-    routed: float,
-    after: float,
-    link: float,
-    frames: int,
-) -> tuple[float, float]:
-    """Expert by expert; a fetch waits for the frame of the one so many fetches before it."""
-    computed = routed
-    free = [routed] * frames
-    fetched = 0
-    for expert in experts:
-        demanded = [part for part in expert if part.fetch > 0 and part.ahead not in came]
-        if demanded:
-            link = max(link, routed, free[fetched % frames])
-        for part in expert:
-            part.arrival = came.get(part.ahead, 0.0) if part.ahead is not None else 0.0
-        for part in demanded:
-            link += part.fetch
-            part.arrival = link
-        for part in expert:
-            there = routed if part.fetch == 0 else part.arrival
-            computed = max(computed, there) + part.compute
-        if demanded:
-            free[fetched % frames] = computed
-            fetched += 1
-    return computed + after, link
+from tests.support.simulation import Segment, Simulation
 
 
 def work_of(before: float, after: float, experts: list[list[Segment]], ahead: list[float]) -> Work:
@@ -148,14 +57,18 @@ def test_passes_end_when_a_plain_simulation_says(
     parts: int, as_ready: bool, frames: int, data: st.DataObject
 ) -> None:
     passes = data.draw(st.lists(layers(parts), min_size=1, max_size=4))
-    expected = simulate(passes, as_ready=as_ready, frames=8 if as_ready else frames)
+    plain = Simulation(as_ready=as_ready, frames=frames)
     clock = Clock.start(1)
-    for one, end in zip(passes, expected, strict=True):
+    for one in passes:
+        seen = plain.run(*one)
         done = advance(
             clock, work_of(*one), as_ready=as_ready, frames=frames, segments_per_expert=parts
         )
         clock = done.clock
-        assert clock.now_s[0] == pytest.approx(end, abs=1e-9)
+        assert clock.now_s[0] == seen.end
+        assert set(np.flatnonzero(done.ready[0])) == seen.ready
+        assert set(np.flatnonzero(done.demanded[0])) == seen.demanded
+        assert set(np.flatnonzero(done.begun[0])) == seen.begun
 
 
 def test_two_misses_by_hand() -> None:
