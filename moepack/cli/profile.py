@@ -84,8 +84,10 @@ def profile(
     compute.save(folder.compute_path)
     routing.save(folder.folder)
     workspace.make_current(folder)
+    # Whole curves take seconds: only for those who read them.
+    of_model = model_document(compute, routing) if json else {}
     emit(
-        hardware_document(hardware) | model_document(compute, routing),
+        hardware_document(hardware) | of_model,
         as_json=json,
         view=lambda: profile_view(hardware, compute, routing),
     )
@@ -108,8 +110,11 @@ def hardware_document(hardware: HardwareProfile) -> dict[str, object]:
 
 
 def model_document(compute: ComputeProfile, routing: RoutingProfile) -> dict[str, object]:
-    """What ``--json`` says of the model."""
+    """What ``--json`` says of the model: also the whole curves, over every size of a cache."""
+    from moepack.hit_rates import layer_curves
+
+    curves = [records.to_data(entry) for entry in layer_curves(routing.trace, routing.layers)]
     return {
         "compute": records.to_data(compute),
-        "routing": records.to_data(routing.summary),
+        "routing": records.to_data(routing.summary) | {"curves": curves},
     }

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from moepack.compute import ComputeProfile
 from moepack.hardware import HardwareProfile
+from moepack.report.routing import routing_view
 from moepack.report.tables import columns, facts
 from moepack.routing import RoutingProfile
 from moepack.units import format_duration, format_rate, format_size
@@ -49,22 +50,15 @@ def profile_view(
             ("routing", f"{summary.tokens} tokens of {len(summary.sources)} texts"),
         ]
     )
-    routed = columns(
-        ("layer", "experts", "top-k", "entropy", "reuse", "recall at k", "at 2k"),
-        (
-            (
-                str(layer.layer),
-                str(layer.num_experts),
-                str(layer.top_k),
-                f"{layer.usage_entropy:.2f}",
-                f"{layer.reuse:.0%}",
-                f"{layer.recall_at_k:.0%}",
-                f"{layer.recall_at_2k:.0%}",
-            )
-            for layer in summary.layers
-        ),
+    return Group(
+        hardware_view(hardware),
+        "",
+        overview,
+        "",
+        _compute(compute),
+        "",
+        routing_view(summary),
     )
-    return Group(hardware_view(hardware), "", overview, "", _compute(compute), "", routed)
 
 
 def _compute(compute: ComputeProfile) -> Table:

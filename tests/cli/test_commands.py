@@ -35,7 +35,13 @@ def test_profile_measures_what_the_plan_is_made_from(
     assert profile.code == 0, profile.err
     assert profile.document.keys() == {"hardware", "compute", "routing"}
     assert profile.document["compute"]["source"] == "measured"
-    assert [layer["layer"] for layer in profile.document["routing"]["layers"]] == [0, 1, 2]
+    routing = profile.document["routing"]
+    for key in ("layers", "hit_rates", "curves"):
+        assert [layer["layer"] for layer in routing[key]] == [0, 1, 2]
+    curve = routing["curves"][0]["lcp"]
+    assert curve[0] == 0
+    assert curve[-1] == 1
+    assert len(curve) == routing["layers"][0]["num_experts"] + 1
     plan = moepack("plan", "--vram", "4M", "--context", "256", "--json").document
     assert plan["provenance"]["compute"].startswith("measured")
     assert plan["provenance"]["assumptions"] == []
@@ -44,6 +50,7 @@ def test_profile_measures_what_the_plan_is_made_from(
     shown = moepack("profile", model)
     assert shown.code == 0
     assert "recall at k" in shown.out
+    assert "25%, 50%, 75% of the experts cached" in shown.out
     alone = moepack("profile", "--hardware-only", "--json").document
     assert alone == {"hardware": profile.document["hardware"]}
 
