@@ -1,11 +1,10 @@
-"""Cache policies measured against each other, at equal budgets, in turns.
+"""Cache policies measured against each other, at equal budgets.
 
-    python benchmarks/policies.py --cached 0.125 0.25 0.5 --link 100M,100us
+    python -m benchmarks.policies --cached 0.125 0.25 0.5 --link 100M,100us
 
-For each budget every contender is a plan. In each round every contender is opened anew (its caches
-start as planned) and generates after the prompts that ``moepack bench`` uses; the order moves on by
-one from round to round. Printed are medians over the rounds, and of each contender's speed over the
-first one's in the same round: the machine may be busier in one round than in another.
+For each budget every contender is a plan; in each round all of them begin anew, their caches as
+planned, and take turns (:mod:`benchmarks.race`) with the prompts of ``moepack bench``. Printed are
+medians over the rounds, and of each contender's speed over the first one's in the same round.
 
 The experts are whole. The hot rankings are recorded on the beginnings of the texts whose ends are
 the prompts.
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,20 +22,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import typer
-from moepack_runtime.loading import open_checkpoint, open_packed
-from moepack_runtime.stats import RunStats
+from moepack_runtime.loading import open_checkpoint
 from moepack_runtime.tokenizer import Tokenizer
 
+from benchmarks.race import Row, pack_for, race, summary
 from moepack import machine
 from moepack.budget import memory_breakdown, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.cli.options import link
 from moepack.errors import MoepackError
-from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
-from moepack.measuring import measure, shipped_prompts
+from moepack.measuring import shipped_prompts
 from moepack.model_spec import ModelSpec
-from moepack.pack import pack
 from moepack.plan import (
     PLAN_VERSION,
     LayerPlacement,
@@ -56,7 +52,6 @@ from moepack.trace import activation_counts, hot_ranking
 from moepack.units import format_size
 
 Rankings = Mapping[int, tuple[int, ...]]
-Rounds = dict[str, list[RunStats]]
 
 
 class Setting(NamedTuple):
@@ -69,19 +64,6 @@ class Setting(NamedTuple):
     new_tokens: int
     threads: int
     link: tuple[float, float] | None
-
-
-class Row(NamedTuple):
-    """One contender's medians. ``speedup`` is over the first contender, round by round."""
-
-    name: str
-    tokens_per_s: float
-    slowest: float
-    fastest: float
-    speedup: float
-    ttft_s: float
-    hit_rate: float
-    link_bytes_per_token: float
 
 
 def contenders(setting: Setting, slots: int) -> dict[str, Plan]:
@@ -173,74 +155,6 @@ def hot_rankings(checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: int) -> R
         counts = activation_counts(trace, index, moe.num_experts, moe.top_k, "fit")
         found[number] = hot_ranking(counts)
     return found
-
-
-def pack_for(checkpoint: Checkpoint, plans: Mapping[str, Plan], folder: Path) -> dict[str, Path]:
-    """A packed folder for every layout among the plans, by the layout's digest."""
-    folders: dict[str, Path] = {}
-    for plan in plans.values():
-        digest = plan.layout.digest
-        out = folder / digest
-        if digest not in folders and not out.exists():
-            pack(checkpoint, plan, out)
-        folders[digest] = out
-    return folders
-
-
-def race(
-    plans: Mapping[str, Plan],
-    folders: Mapping[str, Path],
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    rounds: int,
-) -> Rounds:
-    """Measure every plan once a round.
-
-    Raises
-    ------
-    AssertionError
-        When two plans of one layout draw different tokens: they must not differ in a bit.
-    """
-    packed = {digest: PackedModel.open(folder) for digest, folder in folders.items()}
-    found: Rounds = {name: [] for name in plans}
-    drawn: dict[str, list[int]] = {}
-    names = list(plans)
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            plan = plans[name]
-            digest = plan.layout.digest
-            with open_packed(packed[digest], plan, link=plan.link) as engine:
-                stats, tokens = measure(engine, prompts, new_tokens)
-            assert drawn.setdefault(digest, tokens) == tokens, f"{name} computes something else"
-            found[name].append(stats)
-    return found
-
-
-def summary(found: Rounds) -> list[Row]:
-    """Medians over the rounds; the first contender is what the others are compared with."""
-    first = next(iter(found.values()))
-    rows = []
-    for name, runs in found.items():
-        speeds = [run.tokens_per_s or 0.0 for run in runs]
-        rows.append(
-            Row(
-                name=name,
-                tokens_per_s=statistics.median(speeds),
-                slowest=min(speeds),
-                fastest=max(speeds),
-                speedup=statistics.median(
-                    speed / (other.tokens_per_s or 1.0)
-                    for speed, other in zip(speeds, first, strict=True)
-                ),
-                ttft_s=statistics.median(run.ttft_s for run in runs),
-                hit_rate=statistics.median(run.hit_rate or 0.0 for run in runs),
-                link_bytes_per_token=statistics.median(
-                    run.link_bytes_per_token or 0.0 for run in runs
-                ),
-            )
-        )
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

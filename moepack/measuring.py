@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moepack.errors import WorkspaceError
@@ -43,6 +43,25 @@ def shipped_prompts(tokenizer: Tokenizer, length: int) -> list[list[int]]:
     return prompts
 
 
+def warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Leave out of a measurement what is not priced.
+
+    The first pass of a process picks its kernels, one for every shape, and reads every file for
+    the first time. With the last prompt, so that the first finds other experts.
+    """
+    from moepack_runtime.sampling import Sampler
+
+    list(engine.generate(prompts[-1], max_new_tokens=2, sampler=Sampler()))
+
+
+def draw(engine: Engine, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+    """What is measured: tokens at temperature 1, from seed 0."""
+    from moepack_runtime.sampling import Sampler, SamplingParams
+
+    sampler = Sampler(SamplingParams(temperature=1.0))
+    return engine.generate(prompt, max_new_tokens=new_tokens, sampler=sampler)
+
+
 def measure(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
@@ -50,24 +69,14 @@ def measure(
     *,
     progress: Progress = NO_PROGRESS,
 ) -> tuple[RunStats, list[int]]:
-    """Generate after each prompt, at temperature 1 from seed 0.
-
-    Returns
-    -------
-    The mean over the prompts, and every token drawn.
-    """
-    from moepack_runtime.sampling import Sampler, SamplingParams
-
+    """Generate after each prompt. Returns the mean over the prompts, and every token drawn."""
     runs: list[RunStats] = []
     tokens: list[int] = []
-    # The first pass of a process picks its kernels, one for every shape, and reads every file for
-    # the first time: not what is priced. The last prompt, so that the first finds other experts.
-    list(engine.generate(prompts[-1], max_new_tokens=2, sampler=Sampler()))
+    warm_up(engine, prompts)
     progress.start("measure (tokens)", len(prompts) * new_tokens, "items")
     try:
         for prompt in prompts:
-            sampler = Sampler(SamplingParams(temperature=1.0))
-            for token in engine.generate(prompt, max_new_tokens=new_tokens, sampler=sampler):
+            for token in draw(engine, prompt, new_tokens):
                 tokens.append(token)
                 progress.advance(1)
             runs.append(engine.stats())
