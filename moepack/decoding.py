@@ -15,8 +15,10 @@ import numpy.typing as npt
 from moepack.passes import Activations, DecodePasses, Segments
 from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance
 
-# Lanes that run side by side, and the difference between two starts that counts as none.
-_LANES = 256
+#: Lanes that run side by side.
+LANES = 256
+
+# The difference between two starts that counts as none.
 _SAME_S = 1e-12
 
 
@@ -121,7 +123,9 @@ class Decoding:
         *,
         as_ready: bool,
         frames: int,
+        lanes: int = LANES,
     ) -> None:
+        self._lanes = lanes
         self._passes = passes
         self._found = found
         self._fixed = fixed
@@ -175,9 +179,13 @@ class Decoding:
 
     def _in_lanes(self) -> tuple[_Totals, float]:
         """Cut the tokens into lanes and run them until each begins where the one before ended."""
-        count = min(_LANES, self._tokens)
+        count = min(self._lanes, self._tokens)
         bounds = np.linspace(0, self._tokens, count + 1).astype(np.intp)
-        begins = ends = Clock.start(count)
+        # First as the token before leaves it, if that began with everything idle: seldom wrong.
+        before = np.maximum(bounds[:-1] - 1, 0)
+        begins, _ = self._run_lanes(before, bounds[:-1], Clock.start(count))
+        begins = _since_now(begins)
+        ends = Clock.start(count)
         elapsed_s = np.zeros(count)
         totals = _Totals.nothing((count,), self._layers, self._parts)
         todo = np.arange(count)
@@ -185,18 +193,12 @@ class Decoding:
             start = Clock(*(values[todo] for values in begins))
             clock, sums = self._run_lanes(bounds[todo], bounds[todo + 1], start)
             elapsed_s[todo] = clock.now_s
-            for name, values in zip(_Totals._fields, sums, strict=True):
-                getattr(totals, name)[todo] = values
-            ends = Clock(*(values.copy() for values in ends))
-            for kept, values in zip(ends, clock, strict=True):
-                kept[todo] = values - clock.now_s
+            for kept, values in zip(totals, sums, strict=True):
+                kept[todo] = values
+            for kept, values in zip(ends, _since_now(clock), strict=True):
+                kept[todo] = values
             follows = Clock(*(np.concatenate([[0.0], values[:-1]]) for values in ends))
-            apart = [np.abs(a - b) > _SAME_S for a, b in zip(follows, begins, strict=True)]
-            # What lies before now does not matter, however far.
-            past = [(a <= 0) & (b <= 0) for a, b in zip(follows, begins, strict=True)]
-            todo = np.flatnonzero(
-                np.any([a & ~b for a, b in zip(apart, past, strict=True)], axis=0)
-            )
+            todo = np.flatnonzero(_apart(follows, begins))
             begins = follows
         summed = _Totals(*(values.sum(axis=0) for values in totals))
         return summed, float(elapsed_s.sum()) / self._tokens
@@ -253,8 +255,17 @@ class Decoding:
         totals.wait_s[alive, index] += done.wait_s
 
 
-def _apart(left: Clock, right: Clock) -> npt.NDArray[np.bool_]:
-    """Which lanes stand differently, with the compute at 0: what comes next could tell."""
+def _since_now(clock: Clock) -> Clock:
+    """The same with the compute free at 0."""
+    return Clock(*(values - clock.now_s for values in clock))
+
+
+def _apart(left: Clock, right: Clock) -> Flags:
+    """Which lanes stand differently, both with the compute free at 0: what comes next could tell.
+
+    A link that has been free for a while could as well have been for longer, but for what was
+    asked for ahead in the meantime.
+    """
     asked = [np.maximum(clock.link_s, clock.asked_s) for clock in (left, right)]
     busy = [np.maximum(clock.link_s, 0.0) for clock in (left, right)]
     differ: Flags = (np.abs(asked[0] - asked[1]) > _SAME_S) | (np.abs(busy[0] - busy[1]) > _SAME_S)

@@ -26,7 +26,7 @@ Oracle = Literal["none", "prediction", "future"]
 
 
 class Segments(NamedTuple):
-    """The segments of each layer's experts under one layout, each [L, G] but for the last two.
+    """The segments of each layer's experts under one layout, each [L, G] but for the last three.
 
     Attributes
     ----------
@@ -34,16 +34,20 @@ class Segments(NamedTuple):
         Of one transfer; 0 where a layer lacks the part.
     compute_s
         Of one token.
+    share
+        Of an expert's computing.
     transfer_s
         What one transfer costs the computing thread, [L].
-    interior
-        Whether a layer is cut in two, [L].
+    has_top, interior
+        Whether a layer has tops, and whether it has bottoms as well, [L].
     """
 
     stored_bytes: npt.NDArray[np.int64]
     link_s: Seconds
     compute_s: Seconds
+    share: Seconds
     transfer_s: Seconds
+    has_top: Flags
     interior: Flags
 
 
@@ -54,23 +58,23 @@ def segments_of(
     sizes = np.array(
         [[stored_bytes(spec, cut, part) for part in PARTS] for cut in layout.layers], dtype=np.int64
     )
-    interior = np.all(sizes > 0, axis=1)
-    seconds = np.zeros((len(sizes), 2))
-    transfer_s = np.zeros(len(sizes))
-    for index, cut in enumerate(layout.layers):
-        entry = compute.layer(cut.layer)
-        share = cut.split / cut.width
-        seconds[index] = expert_curve(entry, cut=interior[index]).at(1) * np.array(
-            [share, 1 - share]
-        )
-        transfer_s[index] = entry.transfer_s
+    has_top, interior = sizes[:, 0] > 0, np.all(sizes > 0, axis=1)
+    tops = np.array([cut.split_ratio for cut in layout.layers])
+    share = np.stack([tops, 1.0 - tops], axis=1)
+    entries = [compute.layer(cut.layer) for cut in layout.layers]
+    expert_s = [
+        expert_curve(entry, cut=cut).at(1) for entry, cut in zip(entries, interior, strict=True)
+    ]
+    compute_s = np.array(expert_s)[:, None] * share
+    transfer_s = np.array([entry.transfer_s for entry in entries])
     known = {int(size): link(int(size)) for size in np.unique(sizes) if size}
     link_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
     if not interior.any():  # one segment each: the part that is there
-        sizes, link_s, seconds = (
-            values.sum(axis=1, keepdims=True) for values in (sizes, link_s, seconds)
+        sizes = sizes.sum(axis=1, keepdims=True)
+        link_s, compute_s, share = (
+            values.sum(axis=1, keepdims=True) for values in (link_s, compute_s, share)
         )
-    return Segments(sizes, link_s, seconds, transfer_s, interior)
+    return Segments(sizes, link_s, compute_s, share, transfer_s, has_top, interior)
 
 
 def expert_curve(entry: LayerCompute, *, cut: bool) -> Curve:
@@ -168,13 +172,7 @@ def decode_passes(
     else:
         known = found.valid[:, :, :depth]
     ahead = (known & wanted)[..., None] & ~held_ahead[:, :, :depth]
-    only_bottoms = np.array([place.prefetch == "bottoms" for place in placement.layers])
-    if only_bottoms.any() and segments.link_s.shape[1] == 2:
-        top_held = held_ahead[:, :, :depth, :1]
-        ahead &= ~only_bottoms[:, None, None] | top_held
-    elif only_bottoms.any():
-        ahead &= ~only_bottoms[:, None, None]
-    ahead_s = np.where(ahead, segments.link_s[:, None, :], 0.0)
+    ahead_s = ahead_seconds(placement, segments, ahead, held_ahead[:, :, :depth])
     parts = segments.link_s.shape[1]
     part = np.arange(parts)
     # Brought by its rank, if that rank really asks for this segment.
@@ -197,11 +195,31 @@ def decode_passes(
     )
 
 
+def ahead_seconds(placement: Placement, segments: Segments, lacking: Flags, held: Flags) -> Seconds:
+    """Seconds of the link for what is asked for ahead, [.., L, D, G].
+
+    Each layer's mode says which parts; what has no frame to arrive in is not asked for.
+
+    Parameters
+    ----------
+    lacking : bool [.., L, D, G]
+        Parts of the predicted experts that are not resident, best first.
+    held : bool [.., L, D, G]
+        Those that are.
+    """
+    bottoms = np.array([place.prefetch == "bottoms" for place in placement.layers])
+    top_held = ~segments.has_top[:, None] | held[..., 0]
+    lacking = lacking & (~bottoms[:, None] | top_held)[..., None]
+    frames = np.cumsum(lacking.any(axis=-1), axis=-1)
+    lacking = lacking & (frames <= placement.staging_experts)[..., None]
+    return np.where(lacking, segments.link_s[:, None, :], 0.0)
+
+
 def _cached_first(held: Flags, segments: Segments) -> Flags:
     """Of [.., L, K, G], the part that is cached first: the top where there is one."""
     if held.shape[-1] == 1:
         return held[..., 0]
-    return np.where(segments.stored_bytes[:, :1] > 0, held[..., 0], held[..., 1])
+    return np.where(segments.has_top[:, None], held[..., 0], held[..., 1])
 
 
 def _held(

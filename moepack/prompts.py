@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
-from moepack.passes import Oracle, Segments, expert_curve
+from moepack.passes import Oracle, Segments, ahead_seconds, expert_curve
 from moepack.plan import Layout, Placement
 from moepack.routing_tables import RoutingTables
 from moepack.timeline import Seconds
@@ -105,21 +106,25 @@ def prompt_passes(
     for index, cut in enumerate(layout.layers):
         curve = expert_curve(compute.layer(cut.layer), cut=bool(segments.interior[index]))
         expert_s[:, index] = _seconds(curve, prompts.counts[:, index]).sum(axis=1)
-    share = segments.compute_s / segments.compute_s.sum(axis=1, keepdims=True)
-    compute_s = expert_s[..., None] * share[:, None, :]
+    compute_s = expert_s[..., None] * segments.share[:, None, :]
     compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
     named = used if oracle != "none" else prompts.predicted
     fetches = np.array([place.prefetch != "off" for place in placement.layers])
-    ahead = named & fetches[:, None]
-    ahead_s = np.where(ahead[..., None] & ~held, segments.link_s[:, None, :], 0.0)
+    lacking = (named & fetches[:, None])[..., None] & ~held
+    ahead_s = ahead_seconds(placement, segments, lacking, np.broadcast_to(held, lacking.shape))
     flat = (*used.shape[:2], used.shape[2] * parts)
     return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s.reshape(flat))
 
 
 def _seconds(curve: Curve, counts: Counts) -> Seconds:
     """Seconds of an expert over each number of tokens; 0 for none."""
-    known = np.array([0.0, *(curve.at(count) for count in range(1, int(counts.max()) + 1))])
-    return known[counts]
+    return np.array(_first_seconds(curve, int(counts.max())))[counts]
+
+
+@functools.lru_cache(maxsize=64)
+def _first_seconds(curve: Curve, longest: int) -> tuple[float, ...]:
+    """Seconds for 0, 1 ... tokens."""
+    return (0.0, *(curve.at(count) for count in range(1, longest + 1)))
 
 
 def _held_at_start(

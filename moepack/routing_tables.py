@@ -12,13 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.belady import belady_ranks
+from moepack.cache_curves import (
+    Curves,
+    cross_fitted_hit_curves,
+    predicted_cached,
+    prediction_accuracy,
+)
 from moepack.plan import Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
 from moepack.small_caches import stepped_hits
 from moepack.stack_ranks import Ranks, StackRanks, stack_ranks
 from moepack.timeline import Flags
-from moepack.trace import ROUTING_PARTS, LayerShape, RoutingPart, Trace
+from moepack.trace import ROUTING_PARTS, LayerShape, RoutingPart, Trace, activation_counts
+
+#: For each layer every expert, hottest first.
+Rankings = tuple[tuple[int, ...], ...]
 
 
 class RoutingTables:
@@ -28,10 +37,12 @@ class RoutingTables:
     ----------
     layers : tuple of LayerShape
     hot : tuple of tuple of int
-        Per layer every expert, most used in *fit* first.
+        Per layer every expert, in the order from which caches start: most used in *fit* first.
     """
 
     def __init__(self, profile: RoutingProfile) -> None:
+        self._profile = profile
+        self._others: dict[Rankings, RoutingTables] = {}
         self.trace: Trace = profile.trace
         self.layers = tuple(
             LayerShape(entry.layer, entry.num_experts, entry.top_k)
@@ -39,8 +50,20 @@ class RoutingTables:
         )
         self.hot = tuple(profile.hot_ranking(shape.layer) for shape in self.layers)
         self._ranks: dict[Policy, StackRanks] = {}
-        self._stepped: dict[tuple[int, Policy, int], tuple[Flags, Flags]] = {}
+        self._fit_curves: dict[Policy, Curves] = {}
+        self._fit_cached: dict[Policy, Curves] = {}
+        self._stepped: dict[tuple[Policy, int], tuple[Flags, Flags]] = {}
         self._pools: dict[SharedPool, tuple[Flags, Flags]] = {}
+
+    def starting(self, hot: Rankings) -> RoutingTables:
+        """The same with caches that start from other rankings: a plan may be older than these."""
+        if hot == self.hot:
+            return self
+        if hot not in self._others:
+            other = RoutingTables(self._profile)
+            other.hot = hot
+            self._others[hot] = other
+        return self._others[hot]
 
     def tokens(self, part: RoutingPart) -> npt.NDArray[np.intp]:
         """Which tokens of the trace belong to a part, in order."""
@@ -52,11 +75,45 @@ class RoutingTables:
         places = np.arange(self.trace.ids.shape[2])
         return places < np.array([shape.top_k for shape in self.layers])[:, None]
 
+    @cached_property
+    def shares(self) -> tuple[npt.NDArray[np.float64], ...]:
+        """Share of each expert in the activations of *fit*, by layer, [N].
+
+        With one activation added to each: nothing is impossible.
+        """
+        counts = [
+            activation_counts(self.trace, index, shape.num_experts, shape.top_k, "fit") + 1.0
+            for index, shape in enumerate(self.layers)
+        ]
+        return tuple(count / count.sum() for count in counts)
+
     def ranks(self, policy: Policy) -> StackRanks:
         """Stack positions under a policy; see :func:`moepack.stack_ranks.stack_ranks`."""
         if policy not in self._ranks:
             self._ranks[policy] = stack_ranks(self.trace, self.layers, self.hot, policy)
         return self._ranks[policy]
+
+    def fit_curves(self, policy: Policy) -> Curves:
+        """Hit rates on *fit* that compare policies fairly, float64 [L, N + 1].
+
+        See :func:`moepack.cache_curves.cross_fitted_hit_curves`.
+        """
+        if policy not in self._fit_curves:
+            self._fit_curves[policy] = cross_fitted_hit_curves(self.trace, self.layers, policy)
+        return self._fit_curves[policy]
+
+    @cached_property
+    def accuracy(self) -> Curves:
+        """How often the r-th predicted expert is activated on *fit*, float64 [L, 2K]."""
+        return prediction_accuracy(self.trace, self.layers, "fit")
+
+    def fit_cached(self, policy: Policy) -> Curves:
+        """How often the r-th predicted expert is held on *fit*, float64 [L, 2K, N + 1]."""
+        if policy not in self._fit_cached:
+            self._fit_cached[policy] = predicted_cached(
+                self.ranks(policy), self.trace, self.layers, "fit"
+            )
+        return self._fit_cached[policy]
 
     def held(self, index: int, policy: Policy, slots: int) -> tuple[Flags, Flags]:
         """Which activations, and which predicted experts, a layer's cache of a size holds.
@@ -66,22 +123,33 @@ class RoutingTables:
         bool [T, K], bool [T, 2K]
             Of a prediction that does not exist: False.
         """
-        trace, shape = self.trace, self.layers[index]
+        shape = self.layers[index]
         if slots == 0 or slots >= shape.top_k or policy == "pinned":
             ranks = self.ranks(policy)
             return ranks.ids[:, index] < slots, ranks.predicted[:, index] < slots
-        key = (index, policy, slots)
-        if key not in self._stepped:
-            one = Trace(
-                trace.ids[:, index : index + 1],
-                trace.weights[:, index : index + 1],
-                trace.predicted[:, index : index + 1],
-                trace.sequence,
-                trace.part,
-            )
-            hits, ahead = stepped_hits(one, [shape], [self.hot[index]], [policy], [slots])
-            self._stepped[key] = hits[:, 0], ahead[:, 0]
-        return self._stepped[key]
+        if (policy, slots) not in self._stepped:
+            self._stepped[policy, slots] = self._step_all(policy, slots)
+        hits, ahead = self._stepped[policy, slots]
+        return hits[:, index], ahead[:, index]
+
+    def _step_all(self, policy: Policy, slots: int) -> tuple[Flags, Flags]:
+        """Step caches of so few slots in every layer that uses more experts a token."""
+        small = [index for index, shape in enumerate(self.layers) if slots < shape.top_k]
+        trace = self.trace
+        some = Trace(
+            trace.ids[:, small],
+            trace.weights[:, small],
+            trace.predicted[:, small],
+            trace.sequence,
+            trace.part,
+        )
+        shapes = [self.layers[index] for index in small]
+        hot = [self.hot[index] for index in small]
+        found = stepped_hits(some, shapes, hot, [policy] * len(small), [slots] * len(small))
+        hits = np.zeros(trace.ids.shape, dtype=np.bool_)
+        ahead = np.zeros(trace.predicted.shape, dtype=np.bool_)
+        hits[:, small], ahead[:, small] = found
+        return hits, ahead
 
     def pooled(self, pool: SharedPool) -> tuple[Flags, Flags]:
         """The same for slots that all layers share, bool [T, L, K] and bool [T, L, 2K]."""

@@ -1,0 +1,278 @@
+"""Replays against a plain walk over every token, and cases worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moepack.decoding import Decoding, FixedTimes, Replayed
+from moepack.passes import Oracle, activations, decode_passes, segments_of
+from moepack.plan import POLICIES, LayerPlacement, Layout, Placement, PrefetchMode, SharedPool
+from moepack.replay import Replayer
+from moepack.routing_tables import RoutingTables
+from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart, Trace
+from tests.support.caches import random_trace, shapes
+from tests.support.routed import (
+    Setting,
+    compute_of,
+    drawn_compute,
+    layer_compute,
+    layout_of,
+    model_of,
+    placed,
+    profile_of,
+)
+from tests.support.walk import Walked, first_token_s, walk
+
+MODES: tuple[PrefetchMode, ...] = ("off", "bottoms", "all")
+
+
+def drawn_setting(data: st.DataObject, *, alike: bool, one_part: bool = False) -> Setting:
+    """A small model with random routing on a random machine."""
+    drawn = data.draw(shapes(experts=7))
+    if alike:
+        drawn = tuple(shape._replace(num_experts=7, top_k=3) for shape in drawn)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    spec = model_of(drawn, tail=int(rng.integers(0, 2)))
+    trace = random_trace(drawn, data.draw(st.integers(1, 24)), rng)
+    if one_part:
+        trace.part[:] = 2
+    latency_s, rate = 1e-4 * rng.random(), 10 ** rng.uniform(6.5, 9)
+    return Setting(
+        spec,
+        drawn_compute(spec, rng),
+        RoutingTables(profile_of(spec, trace, drawn)),
+        lambda size: latency_s + size / rate,
+    )
+
+
+def drawn_placement(
+    data: st.DataObject, setting: Setting, *, pooled: bool
+) -> tuple[Layout, Placement]:
+    """Any cut, any slots, any policy and any prefetching in every layer."""
+    ratios = [1.0] * len(setting.tables.layers)
+    if not pooled:
+        choice = data.draw(st.sampled_from([(1.0,), (0.0,), (0.0, 1.0), (0.0, 0.25, 0.5, 1.0)]))
+        ratios = [data.draw(st.sampled_from(choice)) for _ in ratios]
+    layout = layout_of(setting.spec, ratios, block_tokens=data.draw(st.integers(1, 9)))
+    layers = []
+    for shape, cut in zip(setting.tables.layers, layout.layers, strict=True):
+        mode = data.draw(st.sampled_from(MODES))
+        count = st.integers(0, shape.num_experts)
+        layers.append(
+            LayerPlacement(
+                layer=shape.layer,
+                budget_bytes=0,
+                top_slots=data.draw(count) if cut.split and not pooled else 0,
+                bottom_slots=data.draw(count) if cut.split < cut.width else 0,
+                policy=data.draw(st.sampled_from(POLICIES)),
+                hot=tuple(data.draw(st.permutations(range(shape.num_experts)))),
+                prefetch=mode,
+                prefetch_depth=0 if mode == "off" else data.draw(st.integers(1, 8)),
+            )
+        )
+    pool = None
+    if pooled:
+        experts = sum(shape.num_experts for shape in setting.tables.layers)
+        pool = SharedPool(data.draw(st.integers(1, experts)), data.draw(st.sampled_from(POLICIES)))
+    return layout, placed(layout, layers, staging=data.draw(st.integers(1, 9)), pool=pool)
+
+
+def replayed(
+    setting: Setting,
+    layout: Layout,
+    placement: Placement,
+    *,
+    as_ready: bool = True,
+    oracle: Oracle = "none",
+    part: RoutingPart = "test",
+    prompt_tokens: int = 1,
+) -> Replayed:
+    replayer = Replayer(
+        setting.spec,
+        setting.compute,
+        setting.tables,
+        setting.link,
+        prompt_tokens=prompt_tokens,
+        part=part,
+    )
+    return replayer.replay(layout, placement, as_ready=as_ready, oracle=oracle)
+
+
+def check(found: Replayed, walked: Walked) -> None:
+    """Every sum of the two is the same."""
+    assert walked.tokens
+    for name in ("demand_bytes", "ahead_used_bytes", "ahead_wasted_bytes", "link_s"):
+        assert getattr(found, name) == pytest.approx(getattr(walked, name) / walked.tokens), name
+    assert found.hit_rate == pytest.approx(walked.hits / walked.activations)
+    assert found.ready_rate == pytest.approx(walked.ready / walked.activations)
+    assert found.tpot_s == pytest.approx(walked.seconds / walked.tokens)
+    waits = [wait_s / walked.tokens for wait_s in walked.layer_wait_s.values()]
+    assert found.layer_wait_s == pytest.approx(waits, abs=1e-12)
+    assert found.events == walked.tokens * len(waits)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("perfect", [False, True])
+@given(data=st.data())
+def test_decoding_takes_what_a_walk_over_every_token_takes(
+    pooled: bool, perfect: bool, data: st.DataObject
+) -> None:
+    setting = drawn_setting(data, alike=pooled)
+    part = data.draw(st.sampled_from(ROUTING_PARTS))
+    if not len(setting.tables.tokens(part)):
+        return
+    layout, placement = drawn_placement(data, setting, pooled=pooled)
+    as_ready = data.draw(st.booleans())
+    found = replayed(
+        setting,
+        layout,
+        placement,
+        as_ready=as_ready,
+        oracle="prediction" if perfect else "none",
+        part=part,
+    )
+    check(found, walk(setting, layout, placement, part, as_ready=as_ready, perfect=perfect))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("perfect", [False, True])
+@given(data=st.data())
+def test_a_prompt_takes_what_a_walk_through_its_layers_takes(
+    pooled: bool, perfect: bool, data: st.DataObject
+) -> None:
+    setting = drawn_setting(data, alike=pooled, one_part=True)
+    tokens = range(len(setting.tables.trace.ids))
+    layout, placement = drawn_placement(data, setting, pooled=pooled)
+    as_ready = data.draw(st.booleans())
+    found = replayed(
+        setting,
+        layout,
+        placement,
+        as_ready=as_ready,
+        oracle="prediction" if perfect else "none",
+        prompt_tokens=len(tokens),
+    )
+    expected_s = first_token_s(
+        setting, layout, placement, tokens, as_ready=as_ready, perfect=perfect
+    )
+    assert found.ttft_s == pytest.approx(expected_s)
+
+
+#: Three tokens of two experts each, and what is guessed for them: experts 0, 2 and 3.
+TOKENS = np.array([[0, 1], [1, 2], [0, 1]], dtype=np.uint16)
+GUESSES = np.array([[0, 2], [2, 3], [3, 0]], dtype=np.uint16)
+
+
+def by_hand(*, slots: int, prefetch: int = 0) -> tuple[Setting, Layout, Placement]:
+    """Two layers of four experts: 2 ms of attention, 1 ms an expert, half a millisecond of shared
+    expert, 3 ms a transfer, 1 ms of head. Expert 1 is the hottest."""
+    drawn = (LayerShape(0, 4, 2), LayerShape(1, 4, 2))
+    spec = model_of(drawn)
+    entry = layer_compute((0, 1), attention=2e-3, expert=1e-3, ffn=5e-4)
+    trace = Trace(
+        ids=np.repeat(TOKENS[:, None], 2, axis=1),
+        weights=np.ones((3, 2, 2), dtype=np.float16),
+        predicted=np.pad(
+            np.repeat(GUESSES[:, None], 2, axis=1),
+            ((0, 0), (0, 0), (0, 2)),
+            constant_values=NO_PREDICTION,
+        ),
+        sequence=np.zeros(3, dtype=np.uint32),
+        part=np.zeros(3, dtype=np.uint8),
+    )
+    compute = compute_of(spec, [entry], head_s=1e-3)
+    setting = Setting(spec, compute, RoutingTables(profile_of(spec, trace, drawn)), lambda _: 3e-3)
+    layers = [
+        LayerPlacement(
+            number, 0, slots, 0, "pinned", (1, 0, 2, 3), "all" if prefetch else "off", prefetch
+        )
+        for number in range(2)
+    ]
+    layout = layout_of(spec, (1.0, 1.0), block_tokens=2)
+    return setting, layout, placed(layout, layers, staging=4)
+
+
+def test_with_nothing_cached_each_layer_waits_for_two_transfers() -> None:
+    """Routed at 2; transfers end at 5 and 8, the second expert at 9. The shared expert hides."""
+    found = replayed(*by_hand(slots=0), part="fit", as_ready=False)
+    assert found.tpot_s == pytest.approx(2 * (2 + 3 + 3 + 1 + 0.5) * 1e-3 + 1e-3)
+    found = replayed(*by_hand(slots=0), part="fit")
+    assert found.tpot_s == pytest.approx(2 * (2 + 3 + 3 + 1) * 1e-3 + 1e-3)
+    assert found.hit_rate == found.ready_rate == 0
+    assert found.layer_wait_s == pytest.approx([(9 - 2 - 2.5) * 1e-3] * 2)
+    assert found.link_s == pytest.approx(4 * 3e-3)
+
+
+@pytest.mark.parametrize("as_ready", [False, True])
+def test_with_everything_cached_only_compute_counts(as_ready: bool) -> None:
+    found = replayed(*by_hand(slots=4), part="fit", as_ready=as_ready, prompt_tokens=3)
+    assert found.tpot_s == pytest.approx(2 * (2 + 1 + 1 + 0.5) * 1e-3 + 1e-3)
+    # In two blocks: attention and shared expert twice, and three and two experts.
+    assert found.ttft_s == pytest.approx(2 * (2 * 2 + 2 * 0.5 + 5) * 1e-3 + 1e-3)
+    assert found.hit_rate == found.ready_rate == 1
+    assert found.link_bytes_per_token == 0
+    assert found.layer_wait_s == pytest.approx([0, 0], abs=1e-15)
+
+
+def test_a_prompt_through_two_layers_takes_what_it_takes_by_hand() -> None:
+    """Expert 1 is there. Both blocks' attention ends at 4; transfers of 0 and 2 at 7 and 10.
+
+    In order: expert 0 (both blocks) until 9, expert 1 (both) until 11, expert 2 until 12; both
+    blocks' shared expert until 13.
+    """
+    found = replayed(*by_hand(slots=1), part="fit", as_ready=False, prompt_tokens=3)
+    assert found.ttft_s == pytest.approx((13 + 13 + 1) * 1e-3)
+
+
+def test_a_prompt_finds_what_was_fetched_ahead_of_its_second_layer() -> None:
+    """As ready, the first layer ends when expert 2 has come at 10 and is computed: at 11.
+
+    From 10 on the guesses for the second layer come: 0 at 13; 2 is in flight when the routing is
+    known at 15, and comes at 16; 3 is dropped. Experts 0 and 1 take until 19, with the shared
+    expert until 20, expert 2 until 21.
+    """
+    setting, layout, place = by_hand(slots=1, prefetch=2)
+    found = replayed(setting, layout, place, part="fit", prompt_tokens=3)
+    assert found.ttft_s == pytest.approx((21 + 1) * 1e-3)
+
+
+def test_the_link_asks_for_no_more_ahead_than_there_are_frames() -> None:
+    setting, layout, place = by_hand(slots=0, prefetch=2)
+    both = replayed(setting, layout, place, part="fit")
+    one = replayed(setting, layout, dataclasses.replace(place, staging_experts=1), part="fit")
+    asked = both.ahead_used_bytes + both.ahead_wasted_bytes
+    assert 0 < one.ahead_used_bytes + one.ahead_wasted_bytes < asked
+
+
+@given(seed=st.integers(0, 2**32 - 1), lanes=st.integers(2, 60), data=st.data())
+def test_many_lanes_end_where_one_lane_ends(seed: int, lanes: int, data: st.DataObject) -> None:
+    drawn = (LayerShape(0, 8, 2), LayerShape(1, 8, 2))
+    rng = np.random.default_rng(seed)
+    spec = model_of(drawn)
+    trace = random_trace(drawn, 60, rng)
+    rate = 10 ** rng.uniform(6.5, 8.5)
+    setting = Setting(
+        spec,
+        drawn_compute(spec, rng),
+        RoutingTables(profile_of(spec, trace, drawn)),
+        lambda size: size / rate,
+    )
+    layout, place = drawn_placement(data, setting, pooled=False)
+    as_ready = data.draw(st.booleans())
+    found = activations(setting.tables, np.arange(60))
+    segments = segments_of(spec, setting.compute, layout, setting.link)
+    passes = decode_passes(setting.tables, found, place, segments, "none")
+    fixed = FixedTimes(rng.random(2) * 1e-3, rng.random(2) * 1e-3, float(rng.random() * 1e-3))
+    one, many = (
+        Decoding(passes, found, fixed, segments, as_ready=as_ready, frames=4, lanes=count).replayed(
+            0.0
+        )
+        for count in (1, lanes)
+    )
+    for name in Replayed._fields:
+        assert getattr(many, name) == pytest.approx(getattr(one, name), rel=1e-9, abs=1e-12), name

@@ -1,0 +1,253 @@
+"""A replay written to be obvious: token by token, layer by layer, with the caches that engines run.
+
+What is resident is asked of :class:`moepack.residency.ExpertCache`; when things happen, of the
+plain simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moepack.budget import stored_bytes
+from moepack.compute import LayerCompute
+from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
+from moepack.residency import ExpertCache, LayerCache, SharedCache
+from moepack.segments import PARTS, Part
+from moepack.trace import NO_PREDICTION, ROUTING_PARTS, RoutingPart
+from tests.support.routed import Setting
+from tests.support.simulation import Seen, Segment, Simulation
+
+Held = Mapping[Part, set[int]]
+
+
+@dataclass
+class Walked:
+    """Sums over the tokens that were decoded."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    activations: int = 0
+    hits: int = 0
+    ready: int = 0
+    demand_bytes: int = 0
+    ahead_used_bytes: int = 0
+    ahead_wasted_bytes: int = 0
+    link_s: float = 0.0
+    layer_wait_s: dict[int, float] = field(default_factory=dict)
+
+
+class _Layer:
+    """One layer with experts: its segments, and what a pass over it would have to do."""
+
+    def __init__(self, setting: Setting, cut: LayerLayout, place: LayerPlacement) -> None:
+        self.place = place
+        self.entry = setting.compute.layer(cut.layer)
+        sizes: list[tuple[Part, int]] = [
+            (part, stored_bytes(setting.spec, cut, part)) for part in PARTS
+        ]
+        self.sizes = {part: size for part, size in sizes if size}
+        self.link_s = {part: setting.link(size) for part, size in self.sizes.items()}
+        shares: dict[Part, float] = {"top": cut.split_ratio, "bottom": 1 - cut.split_ratio}
+        self.shares = shares
+        curve = self.entry.expert_split if len(self.sizes) == 2 else self.entry.expert
+        assert curve is not None
+        self.curve = curve
+
+    def segments(self, expert: int, held: Held, tokens: Sequence[int]) -> list[Segment]:
+        """What one expert has to fetch, and to compute for so many tokens of each block."""
+        seconds = sum(self.curve.at(count) for count in tokens if count)
+        found = []
+        for part in self.sizes:
+            missing = expert not in held[part]
+            found.append(
+                Segment(
+                    seconds * self.shares[part] + missing * self.entry.transfer_s,
+                    self.link_s[part] if missing else 0.0,
+                )
+            )
+        return found
+
+    def asked_ahead(self, guesses: Sequence[int], held: Held, frames: int) -> list[list[Part]]:
+        """The parts that are fetched for each guess, as far as there are frames for them."""
+        found: list[list[Part]] = []
+        for expert in guesses:
+            parts: list[Part] = [part for part in self.sizes if expert not in held[part]]
+            if self.place.prefetch == "off":
+                parts = []
+            if self.place.prefetch == "bottoms":
+                top_is_there = "top" not in self.sizes or expert in held["top"]
+                parts = [part for part in parts if part == "bottom" and top_is_there]
+            if parts and frames == 0:
+                parts = []
+            frames -= bool(parts)
+            found.append(parts)
+        return found
+
+    def run(
+        self,
+        clock: Simulation,
+        before: float,
+        after: float,
+        experts: Mapping[int, list[Segment]],
+        guesses: Sequence[int],
+        ahead: Sequence[Sequence[Part]],
+    ) -> tuple[Seen, list[tuple[int, Part]]]:
+        """One pass; also which expert's which part each transfer asked for ahead is."""
+        seconds: list[float] = []
+        what: list[tuple[int, Part]] = []
+        for expert, parts in zip(guesses, ahead, strict=True):
+            for part in parts:
+                if expert in experts:
+                    experts[expert][list(self.sizes).index(part)].ahead = len(seconds)
+                seconds.append(self.link_s[part])
+                what.append((expert, part))
+        return clock.run(before, after, [experts[e] for e in sorted(experts)], seconds), what
+
+
+def other_s(entry: LayerCompute, tokens: int) -> tuple[float, float]:
+    """Before the routing is known, and what needs no routed expert."""
+    router_s = entry.router.at(tokens) if entry.router else 0.0
+    return entry.attention.at(tokens) + router_s, entry.ffn.at(tokens) if entry.ffn else 0.0
+
+
+def caches_of(layout: Layout, placement: Placement) -> list[dict[Part, LayerCache]]:
+    """The caches of a fresh engine."""
+    if placement.pool is not None:
+        pool = placement.pool
+        shared = SharedCache(pool.slots, [place.hot for place in placement.layers], pool.policy)
+        return [{"top": shared.layer(index)} for index in range(len(layout.layers))]
+    found: list[dict[Part, LayerCache]] = []
+    for cut, place in zip(layout.layers, placement.layers, strict=True):
+        mine: dict[Part, LayerCache] = {}
+        if cut.split:
+            mine["top"] = ExpertCache(place.top_slots, place.hot, place.policy)
+        if cut.split < cut.width:
+            mine["bottom"] = ExpertCache(place.bottom_slots, place.hot, place.policy)
+        found.append(mine)
+    return found
+
+
+def walk(
+    setting: Setting,
+    layout: Layout,
+    placement: Placement,
+    part: RoutingPart,
+    *,
+    as_ready: bool,
+    perfect: bool = False,
+) -> Walked:
+    """Decode the tokens of a part; the caches see those of every part."""
+    trace, shapes = setting.tables.trace, setting.tables.layers
+    layers = [
+        _Layer(setting, cut, place)
+        for cut, place in zip(layout.layers, placement.layers, strict=True)
+    ]
+    caches = caches_of(layout, placement)
+    clock = Simulation(as_ready=as_ready, frames=placement.staging_experts)
+    walked = Walked(layer_wait_s=dict.fromkeys(range(len(layers)), 0.0))
+    for token in range(len(trace.ids)):
+        counts = ROUTING_PARTS[trace.part[token]] == part
+        walked.tokens += counts
+        waiting_s = 0.0
+        index = 0
+        for number in range(len(setting.spec.layers)):
+            before, after = other_s(setting.compute.layer(number), 1)
+            if setting.spec.layers[number].moe is None:
+                waiting_s += before + after
+                continue
+            layer, place = layers[index], placement.layers[index]
+            ids = sorted(trace.ids[token, index, : shapes[index].top_k].tolist())
+            held = {name: set(cache.resident) for name, cache in caches[index].items()}
+            for cache in caches[index].values():
+                cache.step([ids])
+            if counts:
+                named = ids if perfect else trace.predicted[token, index].tolist()
+                guesses = [e for e in named[: place.prefetch_depth] if e != NO_PREDICTION]
+                ahead = layer.asked_ahead(guesses, held, placement.staging_experts)
+                experts = {expert: layer.segments(expert, held, (1,)) for expert in ids}
+                seen, what = layer.run(clock, waiting_s + before, after, experts, guesses, ahead)
+                _count(walked, index, layer, ids, held, experts, seen, what, after)
+            waiting_s = 0.0
+            index += 1
+        if counts:
+            clock.now += waiting_s + setting.compute.head_s
+    walked.seconds = clock.now
+    return walked
+
+
+def _count(
+    walked: Walked,
+    index: int,
+    layer: _Layer,
+    ids: Sequence[int],
+    held: Held,
+    experts: Mapping[int, list[Segment]],
+    seen: Seen,
+    what: Sequence[tuple[int, Part]],
+    after: float,
+) -> None:
+    first = next(iter(layer.sizes))
+    place = 0
+    for expert in ids:
+        walked.activations += 1
+        walked.hits += expert in held[first]
+        places = range(place, place + len(layer.sizes))
+        walked.ready += seen.ready.issuperset(places)
+        for part, number in zip(layer.sizes, places, strict=True):
+            if number in seen.demanded:
+                walked.demand_bytes += layer.sizes[part]
+                walked.link_s += layer.link_s[part]
+        place += len(layer.sizes)
+    for number in seen.begun:
+        expert, part = what[number]
+        if expert in ids:
+            walked.ahead_used_bytes += layer.sizes[part]
+        else:
+            walked.ahead_wasted_bytes += layer.sizes[part]
+        walked.link_s += layer.link_s[part]
+    computed = sum(segment.compute for expert in experts.values() for segment in expert)
+    walked.layer_wait_s[index] += seen.end - seen.routed - computed - after
+
+
+def first_token_s(
+    setting: Setting,
+    layout: Layout,
+    placement: Placement,
+    tokens: Sequence[int],
+    *,
+    as_ready: bool,
+    perfect: bool = False,
+) -> float:
+    """A prompt of these tokens of the trace, through one layer after the other."""
+    trace, shapes = setting.tables.trace, setting.tables.layers
+    caches = caches_of(layout, placement)
+    clock = Simulation(as_ready=as_ready, frames=placement.staging_experts)
+    size = layout.prefill_block_tokens
+    blocks = [list(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    waiting_s = 0.0
+    index = 0
+    for number in range(len(setting.spec.layers)):
+        other = [other_s(setting.compute.layer(number), len(block)) for block in blocks]
+        before, after = sum(pair[0] for pair in other), sum(pair[1] for pair in other)
+        if setting.spec.layers[number].moe is None:
+            waiting_s += before + after
+            continue
+        layer = _Layer(setting, layout.layers[index], placement.layers[index])
+        held = {name: set(cache.resident) for name, cache in caches[index].items()}
+        top_k = shapes[index].top_k
+        used = [trace.ids[block, index, :top_k].ravel() for block in blocks]
+        needed = np.unique(np.concatenate(used)).tolist()
+        named = np.unique(trace.predicted[list(tokens), index, :top_k]).tolist()
+        guesses = needed if perfect else [e for e in named if e != NO_PREDICTION]
+        ahead = layer.asked_ahead(guesses if index else [], held, placement.staging_experts)
+        experts = {
+            expert: layer.segments(expert, held, [int((ids == expert).sum()) for ids in used])
+            for expert in needed
+        }
+        layer.run(clock, waiting_s + before, after, experts, guesses if index else [], ahead)
+        waiting_s = 0.0
+        index += 1
+    return clock.now + waiting_s + setting.compute.head_s
