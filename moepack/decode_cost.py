@@ -5,6 +5,7 @@ See :mod:`moepack.cost` for the terms and the shapes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def decode_layer_s(
     """
     lacks = held.lacking()
     stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
-    return stage.expected_s(lacks) + _unhidden_s(times, top_k, parts, held, as_ready)
+    return stage.expected(lacks)[0] + _unhidden_s(times, top_k, parts, held, as_ready)
 
 
 def decode_ahead_s(
@@ -92,15 +93,14 @@ def decode_ahead_s(
     before = held.lacking()
     after = lacking_after(before, ahead, top_k)
     stage = Stage(times, top_k, parts, before, staging_experts=staging_experts, as_ready=as_ready)
-    needs_s, wrong_s = _rank_seconds(parts, ahead)
     gap_s = ahead.gap_s + (0.0 if as_ready else times.shared_s)
-    in_time = ranks_in_time(needs_s, stage.link_idle_s(after) + gap_s)
-    expected_s, bound = stage.expected_s(after), stage.link_bound(after)
+    in_time = ranks_in_time(_room_s(stage, parts, ahead, after, gap_s))
+    expected_s, bound = stage.expected(after)
     found = []
     for depth in depths:
         cap = min(depth, staging_experts)
         ranks = np.minimum(in_time, cap)
-        late_s = np.where(in_time < cap, 0.5 * wrong_s[depth] / depth, 0.0)
+        late_s = np.where(in_time < cap, _wrong_s(parts, ahead, depth) / 2.0, 0.0)
         found.append(_at(expected_s, ranks) + late_s * _at(bound, ranks))
     return np.stack(found) + _unhidden_s(times, top_k, parts, held, as_ready)
 
@@ -123,7 +123,7 @@ def lacking_after(before: Lacks, ahead: Ahead, top_k: int) -> Lacks:
     )
 
 
-def ranks_in_time(needs_s: Array, window_s: Array) -> Array:
+def ranks_in_time(rooms_s: Iterable[Array]) -> Array:
     """The largest m whose transfers end within the window, fractional: m*.
 
     ``max {m : sum of tau(r) over r <= m is <= W(m)}``, up to the first m that fails: the more is
@@ -131,23 +131,40 @@ def ranks_in_time(needs_s: Array, window_s: Array) -> Array:
 
     Parameters
     ----------
-    needs_s, window_s : [D + 1, S, C]
-        After m = 0, 1 ... D ranks.
-
-    Returns
-    -------
-    [S, C]
+    rooms_s : iterable of [...]
+        What is left of the window after m = 0, 1 ... D ranks.
     """
-    room_s = window_s - needs_s
-    depth = len(room_s) - 1
-    failing = room_s < 0.0
-    first = np.where(failing.any(axis=0), failing.argmax(axis=0), depth + 1)
-    last = np.maximum(first - 1, 0)
-    before_s = np.take_along_axis(room_s, last[None], axis=0)[0]
-    after_s = np.take_along_axis(room_s, np.minimum(first, depth)[None], axis=0)[0]
-    step_s = np.where(first <= depth, before_s - after_s, np.inf)
-    share = np.maximum(before_s, 0.0) / np.where(step_s > 0.0, step_s, np.inf)
-    return np.asarray(last + share)
+    rooms = iter(rooms_s)
+    before_s = next(rooms)
+    going = before_s >= 0.0
+    ranks = np.zeros(before_s.shape)
+    for room_s in rooms:
+        fails = room_s < 0.0
+        share = np.divide(
+            before_s, before_s - room_s, out=np.ones(ranks.shape), where=fails & going
+        )
+        ranks += going * share
+        going = going & ~fails
+        before_s = room_s
+    return ranks
+
+
+def _room_s(
+    stage: Stage, parts: Parts, ahead: Ahead, after: Lacks, gap_s: float
+) -> Iterator[Array]:
+    """What is left of the window after m = 0, 1 ... D ranks, each [S, C].
+
+    tau(r), the link's seconds for a rank, is what its expert lacks: for whole experts
+    t_e * (1 - Q(r)).
+    """
+    top_s, bottom_s, _ = parts.columns()
+    only_bottom, both = _rank_lacks(ahead)
+    needs_s: Array | float = 0.0
+    for ranks, (bottom_lack, both_lack) in enumerate(zip(*after, strict=True)):
+        if ranks:
+            needs_s = needs_s + only_bottom[ranks - 1, :, None] * bottom_s
+            needs_s = needs_s + both[ranks - 1, :, None] * (top_s + bottom_s)
+        yield stage.link_idle_s(Lacks(bottom_lack, both_lack)) + gap_s - needs_s
 
 
 def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held, as_ready: bool) -> Array:
@@ -174,21 +191,14 @@ def _rank_lacks(ahead: Ahead) -> tuple[Array, Array]:
     return only_bottom, both if ahead.mode == "all" else np.zeros_like(both)
 
 
-def _rank_seconds(parts: Parts, ahead: Ahead) -> tuple[Array, Array]:
-    """Link seconds of the first m ranks, and of the wrong ones among them, each [D + 1, S, C].
-
-    tau(r), the cost of one, is what its expert lacks: for whole experts t_e * (1 - Q(r)).
-    """
+def _wrong_s(parts: Parts, ahead: Ahead, depth: int) -> Array:
+    """Mean over the ranks of ``(1 - A(r)) tau(r)``, [S, C]."""
     top_s, bottom_s, _ = parts.columns()
-    only_bottom, both = _rank_lacks(ahead)
-    wrong = 1.0 - np.asarray(ahead.accuracy)[:, None]
-
-    def seconds(share: Array) -> Array:
-        return _cumulated(share * only_bottom)[..., None] * bottom_s + _cumulated(share * both)[
-            ..., None
-        ] * (top_s + bottom_s)
-
-    return seconds(np.ones_like(wrong)), seconds(wrong)
+    wrong = 1.0 - np.asarray(ahead.accuracy)[:depth, None]
+    only_bottom, both = (
+        (wrong * lack[:depth]).mean(axis=0)[:, None] for lack in _rank_lacks(ahead)
+    )
+    return np.asarray(only_bottom * bottom_s + both * (top_s + bottom_s))
 
 
 def _cumulated(values: Array) -> Array:
@@ -200,5 +210,6 @@ def _at(table: Array, ranks: Array) -> Array:
     """A table over m = 0 ... D, [D + 1, S, C], at fractional ranks [S, C]."""
     low = np.minimum(ranks.astype(np.intp), len(table) - 2)
     share = ranks - low
-    below, above = (np.take_along_axis(table, (low + step)[None], axis=0)[0] for step in (0, 1))
-    return np.asarray((1.0 - share) * below + share * above)
+    place = low * ranks.size + np.arange(ranks.size).reshape(ranks.shape)
+    flat = table.reshape(-1)
+    return np.asarray((1.0 - share) * flat[place] + share * flat[place + ranks.size])

@@ -97,14 +97,19 @@ class Stage:
             return np.asarray(link_s + behind_s - hidden_s + self._expert_s * (lack - 1.0))
         return np.maximum(link_s + behind_s, link_s / lack + behind_s * lack) - hidden_s
 
-    def expected_s(self, lacks: Lacks) -> Array:
-        """Expectation over the ways, [..., C] for lacks of [...]."""
-        return np.asarray(np.tensordot(self._chances(lacks), self.seconds, axes=(0, 0)))
+    def expected(self, lacks: Lacks) -> tuple[Array, Array]:
+        """Expectations over the ways for lacks of [...], each [..., C].
 
-    def link_bound(self, lacks: Lacks) -> Array:
-        """How likely the link decides when the stage ends, [..., C]."""
+        Returns
+        -------
+        seconds
+        bound
+            How likely the link decides when the stage ends.
+        """
+        chances = self._chances(lacks)
         bound = np.asarray(self.seconds > self._compute_s * (1.0 + 1e-12), np.float64)
-        return np.asarray(np.tensordot(self._chances(lacks), bound, axes=(0, 0)))
+        seconds, share = (np.tensordot(chances, of, axes=(0, 0)) for of in (self.seconds, bound))
+        return seconds, share
 
     def link_idle_s(self, lacks: Lacks) -> Array:
         """How long the link has no demand while the stage lasts, [..., C].
@@ -130,12 +135,12 @@ class Stage:
             list(_powers(chance, self._top_k)) for chance in (lacks.bottom, lacks.both, ready)
         )
         ways = self._ways
-        return np.stack(
-            [
-                factor * bottom[i] * both[j] * rest[self._top_k - i - j]
-                for i, j, factor in zip(ways.bottom, ways.both, ways.factor, strict=True)
-            ]
-        )
+        chances = np.empty((len(ways.factor), *ready.shape))
+        for chance, i, j, factor in zip(chances, ways.bottom, ways.both, ways.factor, strict=True):
+            np.multiply(bottom[i], both[j], out=chance)
+            np.multiply(chance, rest[self._top_k - i - j], out=chance)
+            np.multiply(chance, factor, out=chance)
+        return chances
 
 
 class _Ways(NamedTuple):

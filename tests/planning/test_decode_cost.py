@@ -171,14 +171,19 @@ def test_staging_bounds_what_is_fetched_ahead() -> None:
     assert seconds(4, 2) == seconds(2, 4) > seconds(4, 4)
 
 
-def test_ranks_in_time_are_the_first_crossing() -> None:
-    needs_s = np.array([0.0, 1.0, 2.0, 3.0])[:, None, None]
-    assert ranks_in_time(needs_s, np.full((4, 1, 1), 1.5)).item() == pytest.approx(1.5)
-    assert ranks_in_time(needs_s, np.full((4, 1, 1), 9.0)).item() == 3.0
-    assert ranks_in_time(needs_s, np.zeros((4, 1, 1))).item() == 0.0
-    # A window that would be long enough for all only if more were there in time already.
-    late = np.array([0.5, 0.5, 9.0, 9.0])[:, None, None]
-    assert ranks_in_time(needs_s, late).item() == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    ("rooms_s", "ranks"),
+    [
+        ((1.5, 0.5, -0.5, -1.5), 1.5),
+        ((9.0, 8.0, 7.0, 6.0), 3.0),
+        ((0.0, -1.0, -2.0, -3.0), 0.0),
+        ((0.0, 1.0, 0.0, -3.0), 2.0),
+        # A window that would be long enough for all only if more were there in time already.
+        ((0.5, -0.5, 7.0, 6.0), 0.5),
+    ],
+)
+def test_ranks_in_time_end_where_the_window_does(rooms_s: tuple[float, ...], ranks: float) -> None:
+    assert ranks_in_time(np.array([room]) for room in rooms_s).item() == pytest.approx(ranks)
 
 
 def test_ranks_bring_what_the_hit_rate_leaves() -> None:

@@ -1,0 +1,162 @@
+"""One layer as the optimiser sees it: what may be chosen for it, and what decides the price."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.budget import stored_bytes
+from moepack.cost import Array, LayerTimes, LinkSeconds
+from moepack.model_spec import ModelSpec, MoeSpec
+from moepack.plan import EngineCapabilities, LayerLayout, Policy
+from moepack.segments import PARTS, cuts, granularity, segment_shape
+
+#: Cuts of a layer that are tried; where its granularity gives more, they are thinned evenly.
+MAX_CUTS = 33
+
+Integers = npt.NDArray[np.int64]
+
+
+class Cuts(NamedTuple):
+    """Where the experts of a layer may be cut.
+
+    Attributes
+    ----------
+    splits : int64 [C]
+        Neurons of the top.
+    width : int
+        Neurons of an expert.
+    top_bytes, bottom_bytes : int64 [C]
+        Stored bytes of each part; 0 where there is none.
+    """
+
+    splits: Integers
+    width: int
+    top_bytes: Integers
+    bottom_bytes: Integers
+
+    @property
+    def interior(self) -> npt.NDArray[np.bool_]:
+        """Whether there are two parts, [C]."""
+        return (self.top_bytes > 0) & (self.bottom_bytes > 0)
+
+
+class PromptTimes(NamedTuple):
+    """Compute seconds of one layer for the whole prompt.
+
+    ``other_s`` is everything but the routed experts; these, all of them together, in one segment
+    and in two.
+    """
+
+    other_s: float
+    experts_s: float
+    split_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """What is known of one layer. ``N`` experts, ``D`` ranks of the prediction (may be none).
+
+    Attributes
+    ----------
+    layer, top_k : int
+    cuts : Cuts
+        What may be chosen: from :func:`cut_options`, or the one that is kept.
+    link : callable
+        Seconds of one transfer of so many bytes.
+    token : LayerTimes
+        One token; ``expert_s`` is of an expert in one segment.
+    split_s : float
+        The same of an expert in two segments.
+    prompt : PromptTimes
+    used : float64 [N]
+        How likely the prompt needs an expert, in the order in which slots are filled.
+    new_tokens : int
+        Tokens that are generated; the first of them comes with the prompt.
+    hits : mapping of str to float64 [N + 1]
+        Hit rate of 0, 1 ... N slots under each policy.
+    staging_experts : int
+        Experts in flight at once.
+    engine : EngineCapabilities
+        What else may be chosen.
+    gap_s : float
+        Compute between the experts of the layer before and this layer's routing: this layer's
+        attention and router, dense layers in between; for the first layer with experts the rest of
+        the token before, head included.
+    accuracy : float64 [D]
+        How likely the expert predicted at rank r is activated.
+    predicted_held : mapping of str to float64 [D, N + 1]
+        How likely it is held by 0, 1 ... N slots under each policy.
+    """
+
+    layer: int
+    top_k: int
+    cuts: Cuts
+    link: LinkSeconds
+    token: LayerTimes
+    split_s: float
+    prompt: PromptTimes
+    used: Array
+    new_tokens: int
+    hits: Mapping[Policy, Array]
+    staging_experts: int
+    engine: EngineCapabilities
+    gap_s: float = 0.0
+    accuracy: Array = field(default_factory=lambda: np.zeros(0))
+    predicted_held: Mapping[Policy, Array] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the layer."""
+        return len(self.used)
+
+
+def cut_options(spec: ModelSpec, layer: int, *, near: Iterable[float] = ()) -> Cuts:
+    """The cuts of a layer that are worth trying, uncut first.
+
+    All that its granularity allows, thinned evenly to :data:`MAX_CUTS` where there are more.
+    Experts with everything in the bottom are left out: the same bytes at the same price.
+
+    Parameters
+    ----------
+    near
+        Split ratios whose nearest cut, and the ones beside it, are kept whatever is thinned.
+    """
+    return _cut_options(spec.moe(layer), spec.hidden_size, spec.dtype, tuple(near))
+
+
+def kept_cut(spec: ModelSpec, layout: LayerLayout) -> Cuts:
+    """The one cut of a layout that is to be kept."""
+    sizes = [stored_bytes(spec, layout, part) for part in PARTS]
+    return Cuts(np.array([layout.split]), layout.width, *(np.array([size]) for size in sizes))
+
+
+@functools.cache
+def _cut_options(moe: MoeSpec, hidden_size: int, dtype: str, near: tuple[float, ...]) -> Cuts:
+    width, step = moe.intermediate_size, granularity(moe, hidden_size, dtype)
+    interior = cuts(moe, hidden_size, dtype)[1:-1]
+    kept = set(_thinned(interior, MAX_CUTS - 1))
+    for ratio in near:
+        kept |= {split for split in interior if abs(split - ratio * width) < 1.5 * step}
+    splits = [width, *sorted(kept, reverse=True)]
+    sizes = [
+        [
+            0
+            if (shape := segment_shape(moe, hidden_size, dtype, split, part)) is None
+            else shape.stored_bytes
+            for split in splits
+        ]
+        for part in PARTS
+    ]
+    return Cuts(np.array(splits), width, *(np.array(part_bytes) for part_bytes in sizes))
+
+
+def _thinned(options: Sequence[int], most: int) -> list[int]:
+    if len(options) <= most:
+        return list(options)
+    return [options[place] for place in np.linspace(0, len(options) - 1, most).round().astype(int)]

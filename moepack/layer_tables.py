@@ -1,0 +1,278 @@
+"""The inner solve: the best price of one layer for every number of slots and every cut.
+
+For a given cut it never pays to keep fewer tops than fit, nor a bottom before every top is kept. So
+the options of a layer are a cut and one number, its *state*: 0 ... N slots hold tops, then 0 ... N
+more hold bottoms. For each of them the table holds the cheapest policy, mode and depth of
+prefetching. It does not depend on the budget: tabulated once, a layer can be solved for any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
+from moepack.decode_cost import Ahead, decode_ahead_s, decode_layer_s
+from moepack.layer_problem import Integers, LayerProblem
+from moepack.plan import Policy, PrefetchMode
+
+
+class Variant(NamedTuple):
+    """How a layer fetches ahead."""
+
+    prefetch: PrefetchMode
+    depth: int
+
+
+class Choice(NamedTuple):
+    """What was chosen for one layer.
+
+    Attributes
+    ----------
+    budget_bytes : int
+        What its slots take.
+    seconds : float
+        Its share of the objective: time to the first token, and ``new - 1`` tokens after it.
+    """
+
+    layer: int
+    split: int
+    tops: int
+    bottoms: int
+    policy: Policy
+    prefetch: PrefetchMode
+    depth: int
+    budget_bytes: int
+    seconds: float
+
+
+class Best(NamedTuple):
+    """The best options within some budgets, each [Q]: seconds, and their place in the table."""
+
+    seconds: Array
+    state: npt.NDArray[np.intp]
+    cut: npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTable:
+    """Seconds of one layer by state and cut, and how they are reached.
+
+    Attributes
+    ----------
+    seconds : float64 [2N + 1, C]
+        Infinite where a state does not exist: layers that are not cut have no tops beside bottoms,
+        and their slots count as bottoms here.
+    variant : uint8 [2N + 1, C]
+        Index into ``variants``.
+    policy : tuple of str
+        For 0 ... N slots.
+    """
+
+    problem: LayerProblem
+    seconds: Array
+    variant: npt.NDArray[np.uint8]
+    variants: tuple[Variant, ...]
+    policy: tuple[Policy, ...]
+
+    @property
+    def full_bytes(self) -> int:
+        """More than this buys nothing: every expert is whole under every cut."""
+        cuts = self.problem.cuts
+        return int((cuts.top_bytes + cuts.bottom_bytes).max()) * self.problem.num_experts
+
+    def best(self, budget_bytes: Integers) -> Best:
+        """The best option within each of some budgets, [Q].
+
+        For every cut the most slots that fit, which no smaller number undercuts.
+        """
+        experts = self.problem.num_experts
+        first_bytes, second_bytes = self._slot_bytes()
+        money = budget_bytes[:, None]
+        tops = np.where(first_bytes > 0, money // np.maximum(first_bytes, 1), experts)
+        tops = np.minimum(tops, experts)
+        rest = np.where(tops == experts, money - tops * first_bytes, 0)
+        state = tops + np.minimum(rest // second_bytes, experts)
+        seconds = self.seconds[state, np.arange(len(first_bytes))]
+        cut = seconds.argmin(axis=1)
+        rows = np.arange(len(cut))
+        return Best(seconds[rows, cut], state[rows, cut], cut)
+
+    def choice(self, state: int, cut: int) -> Choice:
+        """An option in words."""
+        problem, experts = self.problem, self.problem.num_experts
+        first, second = min(state, experts), max(state - experts, 0)
+        interior = bool(problem.cuts.interior[cut])
+        split = int(problem.cuts.splits[cut])
+        variant = self.variants[self.variant[state, cut]]
+        whole_tops = split == problem.cuts.width
+        return Choice(
+            layer=problem.layer,
+            split=split,
+            tops=first if interior else second * whole_tops,
+            bottoms=second if interior else second * (not whole_tops),
+            policy=self.policy[second if second or not interior else first],
+            prefetch=variant.prefetch,
+            depth=variant.depth,
+            budget_bytes=self.used_bytes(state, cut),
+            seconds=float(self.seconds[state, cut]),
+        )
+
+    def used_bytes(self, state: int, cut: int) -> int:
+        """What the slots of an option take."""
+        experts = self.problem.num_experts
+        first_bytes, second_bytes = (sizes[cut] for sizes in self._slot_bytes())
+        return int(min(state, experts) * first_bytes + max(state - experts, 0) * second_bytes)
+
+    def _slot_bytes(self) -> tuple[Integers, Integers]:
+        """Bytes of a slot in the first N states, and in those after them, each [C]."""
+        cuts = self.problem.cuts
+        whole_bytes = cuts.top_bytes + cuts.bottom_bytes
+        return (
+            np.where(cuts.interior, cuts.top_bytes, 0),
+            np.where(cuts.interior, cuts.bottom_bytes, whole_bytes),
+        )
+
+
+def tabulate(problem: LayerProblem) -> LayerTable:
+    """Price every option of a layer.
+
+    Of the policies the one with the highest hit rate is taken for each number of slots (of equals
+    the first). On demand nothing is better; with prefetching, what of the predicted experts is held
+    counts as well, and follows it closely.
+    """
+    policies = [policy for policy in problem.hits if policy in problem.engine.policies]
+    curves = np.array([problem.hits[policy] for policy in policies])  # [P, N + 1]
+    leader = curves.argmax(axis=0)
+    hits = np.maximum.accumulate(curves.max(axis=0))
+    hits[-1] = 1.0
+    pricer = _Pricer(problem, hits, _predicted_held(problem, policies, leader))
+    variants = tuple(pricer.variants())
+    experts, count = problem.num_experts, len(problem.cuts.splits)
+    seconds = np.full((2 * experts + 1, count), np.inf)
+    variant = np.zeros(seconds.shape, dtype=np.uint8)
+    interior = np.flatnonzero(problem.cuts.interior)
+    groups = [(slice(experts, None), np.arange(count))]
+    if len(interior):
+        groups.append((slice(0, experts), interior))
+    for states, columns in groups:
+        prices = np.full((len(variants), *seconds[states, columns].shape), np.inf)
+        for index, price in pricer.prices(variants, states, columns):
+            prices[index] = price
+        variant[states, columns] = prices.argmin(axis=0)
+        seconds[states, columns] = prices.min(axis=0)
+    return LayerTable(problem, seconds, variant, variants, tuple(policies[p] for p in leader))
+
+
+def _predicted_held(
+    problem: LayerProblem, policies: list[Policy], leader: npt.NDArray[np.intp]
+) -> Array:
+    """Q(r, n) under the policy that leads at n slots, [D, N + 1]; of no rank where none counts."""
+    ranks = len(problem.accuracy) if problem.engine.max_prefetch_depth else 0
+    found = np.zeros((ranks, len(leader)))
+    for place, policy in enumerate(policies if ranks else ()):
+        at = np.flatnonzero(leader == place)
+        found[:, at] = problem.predicted_held[policy][:, at]
+    found[:, -1] = 1.0
+    return found
+
+
+class _Pricer:
+    """Prices groups of states and cuts of one layer under every variant."""
+
+    def __init__(self, problem: LayerProblem, hits: Array, predicted_held: Array) -> None:
+        self._problem = problem
+        self._hits = hits
+        self._predicted_held = predicted_held
+        self._missing = missing_after(problem.used)
+        cuts, interior = problem.cuts, problem.cuts.interior
+        seconds = {
+            int(size): problem.link(int(size))
+            for size in {*cuts.top_bytes.tolist(), *cuts.bottom_bytes.tolist()}
+            if size
+        }
+        top_s, bottom_s = (
+            np.array([seconds.get(int(size), 0.0) for size in sizes])
+            for sizes in (cuts.top_bytes, cuts.bottom_bytes)
+        )
+        # An uncut expert counts as all bottom.
+        self._top_s = np.where(interior, top_s, 0.0)
+        self._bottom_s = np.where(interior, bottom_s, top_s + bottom_s)
+        self._share = np.where(interior, cuts.splits / cuts.width, 0.0)
+        self._expert_s = np.where(interior, problem.split_s, problem.token.expert_s)
+        self._prompt_s = np.where(interior, problem.prompt.split_s, problem.prompt.experts_s)
+
+    def variants(self) -> Iterator[Variant]:
+        """No prefetching, then every mode to several depths."""
+        problem = self._problem
+        yield Variant("off", 0)
+        most = min(
+            len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts
+        )
+        top_k = problem.top_k
+        depths = sorted({min(d, most) for d in (top_k // 2, top_k, 3 * top_k // 2, 2 * top_k) if d})
+        for mode in problem.engine.prefetch:
+            if mode != "off":
+                yield from (Variant(mode, depth) for depth in depths if depth)
+
+    def prices(
+        self, variants: tuple[Variant, ...], states: slice, columns: npt.NDArray[np.intp]
+    ) -> Iterator[tuple[int, Array]]:
+        """(variant, seconds [S, C]) of the first N states, or of those after them."""
+        problem = self._problem
+        parts = Parts(self._top_s[columns], self._bottom_s[columns], self._share[columns])
+        token = problem.token._replace(expert_s=self._expert_s[columns])
+        tops = states.start == 0
+        held = self._held(self._hits, tops)
+        frames, as_ready = problem.staging_experts, problem.engine.as_ready
+        later = max(0, problem.new_tokens - 1)
+        for mode in ("off", "bottoms", "all"):
+            wanted = [(place, v.depth) for place, v in enumerate(variants) if v.prefetch == mode]
+            if not wanted or (mode == "bottoms" and not tops):
+                continue  # where every top is there, "bottoms" is "all"
+            first_s = self._prefill_s(parts, tops, columns, ahead=mode != "off")
+            if mode == "off":
+                tokens_s = decode_layer_s(
+                    token, problem.top_k, parts, held, staging_experts=frames, as_ready=as_ready
+                )[None]
+            else:
+                ranks = self._held(self._predicted_held, tops)
+                ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks)
+                tokens_s = decode_ahead_s(
+                    token,
+                    problem.top_k,
+                    parts,
+                    held,
+                    ahead,
+                    tuple(depth for _, depth in wanted),
+                    staging_experts=frames,
+                    as_ready=as_ready,
+                )
+            for (place, _), token_s in zip(wanted, tokens_s, strict=True):
+                yield place, first_s + later * token_s
+
+    def _held(self, curve: Array, tops: bool) -> Held:
+        """Chances by state: N of tops while no bottom is kept, or N + 1 of bottoms beside all."""
+        if tops:
+            return Held(curve[..., :-1], np.zeros_like(curve[..., :-1]))
+        return Held(np.ones_like(curve), curve)
+
+    def _prefill_s(
+        self, parts: Parts, tops: bool, columns: npt.NDArray[np.intp], *, ahead: bool
+    ) -> Array:
+        missing = self._missing
+        lacking = (missing[:-1], missing[0]) if tops else (0.0, missing)
+        prompt = self._problem.prompt
+        return prefill_layer_s(
+            prompt.other_s,
+            self._prompt_s[columns],
+            self._problem.token.transfer_s,
+            parts,
+            lacking,
+            staging_experts=self._problem.staging_experts,
+            ahead=ahead,
+        )

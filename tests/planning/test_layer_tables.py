@@ -1,0 +1,209 @@
+"""The inner solve: every entry is the price of that option, and none that fits is better."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moepack.checkpoint import Checkpoint
+from moepack.cost import Held, Parts, missing_after, prefill_layer_s
+from moepack.decode_cost import Ahead, decode_ahead_s, decode_layer_s
+from moepack.layer_problem import MAX_CUTS, Cuts, LayerProblem, cut_options, kept_cut
+from moepack.layer_tables import Choice, LayerTable, tabulate
+from moepack.layouts import layer_layout
+from moepack.plan import EngineCapabilities
+from moepack.segments import cuts
+from tests.conftest import TinyFolder
+from tests.support.layer_problems import (
+    ON_DEMAND,
+    STREAMING,
+    even_cuts,
+    layer_problem,
+    power_curve,
+)
+
+
+def price_s(problem: LayerProblem, choice: Choice) -> float:
+    """An option priced by itself, from its slots."""
+    place = problem.cuts.splits.tolist().index(choice.split)
+    sizes = int(problem.cuts.top_bytes[place]), int(problem.cuts.bottom_bytes[place])
+    two = all(sizes)
+    top_s, bottom_s = (problem.link(size) if size else 0.0 for size in sizes)
+    parts = Parts(top_s, bottom_s, choice.split / problem.cuts.width)
+    slots = choice.tops, choice.bottoms
+    curve = problem.hits[choice.policy]
+    held = Held(*(float(curve[n]) if size else 1.0 for n, size in zip(slots, sizes, strict=True)))
+    missing = missing_after(problem.used)
+    lacking = tuple(
+        float(missing[n]) if size else 0.0 for n, size in zip(slots, sizes, strict=True)
+    )
+    first_s = prefill_layer_s(
+        problem.prompt.other_s,
+        problem.prompt.split_s if two else problem.prompt.experts_s,
+        problem.token.transfer_s,
+        parts,
+        (lacking[0], lacking[1]),
+        staging_experts=problem.staging_experts,
+        ahead=choice.prefetch != "off",
+    )
+    times = problem.token._replace(expert_s=problem.split_s if two else problem.token.expert_s)
+    frames, as_ready = problem.staging_experts, problem.engine.as_ready
+    if choice.prefetch == "off":
+        token_s = decode_layer_s(
+            times, problem.top_k, parts, held, staging_experts=frames, as_ready=as_ready
+        )
+    else:
+        of_rank = problem.predicted_held[choice.policy]
+        none = np.ones(len(of_rank))
+        ranks = Held(
+            *(of_rank[:, n] if size else none for n, size in zip(slots, sizes, strict=True))
+        )
+        token_s = decode_ahead_s(
+            times,
+            problem.top_k,
+            parts,
+            held,
+            Ahead(choice.prefetch, problem.gap_s, problem.accuracy, ranks),
+            (choice.depth,),
+            staging_experts=frames,
+            as_ready=as_ready,
+        )
+    return float(first_s.item() + (problem.new_tokens - 1) * token_s.item())
+
+
+def used_bytes(problem: LayerProblem, choice: Choice) -> int:
+    place = problem.cuts.splits.tolist().index(choice.split)
+    return int(
+        choice.tops * problem.cuts.top_bytes[place]
+        + choice.bottoms * problem.cuts.bottom_bytes[place]
+    )
+
+
+def options(table: LayerTable) -> list[Choice]:
+    return [
+        table.choice(int(state), int(cut)) for state, cut in np.argwhere(np.isfinite(table.seconds))
+    ]
+
+
+@pytest.mark.parametrize("engine", [ON_DEMAND, STREAMING])
+def test_every_entry_is_the_price_of_its_option(engine: EngineCapabilities) -> None:
+    problem = layer_problem(engine=engine)
+    found = options(tabulate(problem))
+    # Uncut 0 to 8 slots; each of three cuts 0 to 8 tops, and 1 to 8 bottoms beside all of them.
+    assert len(found) == 9 + 3 * 17
+    assert len({(choice.split, choice.tops, choice.bottoms) for choice in found}) == len(found)
+    for choice in found:
+        assert choice.seconds == pytest.approx(price_s(problem, choice), rel=1e-9)
+        assert choice.budget_bytes == used_bytes(problem, choice)
+    assert {choice.prefetch for choice in found} <= set(problem.engine.prefetch)
+
+
+def test_prefetching_is_chosen_where_it_is_better_and_only_what_the_engine_has() -> None:
+    chosen = {choice.prefetch for choice in options(tabulate(layer_problem(engine=STREAMING)))}
+    assert "all" in chosen
+    bottoms = dataclasses.replace(STREAMING, prefetch=("off", "bottoms"))
+    chosen = {choice.prefetch for choice in options(tabulate(layer_problem(engine=bottoms)))}
+    assert chosen == {"off", "bottoms"}
+    # The prompt, whose experts are known from all its tokens together, needs nothing here.
+    blind = layer_problem(engine=STREAMING, accuracy=np.zeros(4), used=np.zeros(8))
+    assert {choice.prefetch for choice in options(tabulate(blind))} == {"off"}
+
+
+def test_the_policy_is_the_one_that_hits_most_at_that_size() -> None:
+    early, late = power_curve(8, 0.5), power_curve(8, 0.7)
+    late[5:8] = 0.97
+    table = tabulate(layer_problem(hits={"lru": early, "lfu": late}))
+    best = ["lfu" if late[n] > early[n] else "lru" for n in range(9)]
+    assert list(table.policy) == best
+    assert set(best) == {"lru", "lfu"}
+    pinned = layer_problem(hits={"pinned": early, "lru": early})
+    assert set(tabulate(pinned).policy) == {"pinned"}
+
+
+@given(
+    budget_bytes=st.integers(0, 10 * 1024 * 1024),
+    exponent=st.floats(0.3, 1.5),
+    bytes_per_s=st.floats(1e8, 1e10),
+)
+@settings(max_examples=60)
+def test_no_option_that_fits_is_better_than_the_most_slots_of_some_cut(
+    budget_bytes: int, exponent: float, bytes_per_s: float
+) -> None:
+    table = tabulate(layer_problem(exponent=exponent, bytes_per_s=bytes_per_s))
+    best = table.best(np.array([budget_bytes]))
+    fitting = [choice for choice in options(table) if choice.budget_bytes <= budget_bytes]
+    assert best.seconds[0] == pytest.approx(min(choice.seconds for choice in fitting), rel=1e-9)
+    chosen = table.choice(int(best.state[0]), int(best.cut[0]))
+    assert chosen.budget_bytes <= budget_bytes
+    assert chosen.seconds == best.seconds[0]
+
+
+def test_all_in_the_bottom_is_the_same_as_uncut() -> None:
+    whole = even_cuts(256, 256, 4096)
+    bottom = Cuts(np.array([0]), 256, whole.bottom_bytes, whole.top_bytes)
+    tables = [tabulate(layer_problem(cuts=each, engine=STREAMING)) for each in (whole, bottom)]
+    assert tables[0].seconds == pytest.approx(tables[1].seconds)
+    assert [tables[0].choice(11, 0)[1:4], tables[1].choice(11, 0)[1:4]] == [(256, 3, 0), (0, 0, 3)]
+
+
+def test_everything_resident_leaves_the_compute() -> None:
+    problem = layer_problem()
+    table = tabulate(problem)
+    best = table.best(np.array([table.full_bytes]))
+    token_s = problem.token.other_s + problem.token.shared_s + 2 * 3e-4
+    prompt_s = problem.prompt.other_s + problem.prompt.experts_s
+    assert best.seconds[0] == pytest.approx(prompt_s + 63 * token_s)
+    assert table.choice(int(best.state[0]), int(best.cut[0])).tops == problem.num_experts
+
+
+@pytest.mark.parametrize("engine", [ON_DEMAND, STREAMING])
+def test_a_faster_link_makes_no_option_dearer(engine: EngineCapabilities) -> None:
+    speeds = np.geomspace(1e7, 1e11, 9)
+    found = [
+        tabulate(layer_problem(engine=engine, bytes_per_s=float(speed))).seconds for speed in speeds
+    ]
+    for slow, fast in itertools.pairwise(found):
+        known = np.isfinite(slow)
+        assert (fast[known] <= slow[known] * (1.0 + 1e-12)).all()
+
+
+def test_cuts_are_those_of_the_granularity_uncut_first(tiny_folder: TinyFolder) -> None:
+    spec = Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
+    layer = spec.moe_layers[0]
+    found = cut_options(spec, layer)
+    moe = spec.moe(layer)
+    possible = cuts(moe, spec.hidden_size, spec.dtype)
+    assert found.splits[0] == moe.intermediate_size
+    assert sorted(found.splits.tolist()) == list(possible[1:])
+    assert found.bottom_bytes[0] == 0
+    assert found.interior.tolist() == [False] + [True] * (len(possible) - 2)
+
+
+def test_many_cuts_are_thinned_but_near_a_ratio(tiny_folder: TinyFolder) -> None:
+    spec = Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
+    layer = spec.moe_layers[0]
+    moe = dataclasses.replace(spec.moe(layer), intermediate_size=16 * 200)
+    layers = list(spec.layers)
+    layers[layer] = dataclasses.replace(layers[layer], moe=moe)
+    wide = dataclasses.replace(spec, layers=tuple(layers))
+    found = cut_options(wide, layer)
+    assert len(found.splits) == MAX_CUTS
+    assert {16, 16 * 199, 16 * 200} <= set(found.splits.tolist())
+    near = cut_options(wide, layer, near=(0.4,))
+    assert {16 * 79, 16 * 80, 16 * 81} <= set(near.splits.tolist())
+    assert MAX_CUTS <= len(near.splits) <= MAX_CUTS + 3
+
+
+def test_a_kept_cut_is_the_only_one(tiny_folder: TinyFolder) -> None:
+    spec = Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
+    layer = spec.moe_layers[0]
+    for ratio in (0.0, 0.5, 1.0):
+        layout = layer_layout(spec, layer, ratio)
+        found = kept_cut(spec, layout)
+        assert found.splits.tolist() == [layout.split]
+        assert (found.top_bytes[0] > 0, found.bottom_bytes[0] > 0) == (ratio > 0, ratio < 1)
