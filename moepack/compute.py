@@ -8,15 +8,23 @@ run here; a plan says which.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moepack import records
 from moepack.atomic import write_atomically
 from moepack.errors import ProfileError
 from moepack.records import record
 
+if TYPE_CHECKING:
+    from moepack.model_spec import ModelSpec
+
 COMPUTE_VERSION = 1
+
+#: More threads are taken where they need less than this share of the time. A smaller gain is not
+#: worth it: where the cores have other work, threads wait for one another ten times as long.
+WORTHWHILE = 0.8
 
 
 @record
@@ -64,10 +72,13 @@ class LayerCompute:
     router : Curve or None
         Norm and routing; None for a dense layer.
     expert, expert_split : Curve or None
-        One routed expert over the tokens that it gets, in one segment and in two, with the
-        gathering and adding around it.
+        One routed expert over the tokens that it gets, in one segment and in two: what each one
+        more of them adds to a pass.
     ffn : Curve or None
         The dense FFN, or the shared expert; None where there is neither.
+    fixed : Curve or None
+        What a pass over the routed experts costs whatever their number: stepping the caches,
+        making room for the sum, adding it; None for a dense layer.
     transfer_s : float
         What one transfer costs the computing thread beside the link's own time.
     """
@@ -79,6 +90,12 @@ class LayerCompute:
     expert_split: Curve | None
     ffn: Curve | None
     transfer_s: float = 0.0
+    fixed: Curve | None = None
+
+    def around_s(self, tokens: float) -> float:
+        """Seconds of everything in a layer but its routed experts, for one block."""
+        pieces = (self.attention, self.router, self.fixed, self.ffn)
+        return sum(piece.at(tokens) for piece in pieces if piece is not None)
 
 
 @record
@@ -119,6 +136,48 @@ class ComputeProfile:
         """Write as YAML, atomically."""
         header = "Seconds of each piece of a layer over tokens: made by moepack profile."
         write_atomically(path, records.to_yaml(self, header=header))
+
+
+def token_seconds(spec: ModelSpec, profile: ComputeProfile) -> float:
+    """Compute of one token through the whole model, everything resident."""
+    total_s = profile.head_s
+    for entry in profile.layers:
+        moe = spec.layers[entry.layers[0]].moe
+        layer_s = entry.around_s(1)
+        if moe is not None and entry.expert is not None:
+            layer_s += moe.top_k * entry.expert.at(1)
+        total_s += len(entry.layers) * layer_s
+    return total_s
+
+
+def block_seconds(spec: ModelSpec, profile: ComputeProfile) -> float:
+    """Compute of the largest measured block, everything resident and its experts used evenly."""
+    total_s = profile.head_s
+    for entry in profile.layers:
+        moe = spec.layers[entry.layers[0]].moe
+        block = max(entry.attention.tokens)
+        layer_s = entry.around_s(block)
+        if moe is not None and entry.expert is not None:
+            layer_s += moe.num_experts * entry.expert.at(block * moe.top_k / moe.num_experts)
+        total_s += len(entry.layers) * layer_s
+    return total_s
+
+
+def worthwhile_threads(spec: ModelSpec, profiles: Sequence[ComputeProfile]) -> ComputeProfile:
+    """Of profiles with ascending numbers of threads, the last that earns its threads.
+
+    Compared over a prompt of one block and a quarter as many new tokens; see :data:`WORTHWHILE`.
+    """
+
+    def nominal_s(profile: ComputeProfile) -> float:
+        tokens = max(profile.layers[0].attention.tokens) / 4
+        return block_seconds(spec, profile) + tokens * token_seconds(spec, profile)
+
+    best = profiles[0]
+    for other in profiles[1:]:
+        if nominal_s(other) < WORTHWHILE * nominal_s(best):
+            best = other
+    return best
 
 
 def load_compute(path: Path) -> ComputeProfile:

@@ -9,14 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from moepack import records
 from moepack.atomic import write_atomically
 from moepack.errors import ProfileError
 from moepack.plan import DeviceKind
 from moepack.presets import resolve
-from moepack.rates import LinkCurve, MatmulCurve, MemoryRate, require_positive
+from moepack.rates import (
+    AttentionRate,
+    LinkCurve,
+    MatmulCurve,
+    MemoryRate,
+    product_seconds,
+    require_positive,
+)
 from moepack.records import record
 from moepack.units import MIB
 from moepack.yaml_files import to_yaml_text
@@ -25,6 +32,11 @@ HARDWARE_VERSION = 1
 
 # A hundred times the largest; a file beyond is something else.
 _MAX_FILE_BYTES = 1 << 20
+
+# Of a prefill.
+_BLOCK_TOKENS = 512
+
+_Rate = TypeVar("_Rate", MatmulCurve, AttentionRate)
 
 _HEADER = """\
 # A machine as moepack sees it. Sizes in bytes, rates per second, times in seconds.
@@ -63,8 +75,11 @@ class HardwareProfile:
         Of the memory that the device computes from.
     launch_s : float
         Fixed cost of one torch operation.
+    launch_spread : float
     matmul : tuple of MatmulCurve
-        One for each dtype.
+        One or more for each dtype, with weights of different sizes.
+    attention : tuple of AttentionRate
+        One for each dtype; empty where it is not known.
     sources : dict
         Presets: for each number (a field's name, or ``disk``, ``bus``, ``memory``, ``matmul``)
         where it comes from.
@@ -89,6 +104,8 @@ class HardwareProfile:
     memory: MemoryRate
     launch_s: float
     matmul: tuple[MatmulCurve, ...]
+    attention: tuple[AttentionRate, ...] = ()
+    launch_spread: float = 0.0
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,12 +144,52 @@ class HardwareProfile:
         """Seconds that the link is busy with one transfer. See :meth:`LinkCurve.seconds`."""
         return self.link.seconds(size_bytes)
 
-    def matmul_curve(self, dtype: str) -> MatmulCurve:
-        """The curve of a dtype; of the same width, else of any, where it was not measured."""
-        width = {"F32": 4, "F64": 4}.get(dtype, 2)
-        same = [curve for curve in self.matmul if curve.dtype == dtype]
-        alike = [curve for curve in self.matmul if (curve.dtype == "F32") == (width == 4)]
-        return (same or alike or list(self.matmul))[0]
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Numbers of threads whose rates are known, ascending."""
+        return tuple(sorted({curve.threads or self.cores for curve in self.matmul}))
+
+    def matmul_curves(self, dtype: str, threads: int | None = None) -> tuple[MatmulCurve, ...]:
+        """The curves of a dtype (of the same width, else of any, where it was not measured).
+
+        Parameters
+        ----------
+        threads
+            One of :attr:`thread_counts`; None for the most.
+        """
+        threads = threads or self.thread_counts[-1]
+        curves = tuple(curve for curve in self.matmul if (curve.threads or self.cores) == threads)
+        return _of_dtype(curves, dtype) or curves
+
+    def product_seconds(
+        self, dtype: str, tokens: float, elements: int, threads: int | None = None
+    ) -> float:
+        """Seconds of one matrix product with so many weights, read from memory.
+
+        Between the shapes that were measured (:func:`moepack.rates.product_seconds`). Where only
+        one is known, ``max(weights / memory rate, flop / rate at its shape) + launch cost``.
+        """
+        curves = self.matmul_curves(dtype, threads)
+        if len(curves) > 1:
+            return product_seconds(curves, tokens, elements)
+        width = 4 if curves[0].dtype == "F32" else 2
+        flop_s = 2 * tokens * elements / curves[0].flop_per_s(tokens)
+        return max(elements * width / self.memory.bytes_per_s, flop_s) + self.launch_s
+
+    def attention_rate(self, dtype: str, threads: int | None = None) -> AttentionRate:
+        """That of a dtype, or of one as wide; where none is known, as fast as memory and products.
+
+        For products at a block's worth of tokens.
+        """
+        threads = threads or self.thread_counts[-1]
+        rates = tuple(rate for rate in self.attention if (rate.threads or self.cores) == threads)
+        known = _of_dtype(rates, dtype)
+        if known:
+            return known[0]
+        curve = self.matmul_curves(dtype, threads)[-1]
+        return AttentionRate(
+            curve.dtype, self.memory.bytes_per_s, curve.flop_per_s(_BLOCK_TOKENS), 0.0
+        )
 
     def save(self, path: Path) -> None:
         """Write as YAML, atomically.
@@ -142,13 +199,20 @@ class HardwareProfile:
         OutputError
             When it cannot be written.
         """
-        data = records.to_data(self)
+        data = records.to_short_data(self)
         sources = data.pop("sources")
         # One line for each point of a curve, and one (or more) for each source.
         text = to_yaml_text(data, unicode=True)
         if sources:
             text += to_yaml_text({"sources": sources}, flow=False, unicode=True)
         write_atomically(path, (_HEADER + text).encode())
+
+
+def _of_dtype(rates: tuple[_Rate, ...], dtype: str) -> tuple[_Rate, ...]:
+    """Those of a dtype, else those that are as wide."""
+    wide = dtype in ("F32", "F64")
+    same = tuple(rate for rate in rates if rate.dtype == dtype)
+    return same or tuple(rate for rate in rates if (rate.dtype == "F32") == wide)
 
 
 def load_hardware(path: Path) -> HardwareProfile:
@@ -197,6 +261,9 @@ def _bounds(profile: HardwareProfile) -> Iterator[tuple[str, float, float, float
                 yield (f"{name}.points.{index}.bytes_per_s", point.bytes_per_s, *rate)
     yield ("memory.bytes_per_s", profile.memory.bytes_per_s, *rate)
     yield ("launch_s", profile.launch_s, *time)
+    for place, attention in enumerate(profile.attention):
+        yield (f"attention.{place}.cache_bytes_per_s", attention.cache_bytes_per_s, *rate)
+        yield (f"attention.{place}.block_flop_per_s", attention.block_flop_per_s, *flop)
     for place, curve in enumerate(profile.matmul):
         for index, entry in enumerate(curve.points):
             yield (f"matmul.{place}.points.{index}.flop_per_s", entry.flop_per_s, *flop)

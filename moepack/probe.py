@@ -1,50 +1,47 @@
 """Measuring this machine: what it has, how fast it moves bytes, how fast it multiplies.
 
 What is run is what the runtime runs: the same memory, the same direct reads, the same torch
-operations. Other work on the machine shows in the spreads. Links are in :mod:`moepack.probe_link`.
+operations. Other work on the machine shows in the spreads. Links are in :mod:`moepack.probe_link`,
+everything that torch does in :mod:`moepack.probe_torch`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
-from itertools import cycle
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import moepack
 from moepack import machine
+from moepack.agreement import figures
 from moepack.errors import DeviceError, ProfileError
 from moepack.hardware import HARDWARE_VERSION, HardwareProfile
 from moepack.plan import DeviceKind
-from moepack.probe_link import probe_bus, probe_disk
+from moepack.probe_link import BusProbe, DiskProbe, open_disk
+from moepack.probe_torch import TorchProbe
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.rates import LinkCurve, MatmulCurve, MatmulPoint, MemoryRate
-from moepack.timing import measure, rounded
-from moepack.units import MIB
+from moepack.timing import rounded
 
 if TYPE_CHECKING:
     import torch
 
-#: Numbers of tokens at which products are timed.
-MATMUL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Every figure is taken once in each round. Rounds are some seconds apart, and the spread over them
+# is what is stated: repeats within a second agree far better than two profiles ever do.
+ROUNDS = 5
 
-#: Rows and columns of the weights: about those of one matrix of an expert.
-MATMUL_SHAPE = (2048, 2048)
-
-# Weights are taken in turn from so much memory, so that no cache holds the next ones.
-_WEIGHTS_BYTES = 384 * MIB
-
-_MEMORY_BYTES = 512 * MIB
-_LAUNCHES = 2000
-_MATMUL_LIMIT_S = 0.3
+# The disk has several rounds in each, for as long as it takes no longer than this in all.
+_DISK_ROUNDS = 3
+_DISK_S = 10.0
 
 # An idle machine stays below this.
 _BUSY_SPREAD = 1.0
+
+_HOW = f"medians of {ROUNDS} rounds some seconds apart, of repeats in each"
 
 _BASE_PROGRAM = """
 import torch, moepack_runtime.loading, moepack_runtime.tokenizer
@@ -86,28 +83,24 @@ def probe_hardware(
 
     kind = _choose_device(device)
     place = torch.device(kind)
-    disk = probe_disk(scratch, progress)
-    progress.start("measure memory and arithmetic", 3 + len(_dtypes()), "items")
-    try:
-        base_bytes = _process_base_bytes()
-        progress.advance(1)
-        memory = _probe_memory(place)
-        progress.advance(1)
-        launch_s = _probe_launch(place)
-        progress.advance(1)
-        matmul = []
-        for dtype in _dtypes():
-            matmul.append(_probe_matmul(place, dtype))
-            progress.advance(1)
-    finally:
-        progress.done()
     cuda = kind == "cuda"
+    base_bytes = _process_base_bytes()
+    with open_disk(scratch, progress) as disk:
+        bus = BusProbe(place) if cuda else None
+        probe = TorchProbe(place)
+        progress.start("measure the machine", ROUNDS * (_DISK_ROUNDS + 1), "items")
+        try:
+            _run_rounds(disk, bus, probe, progress)
+        finally:
+            progress.done()
+        disk_curve = disk.curve()
     device_name = torch.cuda.get_device_name(place) if cuda else machine.cpu_name()
-    return HardwareProfile(
+    launch = probe.launch()
+    profile = HardwareProfile(
         version=HARDWARE_VERSION,
         name=name or f"{device_name}, {machine.core_count()} cores",
         source="measured",
-        how=_how(disk, memory, matmul),
+        how=_HOW,
         measured_by=f"moepack {moepack.__version__}, torch {torch.__version__}",
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         device=kind,
@@ -118,21 +111,35 @@ def probe_hardware(
         vram_bytes=torch.cuda.mem_get_info(place)[1] if cuda else None,
         process_base_bytes=base_bytes,
         device_base_bytes=_device_base_bytes(place) if cuda else 0,
-        disk=disk,
-        bus=probe_bus(place) if cuda else None,
-        memory=memory,
-        launch_s=launch_s,
-        matmul=tuple(matmul),
+        disk=disk_curve,
+        bus=bus.curve() if bus else None,
+        memory=probe.memory(),
+        launch_s=launch.median_s,
+        launch_spread=rounded(launch.spread),
+        matmul=probe.matmul(),
+        attention=probe.attention(),
     )
+    if max(figure.spread for figure in figures(profile)) > _BUSY_SPREAD:
+        busy = f"{_HOW}; the machine was busy or unsteady: close what else runs and measure again"
+        profile = dataclasses.replace(profile, how=busy)
+    return profile
 
 
-def _how(disk: LinkCurve, memory: MemoryRate, matmul: Sequence[MatmulCurve]) -> str:
-    spreads = [point.spread for point in disk.points]
-    spreads += [memory.spread, *(point.spread for curve in matmul for point in curve.points)]
-    how = "medians of repeats"
-    if max(spreads) > _BUSY_SPREAD:
-        how += "; the machine was busy or unsteady: close what else runs and measure again"
-    return how
+def _run_rounds(
+    disk: DiskProbe, bus: BusProbe | None, probe: TorchProbe, progress: Progress
+) -> None:
+    disk_s = 0.0
+    for _ in range(ROUNDS):
+        for number in range(_DISK_ROUNDS):
+            if number == 0 or disk_s < _DISK_S:
+                begin_s = perf_counter()
+                disk.round()
+                disk_s += perf_counter() - begin_s
+            progress.advance(1)
+        if bus is not None:
+            bus.round()
+        probe.round()
+        progress.advance(1)
 
 
 def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> DeviceKind:
@@ -170,66 +177,3 @@ def _device_base_bytes(place: torch.device) -> int:
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(place)
     return total_bytes - free_bytes - torch.cuda.memory_reserved(place)
-
-
-def _synchronize(place: torch.device) -> Callable[[], None] | None:
-    import torch
-
-    return torch.cuda.synchronize if place.type == "cuda" else None
-
-
-def _probe_memory(place: torch.device) -> MemoryRate:
-    """Bandwidth of reading: a sum, which does next to nothing else."""
-    import torch
-
-    block = torch.ones(_MEMORY_BYTES // 4, dtype=torch.float32, device=place)
-    timing = measure(block.sum, synchronize=_synchronize(place))
-    return MemoryRate(rounded(block.nbytes / timing.median_s), rounded(timing.spread))
-
-
-def _probe_launch(place: torch.device) -> float:
-    """Cost of one operation on next to no data, from Python."""
-    import torch
-
-    small = torch.ones(16, device=place)
-
-    def work() -> None:
-        for _ in range(_LAUNCHES):
-            torch.add(small, small)
-
-    return rounded(measure(work, synchronize=_synchronize(place)).median_s / _LAUNCHES)
-
-
-def _dtypes() -> tuple[Literal["BF16", "F32"], ...]:
-    return ("BF16", "F32")
-
-
-def _multiply(inputs: torch.Tensor, weights: Iterator[torch.Tensor], count: int) -> None:
-    import torch
-
-    for _ in range(count):
-        torch.nn.functional.linear(inputs, next(weights))
-
-
-def _probe_matmul(place: torch.device, dtype: Literal["BF16", "F32"]) -> MatmulCurve:
-    """Products as the runtime makes them, each with weights that no cache holds."""
-    import torch
-
-    kind = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
-    rows, columns = MATMUL_SHAPE
-    count = _WEIGHTS_BYTES // (rows * columns * kind.itemsize)
-    weights = cycle(torch.randn(count, rows, columns, dtype=kind, device=place).unbind())
-    # A GPU is given several at a time, or the waiting for it would be what is timed.
-    batch = 20 if place.type == "cuda" else 1
-    points = []
-    for tokens in MATMUL_TOKENS:
-        inputs = torch.randn(tokens, columns, dtype=kind, device=place)
-        timing = measure(
-            partial(_multiply, inputs, weights, batch),
-            repeats=200,
-            limit_s=_MATMUL_LIMIT_S,
-            synchronize=_synchronize(place),
-        )
-        rate = 2 * tokens * rows * columns * batch / timing.median_s
-        points.append(MatmulPoint(tokens, rounded(rate), rounded(timing.spread)))
-    return MatmulCurve(dtype, rows, columns, tuple(points))

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,18 +46,16 @@ _BATCH_BYTES = 48 * MIB
 _BATCH_LEAST = max(READERS)
 _BATCH_MOST = 64
 
-# The disk is measured in rounds over all sizes and readers: when it slows down for a while, as
-# shared ones do, every number feels it alike.
-_LEAST_ROUNDS = 5
-_MOST_ROUNDS = 15
-_ROUNDS_S = 10.0
+# Rounds go over all sizes and readers: when a link slows down for a while, as shared ones do, every
+# number feels it alike.
 
 # More readers that gain less than this are not worth their threads.
 _WORTHWHILE = 1.05
 
 
-def probe_disk(scratch: Path, progress: Progress = NO_PROGRESS) -> LinkCurve:
-    """Measure reads from the disk that a folder is on, past the page cache where it allows that.
+@contextmanager
+def open_disk(scratch: Path, progress: Progress = NO_PROGRESS) -> Iterator[DiskProbe]:
+    """A scratch file on the disk that a folder is on, to be measured in rounds.
 
     Raises
     ------
@@ -68,12 +66,11 @@ def probe_disk(scratch: Path, progress: Progress = NO_PROGRESS) -> LinkCurve:
     """
     from moepack_runtime.direct_io import DirectFile
 
-    with _scratch_file(scratch, progress) as path:
+    with _scratch_file(scratch, progress) as path, ExitStack() as stack:
         file = DirectFile(path)
-        try:
-            return _measure_disk(file, progress)
-        finally:
-            file.close()
+        stack.callback(file.close)
+        pools = {readers: stack.enter_context(ThreadPoolExecutor(readers)) for readers in READERS}
+        yield DiskProbe(file, pools)
 
 
 @contextmanager
@@ -162,32 +159,33 @@ def _batch(size_bytes: int) -> int:
     return min(max(_BATCH_BYTES // size_bytes, _BATCH_LEAST), _BATCH_MOST)
 
 
-def _measure_disk(file: DirectFile, progress: Progress) -> LinkCurve:
-    reads = _Reads(file)
-    singles_s: list[float] = []
-    batches_s: dict[int, dict[int, list[float]]] = {
-        readers: {size: [] for size in LINK_SIZES} for readers in READERS
-    }
-    device_before = _device_read_bytes()
-    begin_s = perf_counter()
-    progress.start("measure the disk", _MOST_ROUNDS, "items")
-    try:
-        with ExitStack() as stack:
-            pools = {
-                readers: stack.enter_context(ThreadPoolExecutor(readers)) for readers in READERS
-            }
-            for number in range(_MOST_ROUNDS):
-                if number >= _LEAST_ROUNDS and perf_counter() - begin_s > _ROUNDS_S:
-                    break
-                singles_s += [reads.time_one(LINK_SIZES[0]) for _ in range(_BATCH_MOST // 4)]
-                for readers, pool in pools.items():
-                    for size_bytes, durations_s in batches_s[readers].items():
-                        durations_s.append(reads.time_batch(size_bytes, pool))
-                progress.advance(1)
-    finally:
-        progress.done()
-    past_cache, how = _verdict(file, reads.moved_bytes, device_before)
-    return _curve(batches_s, summarise(singles_s).median_s, past_cache=past_cache, how=how)
+class DiskProbe:
+    """Reads from a file, past the page cache where that can be had."""
+
+    def __init__(self, file: DirectFile, pools: Mapping[int, ThreadPoolExecutor]) -> None:
+        self._reads = _Reads(file)
+        self._file = file
+        self._pools = pools
+        self._singles_s: list[float] = []
+        self._batches_s: dict[int, dict[int, list[float]]] = {
+            readers: {size: [] for size in LINK_SIZES} for readers in pools
+        }
+        self._device_before = _device_read_bytes()
+
+    def round(self) -> None:
+        """Every size and number of readers once."""
+        reads = self._reads
+        self._singles_s += [reads.time_one(LINK_SIZES[0]) for _ in range(_BATCH_MOST // 4)]
+        for readers, pool in self._pools.items():
+            for size_bytes, durations_s in self._batches_s[readers].items():
+                durations_s.append(reads.time_batch(size_bytes, pool))
+
+    def curve(self) -> LinkCurve:
+        """The medians over the rounds."""
+        moved_bytes = self._reads.moved_bytes
+        past_cache, how = _verdict(self._file, moved_bytes, self._device_before)
+        latency_s = summarise(self._singles_s).median_s
+        return _curve(self._batches_s, latency_s, past_cache=past_cache, how=how)
 
 
 def _curve(
@@ -246,30 +244,45 @@ def _device_read_bytes() -> int | None:
     return int(fields["read_bytes"]) if "read_bytes" in fields else None
 
 
-def probe_bus(device: torch.device) -> LinkCurve:
-    """Measure copies from pinned RAM to VRAM, on a stream of their own."""
-    import torch
+class BusProbe:
+    """Copies from pinned RAM to VRAM, on a stream of their own."""
 
-    source = torch.empty(LINK_SIZES[-1], dtype=torch.uint8, pin_memory=True)
-    destination = torch.empty_like(source, device=device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        import torch
 
-    def copy(size_bytes: int, count: int) -> None:
-        with torch.cuda.stream(stream):
+        self._source = torch.empty(LINK_SIZES[-1], dtype=torch.uint8, pin_memory=True)
+        self._destination = torch.empty_like(self._source, device=device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._singles_s: list[float] = []
+        self._batches_s: dict[int, list[float]] = {size: [] for size in LINK_SIZES}
+
+    def round(self) -> None:
+        """Every size once."""
+        self._singles_s.append(self._time(LINK_SIZES[0], 1))
+        for size_bytes, durations_s in self._batches_s.items():
+            count = _batch(size_bytes)
+            durations_s.append(self._time(size_bytes, count) / count)
+
+    def _time(self, size_bytes: int, count: int) -> float:
+        work = partial(self._copy, size_bytes, count)
+        return measure(work, repeats=5, synchronize=self._stream.synchronize).median_s
+
+    def _copy(self, size_bytes: int, count: int) -> None:
+        import torch
+
+        with torch.cuda.stream(self._stream):
             for _ in range(count):
-                destination[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
+                self._destination[:size_bytes].copy_(self._source[:size_bytes], non_blocking=True)
 
-    points = []
-    for size_bytes in LINK_SIZES:
-        count = _batch(size_bytes)
-        timing = measure(partial(copy, size_bytes, count), synchronize=stream.synchronize)
-        points.append(_point(size_bytes, timing._replace(median_s=timing.median_s / count)))
-    return LinkCurve(
-        readers=1,
-        latency_s=rounded(
-            measure(partial(copy, LINK_SIZES[0], 1), synchronize=stream.synchronize).median_s
-        ),
-        past_cache=True,
-        how="copies from pinned RAM on one stream",
-        points=tuple(points),
-    )
+    def curve(self) -> LinkCurve:
+        """The medians over the rounds."""
+        return LinkCurve(
+            readers=1,
+            latency_s=rounded(summarise(self._singles_s).median_s),
+            past_cache=True,
+            how="copies from pinned RAM on one stream",
+            points=tuple(
+                _point(size, summarise(durations_s))
+                for size, durations_s in self._batches_s.items()
+            ),
+        )

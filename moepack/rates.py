@@ -110,17 +110,23 @@ class MatmulPoint:
 class MatmulCurve:
     """Matrix products with weights [rows, columns] read from memory, over the number of tokens.
 
-    ``dtype`` as safetensors spells it.
+    ``dtype`` as safetensors spells it; ``threads`` that torch used, None for as many as there are.
     """
 
     dtype: Literal["BF16", "F16", "F32"]
     rows: int
     columns: int
     points: tuple[MatmulPoint, ...]
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(rows=self.rows, columns=self.columns)
         _require_ascending("tokens of the points", [point.tokens for point in self.points])
+
+    @property
+    def elements(self) -> int:
+        """Of the weights."""
+        return self.rows * self.columns
 
     def flop_per_s(self, tokens: float) -> float:
         """Rate at a number of tokens: log-log between the points, flat outside."""
@@ -129,6 +135,55 @@ class MatmulCurve:
             [point.tokens for point in self.points],
             [point.flop_per_s for point in self.points],
         )
+
+    def seconds(self, tokens: float) -> float:
+        """Seconds of one product of this shape."""
+        return 2 * tokens * self.elements / self.flop_per_s(tokens)
+
+
+def product_seconds(curves: Sequence[MatmulCurve], tokens: float, elements: int) -> float:
+    """Seconds of one product of any shape, from those that were measured for its dtype.
+
+    Log-log over the elements of the weights between the measured shapes; below the smallest as
+    long as that (all of it is overhead); beyond the largest, at its rate.
+    """
+    curves = sorted(curves, key=lambda curve: curve.elements)
+    largest = curves[-1]
+    if elements > largest.elements:
+        return 2 * tokens * elements / largest.flop_per_s(tokens)
+    return _interpolate(
+        elements,
+        [curve.elements for curve in curves],
+        [curve.seconds(tokens) for curve in curves],
+    )
+
+
+@record
+class AttentionRate:
+    """torch's scaled dot-product attention.
+
+    Attributes
+    ----------
+    cache_bytes_per_s : float
+        Keys and values that one token reads in a second.
+    block_flop_per_s : float
+        Rate of a block that attends to itself: two operations for each channel of keys and of
+        values, head, token and row, masked rows included.
+    threads : int or None
+        That torch used; None for as many as there are.
+    """
+
+    dtype: Literal["BF16", "F16", "F32"]
+    cache_bytes_per_s: float
+    block_flop_per_s: float
+    spread: float
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            cache_bytes_per_s=self.cache_bytes_per_s, block_flop_per_s=self.block_flop_per_s
+        )
+        _require_spread(self.spread)
 
 
 def require_positive(**values: float) -> None:

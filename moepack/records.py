@@ -114,6 +114,11 @@ def to_data(item: Any) -> Any:
     return json.loads(encode(item))
 
 
+def to_short_data(item: Any) -> Any:
+    """The same without the fields that are at their default."""
+    return json.loads(json.dumps(_without_defaults(item)))
+
+
 def encode(item: Any, *, indent: int | None = None) -> str:
     """A record as JSON. Equal records give equal text."""
     text: str = json.dumps(dataclasses.asdict(item), indent=indent, ensure_ascii=False)

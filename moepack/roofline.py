@@ -1,19 +1,32 @@
 """Compute times of a model that has not been run on a machine, from the machine's rates.
 
-Every piece takes ``max(bytes / memory bandwidth, flop / matmul rate) + launches * launch cost``:
-bytes are the weights (and the part of the KV cache) that it reads, flop two for each weight and
-token, the rate that of the machine's matmul curve at this number of tokens. What that leaves out
-(norms, softmax, the allocator, kernels worse than the reference product) makes it an estimate from
-below, which is why a plan made from it widens its band.
+A piece of a layer takes the sum over its matrix products, plus so many launches of small
+operations, plus attention over the cache:
+
+- a product takes what one with as many weights took where the machine was measured
+  (:meth:`moepack.hardware.HardwareProfile.product_seconds`); of a preset it takes
+  ``max(bytes / memory bandwidth, flop / matmul rate) + launch``;
+- attention of one token takes ``cache bytes / attention's rate of bytes``, that of a block
+  ``flop / attention's rate of flop``; flop are two for each channel, head, token and row.
+
+What that leaves out (weights that some cache holds, cores that wait for one another) goes either
+way; ``moepack profile`` prints these times beside the measured ones, and a plan made from them
+widens its band.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
+from moepack.compute import (
+    COMPUTE_VERSION,
+    ComputeProfile,
+    Curve,
+    LayerCompute,
+    worthwhile_threads,
+)
 from moepack.hardware import HardwareProfile
 from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
@@ -23,10 +36,11 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 #: Context behind the one token whose attention is priced.
 CONTEXT_TOKENS = 512
 
-# Torch operations of each piece, counted in moepack_runtime.
-_ATTENTION_LAUNCHES = 24
-_ROUTER_LAUNCHES = 10
-_SEGMENT_LAUNCHES = 8
+# Torch operations of each piece beside its products, counted in moepack_runtime.
+_ATTENTION_LAUNCHES = 36
+_ROUTER_LAUNCHES = 9
+_SEGMENT_LAUNCHES = 4
+_PASS_LAUNCHES = 12
 _FFN_LAUNCHES = 5
 _HEAD_LAUNCHES = 8
 
@@ -34,8 +48,21 @@ _HEAD_LAUNCHES = 8
 def derive_compute(
     spec: ModelSpec, hardware: HardwareProfile, *, context_tokens: int = CONTEXT_TOKENS
 ) -> ComputeProfile:
-    """Estimate a model's compute times on a machine by the roofline above."""
-    roofline = _Roofline(spec, hardware, context_tokens)
+    """Estimate a model's compute times on a machine by the roofline above.
+
+    With as many threads as are worthwhile, of the numbers whose rates the machine's profile has.
+    """
+    return worthwhile_threads(
+        spec,
+        [
+            _derive(_Roofline(spec, hardware, context_tokens, threads))
+            for threads in hardware.thread_counts
+        ],
+    )
+
+
+def _derive(roofline: _Roofline) -> ComputeProfile:
+    spec, hardware = roofline.spec, roofline.hardware
     kinds: dict[LayerSpec, list[int]] = {}
     for number, layer in enumerate(spec.layers):
         kinds.setdefault(layer, []).append(number)
@@ -44,11 +71,11 @@ def derive_compute(
         model_name=spec.name,
         model_digest=spec.digest,
         device=hardware.device,
-        threads=hardware.cores,
+        threads=roofline.threads,
         source="derived",
         how=f"roofline from the rates of {hardware.name} ({hardware.source}); never run there",
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        context_tokens=context_tokens,
+        context_tokens=roofline.context_tokens,
         head_s=roofline.head_s(),
         spread=0.0,
         layers=tuple(roofline.layer(tuple(numbers)) for numbers in kinds.values()),
@@ -60,70 +87,77 @@ class _Roofline:
     spec: ModelSpec
     hardware: HardwareProfile
     context_tokens: int
+    threads: int
 
     def layer(self, numbers: tuple[int, ...]) -> LayerCompute:
         """All layers of one kind, by the tensors of the first of them."""
         number = numbers[0]
         routed = self.spec.layers[number].moe is not None
-        ffn = self._elements(f"layers.{number}.mlp.", f"layers.{number}.shared")
+        ffn = self._matrices(f"layers.{number}.mlp.", f"layers.{number}.shared")
+        router = self._matrices(f"layers.{number}.router.")
         return LayerCompute(
             layers=numbers,
             attention=_curve(lambda tokens: self._attention_s(number, tokens)),
-            router=self._linear(self._elements(f"layers.{number}.router."), _ROUTER_LAUNCHES)
-            if routed
-            else None,
+            router=self._linear(router, _ROUTER_LAUNCHES) if routed else None,
             expert=self._expert(number, segments=1) if routed else None,
             expert_split=self._expert(number, segments=2) if routed else None,
             ffn=self._linear(ffn, _FFN_LAUNCHES) if ffn else None,
+            fixed=self._linear((), _PASS_LAUNCHES) if routed else None,
         )
 
     def head_s(self) -> float:
         """Embedding, final norm, head and sampling of one token."""
         elements = self.spec.vocab_size * self.spec.hidden_size
-        return self._seconds(1, elements, launches=_HEAD_LAUNCHES)
+        return self._seconds(1, [elements], launches=_HEAD_LAUNCHES)
 
     def _expert(self, number: int, *, segments: int) -> Curve:
-        elements = 3 * self.spec.moe(number).intermediate_size * self.spec.hidden_size
-        return self._linear(elements, _SEGMENT_LAUNCHES * segments)
+        """Gate and up are one product of a segment, down is another."""
+        neurons = self.spec.moe(number).intermediate_size / segments
+        down = round(neurons * self.spec.hidden_size)
+        return self._linear([2 * down, down] * segments, _SEGMENT_LAUNCHES * segments)
 
-    def _linear(self, elements: int, launches: int) -> Curve:
-        return _curve(lambda tokens: self._seconds(tokens, elements, launches=launches))
+    def _linear(self, matrices: Sequence[int], launches: int) -> Curve:
+        return _curve(lambda tokens: self._seconds(tokens, matrices, launches=launches))
 
     def _attention_s(self, number: int, tokens: int) -> float:
         """One token behind the context, or a block at the beginning of a sequence."""
-        attention = self.spec.layers[number].attention
-        keys = tokens if tokens > 1 else self.context_tokens
-        if attention.window is not None:
-            keys = min(keys, attention.window)
-        flop = 2 * tokens * keys * attention.num_heads * (attention.head_dim + attention.value_dim)
-        if attention.mla is not None:
-            # Keys and values of the whole context are expanded from the latent.
-            flop += 2 * keys * self._elements(f"layers.{number}.attn.kv_b.")
-        cache_bytes = keys * attention.cache_width * DTYPE_BYTES[self.spec.dtype]
-        return self._seconds(
-            tokens,
-            self._elements(f"layers.{number}.attn."),
-            more_flop=flop,
-            more_bytes=cache_bytes,
-            launches=_ATTENTION_LAUNCHES,
-        )
+        spec = self.spec.layers[number].attention
+        rows = tokens if tokens > 1 else self.context_tokens
+        if spec.window is not None:
+            rows = min(rows, spec.window)
+        prefix = f"layers.{number}.attn."
+        seconds = self._seconds(tokens, self._matrices(prefix), launches=_ATTENTION_LAUNCHES)
+        rate = self.hardware.attention_rate(self.spec.dtype, self.threads)
+        width = spec.head_dim + spec.value_dim
+        mla = spec.mla
+        if mla is not None:
+            # As moepack_runtime decides: short blocks attend among latents, long ones expand them.
+            latent = 2 * (mla.kv_rank + mla.rope_dim)
+            expanding = mla.kv_rank * (mla.nope_dim + spec.value_dim)
+            if tokens * latent < 2 * tokens * spec.head_dim + expanding:
+                width = latent
+            else:
+                kv_b = self._matrices(f"{prefix}kv_b.")
+                seconds += self._seconds(rows, kv_b) - self._seconds(tokens, kv_b)
+        if tokens == 1:
+            cache_bytes = rows * spec.cache_width * DTYPE_BYTES[self.spec.dtype]
+            return seconds + cache_bytes / rate.cache_bytes_per_s
+        return seconds + 2 * tokens * rows * spec.num_heads * width / rate.block_flop_per_s
 
-    def _elements(self, *prefixes: str) -> int:
-        """Weights of the trunk's matrices under any of these prefixes."""
-        return sum(
+    def _matrices(self, *prefixes: str) -> list[int]:
+        """Weights of each of the trunk's matrices under any of these prefixes."""
+        return [
             tensor.elements
             for tensor in self.spec.trunk
             if len(tensor.shape) == 2 and tensor.name.startswith(prefixes)
-        )
+        ]
 
-    def _seconds(
-        self, tokens: int, elements: int, *, launches: int, more_flop: int = 0, more_bytes: int = 0
-    ) -> float:
-        rate = self.hardware.matmul_curve(self.spec.dtype).flop_per_s(tokens)
-        flop = 2 * tokens * elements + more_flop
-        read_bytes = elements * DTYPE_BYTES[self.spec.dtype] + more_bytes
-        bound_s = max(read_bytes / self.hardware.memory.bytes_per_s, flop / rate)
-        return bound_s + launches * self.hardware.launch_s
+    def _seconds(self, tokens: int, matrices: Sequence[int], *, launches: int = 0) -> float:
+        dtype, threads = self.spec.dtype, self.threads
+        products_s = (
+            self.hardware.product_seconds(dtype, tokens, elements, threads) for elements in matrices
+        )
+        return sum(products_s) + launches * self.hardware.launch_s
 
 
 def _curve(seconds: Callable[[int], float]) -> Curve:

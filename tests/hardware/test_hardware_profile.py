@@ -9,7 +9,14 @@ import pytest
 
 from moepack.errors import ProfileError
 from moepack.hardware import HardwareProfile, find_hardware, load_hardware
-from moepack.rates import LinkCurve, LinkPoint, MatmulCurve, MatmulPoint, MemoryRate
+from moepack.rates import (
+    AttentionRate,
+    LinkCurve,
+    LinkPoint,
+    MatmulCurve,
+    MatmulPoint,
+    MemoryRate,
+)
 from moepack.units import KIB, MIB
 
 CPU = find_hardware("cpu-sata")
@@ -82,10 +89,56 @@ def test_matmul_rates_are_interpolated_and_flat_outside() -> None:
 
 
 def test_a_dtype_that_was_not_measured_takes_the_curve_of_its_width() -> None:
-    assert CPU.matmul_curve("BF16").dtype == "BF16"
-    assert CPU.matmul_curve("F16").dtype == "BF16"
-    assert CPU.matmul_curve("F32").dtype == "F32"
-    assert CPU.matmul_curve("F64").dtype == "F32"
+    for dtype, other in {"BF16": "BF16", "F16": "BF16", "F32": "F32", "F64": "F32"}.items():
+        assert [curve.dtype for curve in CPU.matmul_curves(dtype)] == [other]
+
+
+def square(width: int, seconds: float, threads: int | None = None) -> MatmulCurve:
+    """Products that take so long for one token, and sixteen times as long for sixteen."""
+    rate = 2 * width * width / seconds
+    points = (MatmulPoint(1, rate, 0.0), MatmulPoint(16, rate, 0.0))
+    return MatmulCurve("BF16", width, width, points, threads)
+
+
+def test_products_are_interpolated_between_the_shapes_that_were_measured() -> None:
+    profile = dataclasses.replace(CPU, matmul=(square(2048, 16e-3), square(128, 1e-3)))
+    seconds = profile.product_seconds
+    assert seconds("BF16", 1, 128 * 128) == pytest.approx(1e-3)
+    assert seconds("BF16", 1, 512 * 512) == pytest.approx(4e-3)  # halfway, in logarithms
+    assert seconds("BF16", 16, 2048 * 2048) == pytest.approx(16 * 16e-3)
+    assert seconds("BF16", 1, 64) == pytest.approx(1e-3), "all overhead"
+    assert seconds("BF16", 1, 2 * 2048 * 2048) == pytest.approx(32e-3)
+
+
+def test_a_single_shape_is_a_roofline() -> None:
+    assert len(CPU.matmul_curves("BF16")) == 1
+    small_s = CPU.product_seconds("BF16", 1, 1000)
+    assert small_s == pytest.approx(CPU.launch_s + 2000 / CPU.memory.bytes_per_s, rel=0.1)
+    rate = CPU.matmul_curves("BF16")[0].flop_per_s(512)
+    large_s = CPU.product_seconds("BF16", 512, 10**8)
+    assert large_s == pytest.approx(CPU.launch_s + 2 * 512 * 10**8 / rate)
+
+
+def test_rates_are_those_of_the_number_of_threads() -> None:
+    attention = tuple(AttentionRate("BF16", n * 1e9, n * 1e9, 0.0, threads=n) for n in (1, 6))
+    profile = dataclasses.replace(
+        CPU, matmul=(square(128, 6e-3, 1), square(128, 1e-3, 6)), attention=attention
+    )
+    assert profile.thread_counts == (1, 6)
+    assert [profile.matmul_curves("BF16", n)[0].threads for n in (None, 1, 6)] == [6, 1, 6]
+    assert profile.attention_rate("BF16", 1).cache_bytes_per_s == 1e9
+    assert profile.attention_rate("F32").cache_bytes_per_s == CPU.memory.bytes_per_s
+    assert CPU.thread_counts == (CPU.cores,)
+    assert CPU.attention_rate("BF16").cache_bytes_per_s == CPU.memory.bytes_per_s
+
+
+def test_a_profile_with_rates_by_threads_comes_back_from_its_file(tmp_path: Path) -> None:
+    attention = (AttentionRate("BF16", 1e9, 1e9, 0.0, threads=1),)
+    profile = dataclasses.replace(
+        CPU, matmul=(square(128, 6e-3, 1),), attention=attention, launch_spread=0.2
+    )
+    profile.save(tmp_path / "machine.yaml")
+    assert load_hardware(tmp_path / "machine.yaml") == profile
 
 
 GARBAGE = [

@@ -74,8 +74,8 @@ def test_every_preset_is_a_profile_that_says_where_each_number_comes_from(name: 
     numbers = {
         field.name
         for field in dataclasses.fields(HardwareProfile)
-        if isinstance(getattr(profile, field.name), (int, float, tuple))
-        or dataclasses.is_dataclass(getattr(profile, field.name))
+        if (value := getattr(profile, field.name)) != field.default
+        and (isinstance(value, (int, float, tuple)) or dataclasses.is_dataclass(value))
     }
     assert set(profile.sources) == numbers - {"version"}
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from moepack_runtime import direct_io
 
-from moepack import probe, probe_link
+from moepack import probe, probe_link, probe_torch
 from moepack.errors import DeviceError, DiskFullError, OutputError, ProfileError
 from moepack.hardware import HardwareProfile, load_hardware
-from moepack.progress import Unit
+from moepack.progress import NO_PROGRESS, Progress, Unit
 from moepack.rates import LinkCurve
+from moepack.timing import Timing
 from moepack.units import GIB, MIB
 
 
@@ -46,12 +47,17 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less of everything: the numbers mean little, their form is the same."""
     monkeypatch.setattr(probe_link, "SCRATCH_BYTES", 64 * MIB)
     monkeypatch.setattr(probe_link, "_BATCH_BYTES", 16 * MIB)
-    monkeypatch.setattr(probe_link, "_LEAST_ROUNDS", 1)
-    monkeypatch.setattr(probe_link, "_MOST_ROUNDS", 2)
-    monkeypatch.setattr(probe, "_MEMORY_BYTES", 32 * MIB)
-    monkeypatch.setattr(probe, "_WEIGHTS_BYTES", 32 * MIB)
-    monkeypatch.setattr(probe, "_LAUNCHES", 100)
-    monkeypatch.setattr(probe, "_MATMUL_LIMIT_S", 0.01)
+    monkeypatch.setattr(probe, "ROUNDS", 2)
+    monkeypatch.setattr(probe, "_DISK_ROUNDS", 1)
+    monkeypatch.setattr(probe_torch, "_MEMORY_BYTES", 32 * MIB)
+    monkeypatch.setattr(probe_torch, "_LIMIT_S", 0.0)
+
+
+def probe_disk(scratch: Path, progress: Progress = NO_PROGRESS) -> LinkCurve:
+    """One round."""
+    with probe_link.open_disk(scratch, progress) as disk:
+        disk.round()
+        return disk.curve()
 
 
 class Probed(NamedTuple):
@@ -76,7 +82,12 @@ def test_a_machine_is_measured_and_its_profile_comes_back_from_a_file(
     assert profile.bus is None
     assert f"torch {torch.__version__}" in profile.measured_by
     assert [point.size_bytes for point in profile.disk.points] == list(probe_link.LINK_SIZES)
-    assert {curve.dtype for curve in profile.matmul} == {"BF16", "F32"}
+    assert profile.thread_counts == tuple(sorted({1, torch.get_num_threads()}))
+    for dtype in ("BF16", "F32"):
+        for threads in profile.thread_counts:
+            widths = [curve.rows for curve in profile.matmul_curves(dtype, threads)]
+            assert widths == list(probe_torch.MATMUL_TOKENS)
+            assert profile.attention_rate(dtype, threads).threads == threads
     assert 50 * MIB < profile.process_base_bytes < 2 * GIB
     assert 1e-8 < profile.launch_s < 1e-3
     assert profile.memory.bytes_per_s > 1e8
@@ -86,8 +97,7 @@ def test_a_machine_is_measured_and_its_profile_comes_back_from_a_file(
     # Progress added up, and nothing was left behind.
     assert [item[0] for item in probed.progress.work] == [
         "write a scratch file",
-        "measure the disk",
-        "measure memory and arithmetic",
+        "measure the machine",
     ]
     for _, total, _, done in probed.progress.work:
         assert done == total
@@ -113,13 +123,13 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(GIB, GIB, 100 * MIB))
     with pytest.raises(DiskFullError, match=r"100\.00 MiB are free, measuring .* 256\.00 MiB"):
-        probe_link.probe_disk(tmp_path)
+        probe_disk(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
-        probe_link.probe_disk(tmp_path / "file" / "folder")
+        probe_disk(tmp_path / "file" / "folder")
 
 
 class Stop(BaseException):
@@ -152,7 +162,7 @@ def test_an_interruption_leaves_no_file_no_descriptor_and_no_open_progress(tmp_p
     progress = Recorder()
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(Stop):
-        probe_link.probe_disk(tmp_path, progress)
+        probe_disk(tmp_path, progress)
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert os.listdir(tmp_path) == []  # noqa: PTH208
     assert not progress.open
@@ -163,7 +173,7 @@ def test_measuring_memory_instead_of_a_disk_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_io, "_is_memory", lambda _: True)
-    link = probe_link.probe_disk(tmp_path)
+    link = probe_disk(tmp_path)
     assert not link.past_cache
     assert "through the page cache (its file system keeps files in memory)" in link.how
 
@@ -173,7 +183,7 @@ def test_direct_reads_that_never_reach_a_device_are_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe_link, "_device_read_bytes", lambda: 0)
-    link = probe_link.probe_disk(tmp_path)
+    link = probe_disk(tmp_path)
     assert not link.past_cache
     assert "from memory" in link.how or "through the page cache" in link.how
 
@@ -196,10 +206,42 @@ def test_the_fewest_readers_that_are_about_as_fast_are_taken() -> None:
     assert [point.bytes_per_s for point in faster.points] == [2e8, 1.5e9]
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("hasty", "two_threads")
+def test_one_thread_and_all_are_measured_and_then_left_as_they_were() -> None:
+    torch_probe = probe_torch.TorchProbe(torch.device("cpu"))
+    torch_probe.round()
+    assert torch.get_num_threads() == 2
+    assert {curve.threads for curve in torch_probe.matmul()} == {1, 2}
+    assert {rate.threads for rate in torch_probe.attention()} == {1, 2}
+
+
+def test_the_spread_is_that_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr(probe_torch, "_MEMORY_BYTES", 16 * MIB)
+    monkeypatch.setattr(
+        probe_torch, "measure", lambda *_, **__: Timing(next(seconds), spread=0.0, repeats=9)
+    )
+    torch_probe = probe_torch.TorchProbe(torch.device("cpu"))
+    for _ in range(5):
+        torch_probe._time("memory", work=lambda: None)
+    assert torch_probe.memory().bytes_per_s == pytest.approx(16 * MIB / 2.0, rel=1e-3)
+    assert torch_probe.memory().spread == pytest.approx((3.0 - 1.0) / 2.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_bus_is_measured() -> None:
-    link = probe_link.probe_bus(torch.device("cuda"))
-    rates = [point.bytes_per_s for point in link.points]
+    bus = probe_link.BusProbe(torch.device("cuda"))
+    for _ in range(2):
+        bus.round()
+    rates = [point.bytes_per_s for point in bus.curve().points]
     assert rates[-1] > rates[0]
     assert rates[-1] > 1e9

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
 from moepack.hardware import HardwareProfile, find_hardware
 from moepack.model_spec import AttentionSpec, LayerSpec, MlaSpec, ModelSpec, TensorInfo
-from moepack.rates import MatmulCurve, MatmulPoint, MemoryRate
+from moepack.rates import AttentionRate, MatmulCurve, MatmulPoint, MemoryRate
 from moepack.roofline import TOKENS, derive_compute
 from tests.pack.fake_models import make_spec
 
@@ -51,10 +52,7 @@ def test_one_token_costs_reading_the_weights() -> None:
 
 
 def test_many_tokens_cost_arithmetic() -> None:
-    slow = dataclasses.replace(
-        PLAIN, matmul=(MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),)),)
-    )
-    moe = derive_compute(model(), slow).layers[1]
+    moe = derive_compute(model(), slow()).layers[1]
     assert moe.expert is not None
     assert moe.expert.at(512) == pytest.approx(2 * 512 * 3 * 480 * 320 / 1e9)
 
@@ -77,25 +75,65 @@ def test_a_window_bounds_what_is_read_of_the_cache() -> None:
     assert far == pytest.approx(near)
 
 
-def test_a_latent_cache_is_expanded_over_the_context() -> None:
+def latent_attention(tokens: int, context_tokens: int) -> float:
+    """Seconds of attention over latents of 24 + 8, at a gigaflop and a gigabyte a second."""
     latent = AttentionSpec(2, 2, 24, 16, 8, 0.2, mla=MlaSpec(None, 24, 16, 8))
     spec = model()
     layers = tuple(LayerSpec(latent, layer.moe, 960) for layer in spec.layers)
     trunk = (*spec.trunk, TensorInfo("layers.1.attn.kv_b.weight", "BF16", (64, 24)))
     mla = dataclasses.replace(spec, layers=layers, trunk=trunk)
-    slow = dataclasses.replace(
-        PLAIN, matmul=(MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),)),)
+    profile = derive_compute(mla, slow(), context_tokens=context_tokens)
+    return next(entry for entry in profile.layers if 1 in entry.layers).attention.at(tokens)
+
+
+def slow() -> HardwareProfile:
+    """A gigaflop a second."""
+    curve = MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),))
+    return dataclasses.replace(PLAIN, matmul=(curve,))
+
+
+def test_one_token_attends_among_latents_and_expands_none() -> None:
+    further_s = latent_attention(1, 2000) - latent_attention(1, 1000)
+    assert further_s == pytest.approx(1000 * (24 + 8) * 2 / 1e9)  # reads them, no more
+
+
+def test_a_long_block_expands_its_latents_and_a_short_one_does_not() -> None:
+    weights = 320 * 320 + 64 * 24
+    for tokens, width in ((512, 24 + 16), (8, 2 * (24 + 8))):
+        flop = 2 * tokens * weights + 2 * tokens * tokens * 2 * width
+        assert latent_attention(tokens, 512) == pytest.approx(flop / 1e9)
+
+
+def test_attention_takes_its_own_rates_where_they_are_known() -> None:
+    rate = AttentionRate("BF16", cache_bytes_per_s=1e8, block_flop_per_s=1e9, spread=0.0)
+    known = dataclasses.replace(PLAIN, attention=(rate,))
+    spec = model()
+    attention = spec.layers[1].attention
+    one, plain = (
+        derive_compute(spec, profile, context_tokens=1000).layers[1].attention.at(1)
+        for profile in (known, PLAIN)
     )
-    some, more = (
-        next(
-            entry
-            for entry in derive_compute(mla, slow, context_tokens=n).layers
-            if 1 in entry.layers
-        ).attention.at(1)
-        for n in (1000, 2000)
+    cache_bytes = 1000 * attention.cache_width * 2
+    assert one - plain == pytest.approx(cache_bytes / 1e8 - cache_bytes / 1e9)
+    block, plain = (
+        derive_compute(spec, profile).layers[1].attention.at(512) for profile in (known, PLAIN)
     )
-    scores = 2 * 1000 * 2 * (24 + 16)
-    assert more - some == pytest.approx((2 * 1000 * 64 * 24 + scores) / 1e9)
+    width = attention.head_dim + attention.value_dim
+    flop = 2 * 512 * 512 * attention.num_heads * width
+    assert block - plain == pytest.approx(flop / 1e9 - flop / 1e12)
+
+
+def test_as_many_threads_are_taken_as_are_worthwhile() -> None:
+    def rates(threads: int, flop_per_s: float) -> MatmulCurve:
+        return MatmulCurve("BF16", 8, 8, (MatmulPoint(1, flop_per_s, 0.0),), threads)
+
+    # From memory that is never waited for, so that the products decide.
+    fast = dataclasses.replace(PLAIN, memory=MemoryRate(1e15, 0.0))
+    little = dataclasses.replace(fast, matmul=(rates(1, 1e9), rates(6, 1.1e9)))
+    much = dataclasses.replace(fast, matmul=(rates(1, 1e9), rates(6, 5e9)))
+    assert derive_compute(model(), little).threads == 1
+    assert derive_compute(model(), much).threads == 6
+    assert derive_compute(model(), PLAIN).threads == PLAIN.cores
 
 
 def test_two_segments_cost_their_launches_twice_and_their_bytes_once() -> None:
@@ -118,4 +156,4 @@ def test_the_profile_says_that_it_was_derived_and_from_what() -> None:
     assert profile.layers[0].attention.tokens == TOKENS
     for entry in profile.layers:
         blocks = entry.attention.seconds[1:]  # the first point is behind a context, these are not
-        assert list(blocks) == sorted(blocks)
+        assert all(more > 0.999 * less for less, more in pairwise(blocks))
