@@ -43,13 +43,14 @@ class Kind(NamedTuple):
         return {field.name for field in dataclasses.fields(record)}
 
 
-KindName = Literal["hardware", "link"]
+KindName = Literal["hardware", "link", "routing"]
 
 KINDS = {
     kind.name: kind
     for kind in (
         Kind("hardware", "hardware", "moepack.hardware", "HardwareProfile", "load_hardware"),
         Kind("link", "links", "moepack.links", "LinkPreset", "load_link"),
+        Kind("routing", "routing", "moepack.routing_model", "RoutingModel", "load_routing_model"),
     )
 }
 

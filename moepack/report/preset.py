@@ -12,6 +12,7 @@ from moepack.hardware import HardwareProfile
 from moepack.links import LinkPreset
 from moepack.presets import Preset
 from moepack.report.tables import columns
+from moepack.routing_model import RoutingModel
 from moepack.units import MIB, format_duration, format_rate, format_size
 
 #: Transfers whose rate stands for a link: about an expert of a large model.
@@ -35,7 +36,8 @@ def _table(kind: str, records: Sequence[Any]) -> RenderableType:
         return columns(head, [_hardware_row(record) for record in records])
     if kind == "link":
         return columns(("link", "rate", "latency"), [_link_row(record) for record in records])
-    return columns((kind, "what it is"), [(record.name, record.how) for record in records])
+    titles = (kind, "recall", "fitted to", "off by, on average")
+    return columns(titles, [_routing_row(record) for record in records])
 
 
 def _hardware_row(hardware: HardwareProfile) -> tuple[str | Text, ...]:
@@ -47,6 +49,12 @@ def _hardware_row(hardware: HardwareProfile) -> tuple[str | Text, ...]:
         format_rate(rate),
         hardware.device_name,
     )
+
+
+def _routing_row(model: RoutingModel) -> tuple[str, ...]:
+    errors = [abs(line.fitted - line.recorded) for line in model.fit]
+    fit = (f"{len(errors)} figures", f"{sum(errors) / len(errors):.3f}") if errors else ("", "")
+    return model.name, f"{model.recall:.0%}" if model.recall else "blind", *fit
 
 
 def _link_row(link: LinkPreset) -> tuple[str, ...]:
