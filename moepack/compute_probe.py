@@ -1,37 +1,35 @@
 """Measuring a model's compute: its own layers, at several numbers of tokens, nothing in flight.
 
-Each kind of layer is measured once, on its first layer; a routed expert with as many experts
-resident as one token uses, so that the loop around the matrix products is in the figure. Peak
-memory beyond the engine's: the experts of one token, twice.
+Each kind of layer is measured once, on its first layer; its routed experts in
+:mod:`moepack.expert_probe`. Peak memory beyond the engine's: the experts of one token, twice.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from moepack.atomic import output_error
-from moepack.budget import layer_segment
-from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
-from moepack.cost import Held, LayerTimes, Parts
-from moepack.decode_cost import decode_layer_s
+from moepack.compute import (
+    COMPUTE_VERSION,
+    ComputeProfile,
+    Curve,
+    LayerCompute,
+    worthwhile_threads,
+)
+from moepack.expert_probe import Probe, measure_experts, measure_transfer
 from moepack.hardware import HardwareProfile
-from moepack.layouts import layer_layout
-from moepack.plan import LayerPlacement, Layout
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.timing import measure, summarise
 
 if TYPE_CHECKING:
     import torch
     from moepack_runtime.engine import Engine
-    from moepack_runtime.store import ExpertSource, SegmentStore
+    from moepack_runtime.store import ExpertSource
 
     from moepack.model_spec import LayerSpec, ModelSpec
 
@@ -40,10 +38,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 #: Context behind which the attention of one token is measured, where the model has as much.
 CONTEXT_TOKENS = 512
-
-#: More threads are taken where they need less than this share of the time. A smaller gain is not
-#: worth it: where the cores have other work, threads wait for one another ten times as long.
-WORTHWHILE = 0.8
 
 # Everything is measured in so many rounds, so that a burst of other work spoils one of them and
 # not the median; in a round, a point until it has this many repeats or has taken this long.
@@ -74,7 +68,7 @@ def measure_compute(
 ) -> ComputeProfile:
     """Measure every kind of layer of a model, with one thread and with all, and keep the better.
 
-    Small layers gain little from a second thread: see :data:`WORTHWHILE`.
+    Small layers gain little from a second thread: see :data:`moepack.compute.WORTHWHILE`.
 
     Parameters
     ----------
@@ -92,7 +86,7 @@ def measure_compute(
 
     most = torch.get_num_threads()
     counts = {1, most} if hardware.device == "cpu" else {most}
-    probe = _Probe(source, engine, hardware, scratch)
+    probe = Probe(source, engine, hardware, scratch)
     kinds: dict[LayerSpec, list[int]] = {}
     for number, layer in enumerate(engine.spec.layers):
         kinds.setdefault(layer, []).append(number)
@@ -111,10 +105,7 @@ def measure_compute(
         progress.done()
         engine.reset()
     found = [_median_profile(measured) for measured in rounds.values()]
-    best = found[0]
-    for other in found[1:]:
-        if _nominal_s(engine.spec, other) < WORTHWHILE * _nominal_s(engine.spec, best):
-            best = other
+    best = worthwhile_threads(engine.spec, found)
     torch.set_num_threads(best.threads)
     return best
 
@@ -146,6 +137,7 @@ def _median_profile(rounds: Sequence[ComputeProfile]) -> ComputeProfile:
             expert=curve([entry.expert for entry in entries]),
             expert_split=curve([entry.expert_split for entry in entries]),
             ffn=curve([entry.ffn for entry in entries]),
+            fixed=curve([entry.fixed for entry in entries]),
             transfer_s=middle([entry.transfer_s for entry in entries]),
         )
 
@@ -155,32 +147,7 @@ def _median_profile(rounds: Sequence[ComputeProfile]) -> ComputeProfile:
     return replace(rounds[0], head_s=head_s, layers=combined, spread=round(spread, 3))
 
 
-def _nominal_s(spec: ModelSpec, profile: ComputeProfile) -> float:
-    """Compute of a prompt of one block and a quarter as many new tokens: what is compared."""
-    block = max(profile.layers[0].attention.tokens)
-    total_s = 0.0
-    for entry in profile.layers:
-        pieces = [piece for piece in (entry.attention, entry.router, entry.ffn) if piece]
-        token_s = sum(piece.at(1) for piece in pieces)
-        block_s = sum(piece.at(block) for piece in pieces)
-        moe = spec.layers[entry.layers[0]].moe
-        if moe is not None and entry.expert is not None:
-            token_s += moe.top_k * entry.expert.at(1)
-            block_s += moe.num_experts * entry.expert.at(block * moe.top_k / moe.num_experts)
-        total_s += len(entry.layers) * (block_s + token_s * block / 4)
-    return total_s
-
-
-class _Probe(NamedTuple):
-    """What is measured, and where."""
-
-    source: ExpertSource
-    engine: Engine
-    hardware: HardwareProfile
-    scratch: Path
-
-
-def _measure(probe: _Probe, kinds: Sequence[Sequence[int]], progress: Progress) -> ComputeProfile:
+def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -> ComputeProfile:
     """Measure with the present number of threads."""
     import torch
 
@@ -221,7 +188,7 @@ def _context_tokens(spec: ModelSpec) -> int:
     return min(CONTEXT_TOKENS, max(1, spec.context_length - 2 * _REPEATS))
 
 
-def _measure_kind(probe: _Probe, numbers: tuple[int, ...], timer: _Timer) -> LayerCompute:
+def _measure_kind(probe: Probe, numbers: tuple[int, ...], timer: _Timer) -> LayerCompute:
     import torch
 
     engine = probe.engine
@@ -251,105 +218,17 @@ def _measure_kind(probe: _Probe, numbers: tuple[int, ...], timer: _Timer) -> Lay
     if moe is None:
         ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
         return LayerCompute(numbers, attention, None, None, None, ffn)
-    whole, split = (_measure_expert(probe, numbers[0], ratio, curve) for ratio in (1.0, 0.5))
+    experts = measure_experts(probe, numbers[0], curve)
     return LayerCompute(
         layers=numbers,
         attention=attention,
         router=curve(lambda hidden: layer.route(layer.mlp_norm(hidden)).ids.tolist()),
-        expert=whole,
-        expert_split=split,
+        expert=experts.whole,
+        expert_split=experts.split,
         ffn=curve(layer.shared) if moe.shared_intermediate_size else None,
-        transfer_s=_measure_transfer(probe, numbers[0], sample[:1], whole.at(1), timer),
+        fixed=experts.fixed,
+        transfer_s=measure_transfer(probe, numbers[0], sample[:1], experts, timer.median_s),
     )
-
-
-def _measure_expert(
-    probe: _Probe,
-    number: int,
-    ratio: float,
-    curve: Callable[[Callable[[torch.Tensor], object]], Curve],
-) -> Curve:
-    """One expert's share of a pass in which every token uses the same top-k experts."""
-    from moepack_runtime.store import CheckpointStore
-
-    spec = probe.engine.spec
-    layout = Layout(spec.digest, (layer_layout(spec, number, ratio),))
-    store = CheckpointStore(probe.source, spec, layout)
-    slots = spec.moe(number).top_k
-    with _open_layer(probe, layout, store, slots=slots) as run:
-        whole = curve(run)
-    return Curve(whole.tokens, tuple(seconds / slots for seconds in whole.seconds))
-
-
-def _measure_transfer(
-    probe: _Probe, number: int, token: torch.Tensor, expert_s: float, timer: _Timer
-) -> float:
-    """What a pass with every expert missing takes beyond the cost model, for each transfer.
-
-    The interpreter's lock, waking threads, weights that are in no processor cache: none of it is
-    the link's, all of it is there for each transfer.
-    """
-    import torch
-    from moepack_runtime.scratch_store import ScratchStore
-
-    spec = probe.engine.spec
-    top_k = spec.moe(number).top_k
-    cut = layer_layout(spec, number, 1.0)
-    shape = layer_segment(spec, cut, "top")
-    assert shape is not None
-    with tempfile.TemporaryDirectory(dir=probe.scratch, prefix=".probe.") as folder:
-        path = Path(folder) / "experts"
-        try:
-            store = ScratchStore(path, probe.source, number, shape, top_k)
-        except OSError as failure:
-            raise output_error(path, failure) from failure
-        layout = Layout(spec.digest, (cut,))
-        with (
-            _open_layer(probe, layout, store, slots=0) as run,
-            torch.inference_mode(),
-        ):
-            missing_s = timer.median_s(lambda: run(token))
-    priced_s = decode_layer_s(
-        LayerTimes(0.0, expert_s),
-        top_k,
-        Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
-        Held(top=0.0, bottom=1.0),
-        staging_experts=top_k,
-    )
-    return max(0.0, missing_s - priced_s.item()) / top_k
-
-
-@contextmanager
-def _open_layer(
-    probe: _Probe, layout: Layout, store: SegmentStore, *, slots: int
-) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """The expert half of one layer, with its first experts resident and always chosen."""
-    import torch
-    from moepack_runtime.experts import ExpertMemory
-    from moepack_runtime.loading import open_transfer
-    from moepack_runtime.moe import Block, add_experts
-    from moepack_runtime.router import Routing
-
-    spec, number = probe.engine.spec, layout.layers[0].layer
-    moe = spec.moe(number)
-    chosen = torch.arange(moe.top_k, device=probe.engine.device)
-    everyone = tuple(range(moe.num_experts))
-    placement = LayerPlacement(number, 0, slots, slots, "lru", everyone)
-    with open_transfer(spec, layout, store, probe.hardware.device) as transfer:
-        memory = ExpertMemory(
-            spec, layout, [placement], staging_experts=moe.top_k, transfer=transfer
-        )
-        memory.warm()
-
-        def run(hidden: torch.Tensor) -> torch.Tensor:
-            ids = chosen.expand(len(hidden), moe.top_k)
-            weights = torch.full(ids.shape, 1 / moe.top_k, device=hidden.device)
-            total = torch.zeros_like(hidden, dtype=torch.float32)
-            block = Block(hidden, Routing(ids, weights), total)
-            add_experts(moe, [block], memory.step(number, ids.tolist()))
-            return hidden + total.to(hidden.dtype)
-
-        yield run
 
 
 def _measure_head(engine: Engine, timer: _Timer) -> float:

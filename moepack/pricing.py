@@ -119,8 +119,8 @@ class Pricer:
         blocks = _blocks(self._prompt_tokens, layout.prefill_block_tokens)
         for number in range(len(self._spec.layers)):
             entry = self._compute.layer(number)
-            ttft_s += sum(_other_s(entry, tokens) for tokens in blocks)
-            tpot_s += _other_s(entry, 1)
+            ttft_s += sum(entry.around_s(tokens) for tokens in blocks)
+            tpot_s += entry.around_s(1)
             if number not in placed:
                 continue
             cut, place = placed[number]
@@ -186,12 +186,6 @@ def _blocks(tokens: int, block_tokens: int) -> list[int]:
     """Lengths of the blocks that ``tokens`` are run in."""
     whole, rest = divmod(tokens, block_tokens)
     return [block_tokens] * whole + ([rest] if rest else [])
-
-
-def _other_s(entry: LayerCompute, tokens: int) -> float:
-    """Everything in a layer but its routed experts, for one block."""
-    pieces = (entry.attention, entry.router, entry.ffn)
-    return sum(piece.at(tokens) for piece in pieces if piece is not None)
 
 
 def _expert_curve(entry: LayerCompute, cut: LayerLayout) -> Curve:

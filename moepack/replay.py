@@ -160,8 +160,8 @@ def _dense_s(entry: LayerCompute, tokens: int) -> float:
 
 
 def _routing_s(entry: LayerCompute, tokens: int) -> float:
-    router_s = 0.0 if entry.router is None else entry.router.at(tokens)
-    return entry.attention.at(tokens) + router_s
+    pieces = (entry.attention, entry.router, entry.fixed)
+    return sum(piece.at(tokens) for piece in pieces if piece is not None)
 
 
 def _ffn_s(entry: LayerCompute, tokens: int) -> float:
