@@ -19,7 +19,7 @@ UNIFORM = "uniform"
 #: Of the profile that is drawn for a plan: tokens in all, and texts that they are split into.
 #: More tokens say more and take longer to plan with. Several texts, because what is learnt from
 #: one text alone is worth less on the next.
-DEFAULT_TOKENS = 768
+DEFAULT_TOKENS = 512
 DEFAULT_TEXTS = 4
 
 

@@ -185,6 +185,6 @@ def test_94_layers_of_128_experts_are_drawn_quickly(spec: ModelSpec) -> None:
     deep = dataclasses.replace(spec, layers=(dataclasses.replace(layer, moe=large),) * 94)
     began_s = time.perf_counter()
     profile = synthetic_profile(load("qwen3-30b-a3b"), deep)
-    # A plan may take 5 s; this took 1.3 s on a quiet machine, and tests run on busy ones.
+    # A plan may take 5 s; this took 1.5 s on a busy machine of two cores.
     assert time.perf_counter() - began_s < 10
-    assert profile.summary.tokens == 768
+    assert profile.summary.tokens == 512
