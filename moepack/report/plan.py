@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moepack.plan import MemoryBreakdown, Plan
-from moepack.report.tables import by_layer, columns, facts, figure
+from moepack.plan import MemoryBreakdown, Plan, PlannerReport
+from moepack.report.layers import layers_view
+from moepack.report.strategies import strategies_view
+from moepack.report.tables import columns, facts, figure
 from moepack.units import format_duration, format_size
 
 
@@ -49,20 +51,35 @@ def plan_view(plan: Plan) -> RenderableType:
         "",
         memory_view(placement.memory),
         "",
-        _layers(plan),
+        layers_view(plan),
         "",
         expected,
     ]
     if plan.baselines:
-        parts += ["", _baselines(plan)]
-    if plan.provenance.assumptions:
-        parts.append("")
-        parts += [f"assumed: {sentence}" for sentence in plan.provenance.assumptions]
+        parts += ["", strategies_view(plan)]
+    parts += ["", planner_sentence(plan.planner)]
+    parts += [f"assumed: {sentence}" for sentence in plan.provenance.assumptions]
     return Group(*parts)
+
+
+def planner_sentence(report: PlannerReport) -> str:
+    """How long planning took, what it replayed, and how near to the exact optimum it came."""
+    text = (
+        f"planned in {format_duration(report.seconds)}: {report.replayed_events:,} passes of a "
+        "layer replayed"
+    )
+    if report.gap_to_exact is not None:
+        text += f", exchanged budgets {report.gap_to_exact:.2%} from the exact optimum"
+    return text
 
 
 def memory_view(memory: MemoryBreakdown) -> Table:
     """Fast memory by purpose."""
+    return columns(("fast memory", "bytes", "share"), memory_rows(memory))
+
+
+def memory_rows(memory: MemoryBreakdown) -> list[tuple[str, str, str]]:
+    """Each purpose, its bytes and its share."""
     rows = [
         ("trunk", memory.trunk_bytes),
         ("KV cache", memory.kv_bytes),
@@ -71,45 +88,7 @@ def memory_view(memory: MemoryBreakdown) -> Table:
         ("staging", memory.staging_bytes),
         ("expert slots", memory.slots_bytes),
     ]
-    return columns(
-        ("fast memory", "bytes", "share"),
-        (
-            (name, format_size(size_bytes), f"{size_bytes / memory.total_bytes:.0%}")
-            for name, size_bytes in rows
-        ),
-    )
-
-
-def _layers(plan: Plan) -> Table:
-    return columns(
-        ("layer", "split", "tops", "bottoms", "slots", "policy", "prefetch"),
-        by_layer(
-            (
-                place.layer,
-                (
-                    f"{cut.split_ratio:.2f}",
-                    f"{place.top_slots}/{len(place.hot)}",
-                    f"{place.bottom_slots}/{len(place.hot)}",
-                    format_size(place.budget_bytes),
-                    place.policy,
-                    str(place.prefetch_depth or "off"),
-                ),
-            )
-            for cut, place in zip(plan.layout.layers, plan.placement.layers, strict=True)
-        ),
-    )
-
-
-def _baselines(plan: Plan) -> Table:
-    return columns(
-        ("strategy", "first token", "each token", ""),
-        (
-            (
-                name,
-                format_duration(baseline.ttft_s),
-                format_duration(baseline.tpot_s),
-                "" if baseline.eligible else "bound",
-            )
-            for name, baseline in plan.baselines.items()
-        ),
-    )
+    return [
+        (name, format_size(size_bytes), f"{size_bytes / memory.total_bytes:.0%}")
+        for name, size_bytes in rows
+    ]

@@ -27,14 +27,14 @@ class Series(NamedTuple):
     ----------
     mark : str
         One character.
-    steps : bool
-        Each value holds until the next point; otherwise points are joined by dots.
+    joint : str
+        One character: what the points are joined by.
     """
 
     name: str
     mark: str
     points: Sequence[tuple[float, float]]
-    steps: bool = False
+    joint: str = "·"
     style: str = ""
 
 
@@ -64,7 +64,7 @@ class Plot:
         field = _Field(columns, rows)
         placed = [(series, field.places(series, self._x, self._y)) for series in self._series]
         for series, places in reversed(placed):
-            field.join(places, steps=series.steps)
+            field.join(places, series.joint)
         for series, places in reversed(placed):
             field.mark(places, series.mark)
         at_row = {_place(self._y.share(tick), rows): tick for tick in self._y.ticks}
@@ -122,32 +122,17 @@ class _Field:
             for across, up in series.points
         ]
 
-    def join(self, places: Sequence[tuple[int, int]], *, steps: bool) -> None:
-        """Draw what runs between the points."""
-        for begin, end in pairwise(places):
-            (self._step if steps else self._dots)(begin, end)
+    def join(self, places: Sequence[tuple[int, int]], joint: str) -> None:
+        """Draw what runs between the points, straight from each to the next."""
+        for (left, row), (right, next_row) in pairwise(places):
+            for column in range(left + 1, right):
+                share = (column - left) / (right - left)
+                self._cells[round(row + share * (next_row - row))][column] = joint
 
     def mark(self, places: Sequence[tuple[int, int]], mark: str) -> None:
         """Put a mark at every point."""
         for column, row in places:
             self._cells[row][column] = mark
-
-    def _step(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
-        """Along the row to the column of the next point, then up or down to it."""
-        (left, row), (right, next_row) = begin, end
-        for column in range(left, right):
-            self._cells[row][column] = "─"
-        low, high = sorted((row, next_row))
-        for between in range(low, high + 1):
-            self._cells[between][right] = "│"
-        if low != high:
-            self._cells[row][right] = "╮" if next_row < row else "╯"
-
-    def _dots(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
-        (left, row), (right, next_row) = begin, end
-        for column in range(left, right):
-            share = (column - left) / (right - left)
-            self._cells[round(row + share * (next_row - row))][column] = "·"
 
 
 def _place(share: float, cells: int) -> int:

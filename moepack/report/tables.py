@@ -19,11 +19,18 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
-def columns(head: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
-    """A table whose first column is text and whose others are figures."""
+def columns(
+    head: Sequence[str], rows: Iterable[Sequence[str | Text]], *, texts: Sequence[str] = ()
+) -> Table:
+    """A table whose first column is text and whose others are figures, but for those of ``texts``.
+
+    The last column may be broken into lines if it is text.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for index, title in enumerate(head):
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+        left = not index or title in texts
+        broken = index == len(head) - 1 and left
+        table.add_column(title, justify="left" if left else "right", no_wrap=not broken)
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     return table

@@ -47,18 +47,17 @@ def test_points_land_at_their_share_of_the_axes() -> None:
     assert where(rows, "*") == [(0, 0), (round((columns - 1) / 2), 4), (columns - 1, 8)]
 
 
-def test_a_step_holds_its_value_until_the_next_point() -> None:
-    shown = plot(Series("plan", "*", [(BUDGETS[0], 0.4), (BUDGETS[2], 0.1)], steps=True))
-    top, *middle, bottom = field(shown.lines(40, rows=5))
-    assert top.startswith("*──")
-    assert set(top[1:-1]) == {"─"}
-    assert top[-1] == "╮"
-    assert all(row.strip() == "│" and len(row) == len(top) for row in middle)
-    assert bottom.strip() == "*"
+def test_points_are_joined_straight() -> None:
+    shown = plot(Series("plan", "*", [(BUDGETS[0], 0.4), (BUDGETS[2], 0.1)], joint="-"))
+    rows = field(shown.lines(40, rows=5))
+    columns = max(len(row) for row in rows)
+    for column, row in where(rows, "-"):
+        assert row == pytest.approx(4 * column / (columns - 1), abs=0.501)
+    assert len(where(rows, "-")) == columns - 2
 
 
 def test_a_mark_is_never_hidden_by_a_line() -> None:
-    above = Series("plan", "*", [(BUDGETS[0], 0.2), (BUDGETS[2], 0.2)], steps=True)
+    above = Series("plan", "*", [(BUDGETS[0], 0.2), (BUDGETS[2], 0.2)], "-")
     below = Series("other", "o", [(BUDGETS[0], 0.4), (BUDGETS[1], 0.2), (BUDGETS[2], 0.1)])
     rows = field(plot(above, below).lines(60))
     assert len(where(rows, "*")) == 2
@@ -82,9 +81,8 @@ def test_axes_tell_their_values_and_units() -> None:
     ],
 )
 def test_one_point_or_one_value_can_be_drawn(points: list[tuple[float, float]]) -> None:
-    for steps in (False, True):
-        rows = field(plot(Series("plan", "*", points, steps)).lines(80))
-        assert 1 <= len(where(rows, "*")) <= len(points)
+    rows = field(plot(Series("plan", "*", points)).lines(80))
+    assert 1 <= len(where(rows, "*")) <= len(points)
 
 
 POINTS = st.lists(
@@ -92,13 +90,13 @@ POINTS = st.lists(
 ).map(sorted)
 
 
-@given(st.lists(POINTS, min_size=1, max_size=5), st.integers(40, 100), st.booleans())
+@given(st.lists(POINTS, min_size=1, max_size=5), st.integers(40, 100))
 def test_no_line_is_wider_than_asked_for(
-    lines: list[list[tuple[float, float]]], width: int, steps: bool
+    lines: list[list[tuple[float, float]]], width: int
 ) -> None:
     shown = plot(
         *(
-            Series(f"a strategy with a rather long name {index}", "abcde"[index], points, steps)
+            Series(f"a strategy with a rather long name {index}", "abcde"[index], points)
             for index, points in enumerate(lines)
         )
     )
