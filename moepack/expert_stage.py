@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.cost import Array, Lacks, LayerTimes, Parts
+from moepack.prefetching import Brought
 
 
 class Stage:
@@ -97,8 +98,8 @@ class Stage:
             return np.asarray(link_s + behind_s - hidden_s + self._expert_s * (lack - 1.0))
         return np.maximum(link_s + behind_s, link_s / lack + behind_s * lack) - hidden_s
 
-    def expected(self, lacks: Lacks) -> tuple[Array, Array]:
-        """Expectations over the ways for lacks of [...], each [..., C].
+    def expected(self, brought: Brought) -> tuple[Array, Array]:
+        """Expectations over the ways after m = 0 ... D ranks, each [D + 1, S, C].
 
         Returns
         -------
@@ -106,7 +107,7 @@ class Stage:
         bound
             How likely the link decides when the stage ends.
         """
-        chances = self._chances(lacks)
+        chances = self._chances(brought)
         bound = np.asarray(self.seconds > self._compute_s * (1.0 + 1e-12), np.float64)
         seconds, share = (np.tensordot(chances, of, axes=(0, 0)) for of in (self.seconds, bound))
         return seconds, share
@@ -128,17 +129,27 @@ class Stage:
             tail_s = self._expert_s * (self._top_k + 1) / (lack + 1.0)
         return np.maximum(self._compute_s - demand_s, tail_s)
 
-    def _chances(self, lacks: Lacks) -> Array:
-        """Multinomial chance of each way, [J, ...]."""
-        ready = np.clip(1.0 - lacks.bottom - lacks.both, 0.0, 1.0)
+    def _chances(self, brought: Brought) -> Array:
+        """Chance of each way, [J, D + 1, S]: multinomial in those that are not covered."""
+        top_k, (bottom_lack, both_lack) = self._top_k, brought.lacks
+        ready = np.clip(1.0 - bottom_lack - both_lack, 0.0, 1.0)
         bottom, both, rest = (
-            list(_powers(chance, self._top_k)) for chance in (lacks.bottom, lacks.both, ready)
+            list(_powers(chance, top_k)) for chance in (bottom_lack, both_lack, ready)
         )
+        # Exactly so many lack something, whatever it is: all others are covered or ready.
+        lacking = [
+            sum(
+                brought.covered[:, top_k - lack - more, None]
+                * (math.comb(lack + more, lack) * rest[more])
+                for more in range(top_k - lack + 1)
+            )
+            for lack in range(top_k + 1)
+        ]
         ways = self._ways
         chances = np.empty((len(ways.factor), *ready.shape))
         for chance, i, j, factor in zip(chances, ways.bottom, ways.both, ways.factor, strict=True):
             np.multiply(bottom[i], both[j], out=chance)
-            np.multiply(chance, rest[self._top_k - i - j], out=chance)
+            np.multiply(chance, lacking[i + j], out=chance)
             np.multiply(chance, factor, out=chance)
         return chances
 
@@ -146,8 +157,7 @@ class Stage:
 class _Ways(NamedTuple):
     """The ways in which K experts can lack something, each [J].
 
-    So many lack their bottom alone, so many all they have; ``factor`` is the multinomial
-    coefficient.
+    So many lack their bottom alone, so many all they have; ``factor`` says in how many orders.
     """
 
     bottom: npt.NDArray[np.intp]
@@ -163,9 +173,9 @@ def _ways(top_k: int, bottoms: bool, boths: bool) -> _Ways:
         for both in range(top_k * boths + 1)
         for bottom in range((top_k - both) * bottoms + 1)
     ]
-    count = [math.comb(top_k, both) * math.comb(top_k - both, bottom) for bottom, both in pairs]
     bottom, both = np.array(pairs, dtype=np.intp).T
-    return _Ways(bottom, both, np.array(count, dtype=np.float64))
+    factor = [float(math.comb(bottom + both, both)) for bottom, both in pairs]
+    return _Ways(bottom, both, np.array(factor))
 
 
 def _powers(base: Array, top_k: int) -> Iterator[Array]:

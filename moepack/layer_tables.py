@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
-from moepack.decode_cost import Ahead, decode_ahead_s, decode_layer_s
+from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import Integers, LayerProblem
 from moepack.plan import Policy, PrefetchMode
+from moepack.prefetching import Ahead
 
 
 class Variant(NamedTuple):

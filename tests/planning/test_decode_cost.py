@@ -11,14 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack.cost import Array, Held, LayerTimes, Parts
-from moepack.decode_cost import (
-    Ahead,
-    decode_ahead_s,
-    decode_layer_s,
-    lacking_after,
-    ranks_in_time,
-)
+from moepack.decode_cost import decode_ahead_s, decode_layer_s, ranks_in_time
 from moepack.plan import PrefetchMode
+from moepack.prefetching import Ahead, brought
 from tests.support.links import StackOfLayers
 
 WHOLE = Parts(1.0, 0.0, 1.0)
@@ -152,11 +147,9 @@ def test_a_window_for_all_that_is_lacking_leaves_the_compute() -> None:
     ahead = Ahead("all", 10.0, np.ones(4), Held(np.zeros(4), np.ones(4)))
     times = LayerTimes(10.0, 0.5)
     made = decode_ahead_s(times, 4, WHOLE, Held(0.0, 1.0), ahead, (2, 4), staging_experts=8)
-    # Of four, 0 to 4 lie beyond the two that came; with m missing the last stands at place
-    # m * 5 / (m + 1), and what stands there or behind it is computed after m transfers.
-    ends_s = [2.0, *(max(2.0, m + 0.5 * 5 / (m + 1)) for m in range(1, 5))]
-    two = sum(count * end_s for count, end_s in zip((1, 4, 6, 4, 1), ends_s, strict=True)) / 16
-    assert made[:, 0, 0] == pytest.approx([10.0 + two, 12.0])
+    # Two experts come ahead, the other two take 2 s of the link; on average the last of them stands
+    # at place 2 * 5 / 3 of 4, so that 5 / 3 experts are computed behind it.
+    assert made[:, 0, 0] == pytest.approx([10.0 + 2.0 + 0.5 * 5 / 3, 12.0])
 
 
 def test_staging_bounds_what_is_fetched_ahead() -> None:
@@ -186,20 +179,39 @@ def test_ranks_in_time_end_where_the_window_does(rooms_s: tuple[float, ...], ran
     assert ranks_in_time(np.array([room]) for room in rooms_s).item() == pytest.approx(ranks)
 
 
-def test_ranks_bring_what_the_hit_rate_leaves() -> None:
-    before = Held(0.5, 0.0).lacking()
-    accuracy = np.array([0.8, 0.4])
+def test_ranks_are_right_or_wrong_by_themselves() -> None:
+    ahead = Ahead("all", 0.0, np.array([0.9, 0.5]), Held(np.zeros(2), np.ones(2)))
+    found = brought(Held(0.0, 1.0).lacking(), ahead, 2)
+    assert found.covered == pytest.approx(
+        np.array([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0], [0.05, 0.5, 0.45]])
+    )
+    assert found.lacks.both[:, 0] == pytest.approx([1.0, 1.0, 1.0])
+    assert found.mean_lacks().both[:, 0] == pytest.approx([1.0, 0.55, 0.3])
+
+
+def test_ranks_find_the_same_share_of_what_is_lacking_and_of_what_is_held() -> None:
+    # A rank that is mostly held and one that is mostly not, of experts of which half are held.
+    ahead = Ahead("all", 0.0, np.array([0.8, 0.8]), Held(np.array([0.9, 0.1]), np.ones(2)))
+    found = brought(Held(0.5, 1.0).lacking(), ahead, 4).mean_lacks().both[:, 0]
+    recall = 1.6 / 4
+    assert found[[0, 2]] == pytest.approx([0.5, 0.5 * (1.0 - recall)])
+    assert 0.5 - found[1] < found[1] - found[2]
+
+
+def test_bottoms_alone_leave_an_expert_without_top_as_it_was() -> None:
     held = Held(np.array([0.5, 0.25]), np.zeros(2))
-    after = lacking_after(before, Ahead("all", 0.0, accuracy, held), 4)
-    assert after.bottom[:, 0] == pytest.approx([0.5, 0.4, 0.375])
-    assert after.both[:, 0] == pytest.approx([0.5, 0.4, 0.325])
-    after = lacking_after(before, Ahead("bottoms", 0.0, accuracy, held), 4)
-    assert after.both[:, 0] == pytest.approx([0.5, 0.5, 0.5])
-    # Ranks that are said to be held more often than the hit rate allows.
-    before = Held(0.1, 0.0).lacking()
-    after = lacking_after(before, Ahead("all", 0.0, np.ones(1), Held(np.ones(1), np.zeros(1))), 4)
-    assert after.bottom[1, 0] == 0.0
-    assert after.both[1, 0] == pytest.approx(0.75)
+    ahead = Ahead("bottoms", 0.0, np.array([1.0, 1.0]), held)
+    found = brought(Held(0.5, 0.0).lacking(), ahead, 4).mean_lacks()
+    assert found.both[:, 0] == pytest.approx([0.5, 0.5, 0.5])
+    assert found.bottom[:, 0] == pytest.approx([0.5, 0.5 * (1 - 0.5 * 2 / 3), 0.25])
+
+
+def test_ranks_bring_accuracy_times_lack_where_held_and_predicted_are_independent() -> None:
+    accuracy, hit = np.array([0.9, 0.5, 0.2]), 0.3
+    ahead = Ahead("all", 0.0, accuracy, Held(np.full(3, hit), np.ones(3)))
+    after = brought(Held(hit, 1.0).lacking(), ahead, 3).mean_lacks()
+    ready = hit + np.cumsum([0.0, *(accuracy * (1 - hit) / 3)])
+    assert 1.0 - after.both[:, 0] == pytest.approx(ready)
 
 
 def test_a_grid_of_options_is_priced_like_each_by_itself() -> None:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from moepack.checkpoint import Checkpoint
 from moepack.cost import Held, Parts, missing_after, prefill_layer_s
-from moepack.decode_cost import Ahead, decode_ahead_s, decode_layer_s
+from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import MAX_CUTS, Cuts, LayerProblem, cut_options, kept_cut
 from moepack.layer_tables import Choice, LayerTable, tabulate
 from moepack.layouts import layer_layout
 from moepack.plan import EngineCapabilities
+from moepack.prefetching import Ahead
 from moepack.segments import cuts
 from tests.conftest import TinyFolder
 from tests.support.layer_problems import (
