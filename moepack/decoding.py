@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moepack.fixed_times import FixedTimes
 from moepack.passes import Activations, DecodePasses, Segments
 from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance
 
@@ -57,17 +58,6 @@ class Replayed(NamedTuple):
     def link_bytes_per_token(self) -> float:
         """Everything that crosses the link for one decoded token."""
         return self.demand_bytes + self.ahead_used_bytes + self.ahead_wasted_bytes
-
-
-class FixedTimes(NamedTuple):
-    """Compute beside the routed experts, in seconds: [L] and [L], and once behind the last layer.
-
-    Layers without experts count to what comes before the next layer with them.
-    """
-
-    before_s: Seconds
-    after_s: Seconds
-    tail_s: float
 
 
 def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, Layout
 from moepack.segments import cuts, granularity
@@ -15,10 +17,17 @@ def layer_layout(spec: ModelSpec, layer: int, ratio: float) -> LayerLayout:
     moe = spec.moe(layer)
     options = cuts(moe, spec.hidden_size, spec.dtype)
     split = min(options, key=lambda cut: abs(cut - ratio * moe.intermediate_size))
+    return cut_layout(spec, layer, split)
+
+
+def cut_layout(spec: ModelSpec, layer: int, split: int) -> LayerLayout:
+    """One layer cut after so many neurons."""
+    moe = spec.moe(layer)
     step = granularity(moe, spec.hidden_size, spec.dtype)
     return LayerLayout(layer, split, moe.intermediate_size, step, spec.dtype)
 
 
+@functools.lru_cache(maxsize=16)
 def uniform_layout(
     spec: ModelSpec, ratio: float, block_tokens: int = PREFILL_BLOCK_TOKENS
 ) -> Layout:

@@ -10,7 +10,7 @@ from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, Layout, Placement
+from moepack.plan import DeviceKind, EngineCapabilities, Layout, Placement
 from moepack.routing import RoutingProfile
 from moepack.units import MIB, format_size
 
@@ -29,8 +29,10 @@ class PlanRequest:
     ----------
     compute : ComputeProfile
         Measured, or derived from ``hardware``.
-    routing : RoutingProfile or None
-        None: every expert is assumed equally likely, which the plan then says.
+    routing : RoutingProfile
+        Recorded from this model; or, with ``routing_is_assumed``, sampled from a preset.
+    engine : EngineCapabilities
+        What the plan may ask for; ``assumed_engine`` says that no such engine is here.
     fast_budget_bytes, ram_budget_bytes : int
         Bound on the fast tier, and on the whole process in host memory (None: what the hardware
         profile allows).
@@ -44,7 +46,8 @@ class PlanRequest:
     hardware: HardwareProfile
     hardware_is_this_machine: bool
     compute: ComputeProfile
-    routing: RoutingProfile | None
+    routing: RoutingProfile
+    engine: EngineCapabilities
     device: DeviceKind
     fast_budget_bytes: int
     ram_budget_bytes: int | None = None
@@ -52,6 +55,8 @@ class PlanRequest:
     prompt_tokens: int = 512
     new_tokens: int = 128
     link: tuple[float, float] | None = None
+    routing_is_assumed: bool = False
+    assumed_engine: bool = False
     keep_layout: Layout | None = None
 
 
@@ -104,9 +109,8 @@ def require_matching(request: PlanRequest) -> None:
     """
     digest = request.spec.digest
     owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]
-    if request.routing is not None:
-        summary = request.routing.summary
-        owners.append(("routing profile", summary.model_digest, summary.model_name))
+    summary = request.routing.summary
+    owners.append(("routing profile", summary.model_digest, summary.model_name))
     if request.keep_layout is not None:
         owners.append(("layout", request.keep_layout.model_digest, "another model"))
     for what, found, name in owners:

@@ -1,36 +1,28 @@
-"""From a model, a machine and a budget to a plan.
+"""From a model, a machine and a budget to a plan that cannot lose.
 
-Today every layer gets the same budget and the same split. Which split, how much staging, and
-whether to keep anything at all is decided by price: ``TTFT + (new tokens - 1) * TPOT`` of
-:mod:`moepack.cost` over all candidates, which contain every baseline. The best is returned, so a
-plan cannot lose to a baseline on the part of the trace that decides (*select*). What is reported,
-of the plan and of the baselines, is priced on the part that nothing was chosen by (*test*), where
-near ties may turn.
+Three sources of candidates: the optimiser (:mod:`moepack.optimiser`: per-layer budgets, splits,
+policies and prefetching by the closed form, fitted on *fit*), every strategy that peers use
+(:mod:`moepack.strategies`), and the same two at smaller budgets, so that more memory never makes a
+plan slower. All are replayed on *select* (:mod:`moepack.replay`) for ``TTFT + (new tokens - 1) *
+TPOT``, and the best that this engine can run is the plan. What is reported, of the plan and of
+every strategy, is replayed on *test*, which nothing was chosen by; near ties may turn there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from moepack.budget import (
-    fixed_bytes,
-    memory_breakdown,
-    slow_bytes,
-    staging_bytes,
-    stored_bytes,
-)
+from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds, throttled
-from moepack.layouts import uniform_layout
-from moepack.model_spec import ModelSpec
+from moepack.decoding import Replayed
+from moepack.errors import BudgetTooSmallError
+from moepack.optimised import Optimised
+from moepack.optimiser import Optimum
 from moepack.plan import (
     PLAN_VERSION,
     Baseline,
-    LayerLayout,
-    LayerPlacement,
-    Layout,
-    Placement,
     Plan,
     PlannerReport,
     Prediction,
@@ -44,26 +36,19 @@ from moepack.plan_request import (
     require_matching,
     within_device,
 )
-from moepack.pricing import Price, Pricer, layer_routing
-from moepack.segments import PARTS
+from moepack.replay import Replayer
+from moepack.routing_tables import RoutingTables
+from moepack.strategies import Contender, Strategies
 from moepack.trace import RoutingPart
 from moepack.units import format_size
-
-#: Split ratios tried for all layers alike, each moved to the nearest cut of its layer; of equally
-#: good ones the first is taken.
-SPLIT_RATIOS = tuple(step / 8 for step in range(8, -1, -1))
 
 #: Factor within which measured times are expected on a quiet machine, by where the compute times
 #: come from; it widens by the spread that was seen while they were measured.
 MEASURED_BAND = 1.35
 DERIVED_BAND = 2.0
 
-
-@dataclass(frozen=True)
-class _Candidate:
-    layout: Layout
-    placement: Placement
-    price: Price
+#: By what factor the closed form must find a smaller budget dearer for it to be left out.
+CLEARLY_DEARER = 1.25
 
 
 def make_plan(request: PlanRequest) -> Plan:
@@ -77,173 +62,176 @@ def make_plan(request: PlanRequest) -> Plan:
     PlanMismatchError
         When a profile or a layout is another model's.
     """
-    began_s = time.perf_counter()
-    asked_bytes = request.fast_budget_bytes
-    request = within_device(request)
-    require_matching(request)
-    require_budget(request)
-    planner = _Planner(request)
-    candidates = [
-        candidate for layout in planner.layouts() for candidate in planner.candidates(layout)
-    ]
-    best = min(candidates, key=lambda item: _total_s(request, item.price))
-    require_host_memory(request, best.layout, best.placement)
-    final = planner.price(
-        best.layout, best.placement.layers, best.placement.staging_experts, "test"
-    )
-    return Plan(
-        version=PLAN_VERSION,
-        model_name=request.spec.name,
-        model_digest=request.spec.digest,
-        max_context_tokens=max_context_tokens(request),
-        layout=best.layout,
-        placement=best.placement,
-        prediction=_prediction(request, best, final),
-        baselines=planner.baselines(),
-        provenance=_provenance(request, asked_bytes),
-        planner=PlannerReport(time.perf_counter() - began_s, "optimised", None, 0),
-        link=request.link,
-    )
+    return Planner(request).plan(request.fast_budget_bytes)
 
 
-class _Planner:
-    """Candidates for one request, and their price."""
+@dataclass(frozen=True)
+class _Priced:
+    contender: Contender
+    price: Replayed
 
-    def __init__(self, request: PlanRequest) -> None:
-        self._request = request
-        self._spec = request.spec
+
+class Planner:
+    """Plans for one model on one machine, at any budget; the routing is tabulated once.
+
+    Parameters
+    ----------
+    request
+        Its budget is what :meth:`plan` is given.
+    tables
+        Those of ``request.routing`` where they are known already.
+
+    Raises
+    ------
+    PlanMismatchError
+        When a profile or a layout is another model's.
+    """
+
+    def __init__(self, request: PlanRequest, tables: RoutingTables | None = None) -> None:
+        require_matching(request)
+        self.request = request
+        self.tables = tables or RoutingTables(request.routing)
         link: LinkSeconds = request.hardware.link_seconds
-        self._routing = layer_routing(request.spec, request.routing)
-        self._pricer = Pricer(
-            request.spec,
-            request.compute,
-            self._routing,
-            link if request.link is None else throttled(link, *request.link),
-            prompt_tokens=request.prompt_tokens,
-        )
+        self.link = link if request.link is None else throttled(link, *request.link)
+        self._optimised = Optimised(request, self.tables, self.link)
+        self._replayers: dict[RoutingPart, Replayer] = {}
+        self._prices: dict[tuple[object, ...], Replayed] = {}
+        self._events = 0
 
-    def price(
-        self, layout: Layout, layers: Sequence[LayerPlacement], staging: int, part: RoutingPart
-    ) -> Price:
-        return self._pricer.price(layout, layers, staging_experts=staging, part=part)
+    def price(self, contender: Contender, part: RoutingPart) -> Replayed:
+        """Replay a contender on a part of the trace."""
+        placed = replace(contender.placement, fast_budget_bytes=0)
+        key = (contender.layout, placed, contender.as_ready, contender.oracle, part)
+        if key not in self._prices:
+            if part not in self._replayers:
+                self._replayers[part] = Replayer(
+                    self.request.spec,
+                    self.request.compute,
+                    self.tables,
+                    self.link,
+                    prompt_tokens=self.request.prompt_tokens,
+                    part=part,
+                )
+            found = self._replayers[part].replay(
+                contender.layout,
+                contender.placement,
+                as_ready=contender.as_ready,
+                oracle=contender.oracle,
+            )
+            self._prices[key] = found
+            self._events += found.events
+        return self._prices[key]
 
-    def layouts(self) -> list[Layout]:
-        """The kept layout, or one for every split ratio."""
-        keep = self._request.keep_layout
-        return [keep] if keep is not None else [uniform_layout(self._spec, r) for r in SPLIT_RATIOS]
+    def plan(self, fast_budget_bytes: int) -> Plan:
+        """The best plan for a budget.
 
-    def candidates(self, layout: Layout) -> Iterator[_Candidate]:
-        """One layout with every amount of staging that fits, and all the rest in slots, or nothing.
-
-        Every baseline that this engine can run is among them.
+        Raises
+        ------
+        BudgetTooSmallError
+            As :func:`make_plan`.
         """
-        for staging in _staging_choices(self._spec):
-            free_bytes = self._free_bytes(layout, staging)
-            if free_bytes >= 0:
-                yield self._candidate(layout, staging, free_bytes)
-                yield self._candidate(layout, staging, 0)
-
-    def baselines(self) -> dict[str, Baseline]:
-        """The same engine under simpler strategies, at the same budget."""
-        whole, half = uniform_layout(self._spec, 1.0), uniform_layout(self._spec, 0.5)
-        found: dict[str, Baseline] = {}
-        for name, layout, slots in (
-            ("on_demand", whole, 0),
-            ("lru", whole, None),
-            ("uniform_half", half, None),
-        ):
-            fitting = [
-                self._candidate(layout, staging, free_bytes if slots is None else slots)
-                for staging in _staging_choices(self._spec)
-                if (free_bytes := self._free_bytes(layout, staging)) >= 0
-            ]
-            if fitting:
-                best = min(fitting, key=lambda item: _total_s(self._request, item.price))
-                found[name] = self._baseline(best, eligible=True)
-        whole_bytes = sum(
-            self._spec.moe(cut.layer).num_experts * stored_bytes(self._spec, cut, "top")
-            for cut in whole.layers
+        began_s, began_events = time.perf_counter(), self._events
+        request = within_device(replace(self.request, fast_budget_bytes=fast_budget_bytes))
+        require_budget(request)
+        strategies = list(Strategies(request, self.tables).all())
+        strategies += filter(None, [self._optimised.moepic(request)])
+        resident = next(each for each in strategies if each.name == "resident")
+        # Nothing beats having everything there.
+        search = bool(resident.why_not)
+        optimised, optimum = self._optimised.contenders(request) if search else ([], None)
+        below = self._below(request, optimum) if optimum is not None else ()
+        named = [_Priced(each, self.price(each, "select")) for each in strategies]
+        others = [_Priced(each, self.price(each, "select")) for each in (*optimised, *below)]
+        best = min(
+            (item for item in (*reversed(named), *others) if not item.contender.why_not),
+            key=lambda item: self.total_s(item.price),
         )
-        resident = self._candidate(whole, 1, whole_bytes)
-        fits = resident.placement.memory.total_bytes <= self._request.fast_budget_bytes
-        found["resident"] = self._baseline(resident, eligible=fits)
+        chosen = best.contender
+        placement = replace(chosen.placement, fast_budget_bytes=request.fast_budget_bytes)
+        require_host_memory(request, chosen.layout, placement)
+        final = self.price(chosen, "test")
+        return Plan(
+            version=PLAN_VERSION,
+            model_name=request.spec.name,
+            model_digest=request.spec.digest,
+            max_context_tokens=max_context_tokens(request),
+            layout=chosen.layout,
+            placement=placement,
+            prediction=_prediction(request, chosen, final),
+            baselines=self._baselines(named),
+            provenance=_provenance(request, fast_budget_bytes),
+            planner=PlannerReport(
+                seconds=time.perf_counter() - began_s,
+                chosen=chosen.name,
+                gap_to_exact=None if optimum is None else optimum.gap_to_exact,
+                replayed_events=self._events - began_events,
+            ),
+            assumed_engine=request.assumed_engine,
+            link=request.link,
+        )
+
+    def total_s(self, price: Replayed) -> float:
+        """What is minimised: the time of the whole generation."""
+        return price.ttft_s + (self.request.new_tokens - 1) * price.tpot_s
+
+    def _below(self, request: PlanRequest, best: Optimum) -> Iterator[Contender]:
+        """What would be considered at the rungs below this budget, but for shared pools.
+
+        What a pool holds, a larger one of the same policy holds too, so its passes never end later
+        on an engine that loads on demand. The ladder ends where the closed form is dearer than
+        here by far more than it errs.
+        """
+        for rung_bytes in rungs_below(request.fast_budget_bytes):
+            smaller = replace(request, fast_budget_bytes=rung_bytes)
+            try:
+                require_budget(smaller)
+            except BudgetTooSmallError:
+                return
+            optimised, there = self._optimised.contenders(smaller)
+            if there is None or there.seconds > CLEARLY_DEARER * best.seconds:
+                return
+            yield from optimised
+            for contender in Strategies(smaller, self.tables).layered():
+                if not contender.why_not:
+                    yield contender
+
+    def _baselines(self, priced: list[_Priced]) -> dict[str, Baseline]:
+        """Of each strategy the best variant on *select*, as it does on *test*."""
+        best: dict[str, _Priced] = {}
+        for item in priced:
+            name = item.contender.name
+            if name not in best or self.total_s(item.price) < self.total_s(best[name].price):
+                best[name] = item
+        found = {}
+        for name, item in best.items():
+            price = self.price(item.contender, "test")
+            found[name] = Baseline(
+                price.ttft_s,
+                price.tpot_s,
+                price.hit_rate,
+                price.link_bytes_per_token,
+                eligible=not item.contender.why_not,
+                why_not=item.contender.why_not,
+            )
         return found
 
-    def _baseline(self, candidate: _Candidate, *, eligible: bool) -> Baseline:
-        placement = candidate.placement
-        price = self.price(candidate.layout, placement.layers, placement.staging_experts, "test")
-        return Baseline(
-            price.ttft_s, price.tpot_s, price.hit_rate, price.link_bytes_per_token, eligible
-        )
 
-    def _free_bytes(self, layout: Layout, staging: int) -> int:
-        request = self._request
-        return (
-            request.fast_budget_bytes
-            - fixed_bytes(
-                self._spec,
-                request.context_tokens,
-                layout.prefill_block_tokens,
-                threads=request.compute.threads,
-            )
-            - staging_bytes(self._spec, layout, staging)
-        )
+def rungs_below(budget_bytes: int) -> Iterator[int]:
+    """The fixed ladder below a budget, from the top: powers of two and one and a half times them.
 
-    def _candidate(self, layout: Layout, staging: int, free_bytes: int) -> _Candidate:
-        request = self._request
-        share_bytes = free_bytes // len(layout.layers)
-        layers = tuple(self._place(cut, share_bytes) for cut in layout.layers)
-        placement = Placement(
-            device=request.device,
-            fast_budget_bytes=request.fast_budget_bytes,
-            staging_experts=staging,
-            context_tokens=request.context_tokens,
-            prompt_tokens=request.prompt_tokens,
-            new_tokens=request.new_tokens,
-            memory=memory_breakdown(
-                self._spec,
-                layout,
-                layers,
-                staging_experts=staging,
-                context_tokens=request.context_tokens,
-                threads=request.compute.threads,
-            ),
-            layers=layers,
-            ram_budget_bytes=request.ram_budget_bytes,
-            threads=request.compute.threads,
-            readers=request.hardware.disk.readers,
-        )
-        return _Candidate(layout, placement, self.price(layout, layers, staging, "select"))
-
-    def _place(self, cut: LayerLayout, budget_bytes: int) -> LayerPlacement:
-        """Tops first; bottoms once every top is kept."""
-        experts = self._spec.moe(cut.layer).num_experts
-        top_bytes, bottom_bytes = (stored_bytes(self._spec, cut, part) for part in PARTS)
-        tops = min(experts, budget_bytes // top_bytes) if top_bytes else 0
-        bottoms = 0
-        if bottom_bytes and (tops == experts or not top_bytes):
-            bottoms = min(experts, (budget_bytes - tops * top_bytes) // bottom_bytes)
-        return LayerPlacement(
-            layer=cut.layer,
-            budget_bytes=budget_bytes,
-            top_slots=tops,
-            bottom_slots=bottoms,
-            policy="lru",
-            hot=self._routing[cut.layer].hot,
-        )
+    Every rung's candidates are candidates of all larger budgets, so that among rungs a larger
+    budget is never priced slower, and any budget never slower than the rungs below it.
+    """
+    rung_bytes = 1 << max(0, budget_bytes.bit_length())
+    while rung_bytes > 1:
+        for rung in (rung_bytes * 3 // 2, rung_bytes):
+            if rung < budget_bytes:
+                yield rung
+        rung_bytes //= 2
 
 
-def _staging_choices(spec: ModelSpec) -> list[int]:
-    top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
-    return sorted({1, 2, top_k})
-
-
-def _total_s(request: PlanRequest, price: Price) -> float:
-    return price.ttft_s + (request.new_tokens - 1) * price.tpot_s
-
-
-def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Prediction:
-    measured = request.compute.source == "measured" and request.routing is not None
+def _prediction(request: PlanRequest, chosen: Contender, price: Replayed) -> Prediction:
+    measured = request.compute.source == "measured" and not request.routing_is_assumed
     return Prediction(
         ttft_s=price.ttft_s,
         tpot_s=price.tpot_s,
@@ -251,14 +239,14 @@ def _prediction(request: PlanRequest, best: _Candidate, price: Price) -> Predict
         hit_rate=price.hit_rate,
         ready_rate=price.ready_rate,
         link_bytes_per_token=price.link_bytes_per_token,
-        fast_bytes=best.placement.memory.total_bytes,
-        slow_bytes=slow_bytes(request.spec, best.layout),
+        fast_bytes=chosen.placement.memory.total_bytes,
+        slow_bytes=slow_bytes(request.spec, chosen.layout),
         band=(MEASURED_BAND if measured else DERIVED_BAND) * (1.0 + request.compute.spread),
     )
 
 
 def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
-    compute, routing = request.compute, request.routing
+    compute = request.compute
     assumptions = []
     if asked_bytes > request.fast_budget_bytes:
         assumptions.append(
@@ -272,12 +260,14 @@ def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
             f"attention is priced behind {compute.context_tokens} tokens of context, the prompt "
             f"has {request.prompt_tokens}"
         )
-    if routing is None:
-        assumptions.append("every expert is equally likely, whatever came before")
+    if request.routing_is_assumed:
+        assumptions.append(f"how the model routes: {request.routing.summary.how}")
+    if request.assumed_engine:
+        assumptions.append("an engine that is not here yet: moepack run will refuse this plan")
     return Provenance(
         hardware=request.hardware.name,
         hardware_is_this_machine=request.hardware_is_this_machine,
         compute=f"{compute.source}, {compute.how}",
-        routing="assumed uniform" if routing is None else routing.summary.how,
+        routing=request.routing.summary.how,
         assumptions=tuple(assumptions),
     )

@@ -103,9 +103,11 @@ def prompt_passes(
     held = _held_at_start(tables, placement, segments, used.shape[2])  # [L, N, G]
     fetch_s = np.where(used[..., None] & ~held, segments.link_s[:, None, :], 0.0)
     expert_s = np.zeros(used.shape)
+    longest = int(prompts.counts.max())
     for index, cut in enumerate(layout.layers):
         curve = expert_curve(compute.layer(cut.layer), cut=bool(segments.interior[index]))
-        expert_s[:, index] = _seconds(curve, prompts.counts[:, index]).sum(axis=1)
+        seconds = np.array(_first_seconds(curve, longest))
+        expert_s[:, index] = seconds[prompts.counts[:, index]].sum(axis=1)
     compute_s = expert_s[..., None] * segments.share[:, None, :]
     compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
     named = used if oracle != "none" else prompts.predicted
@@ -116,14 +118,9 @@ def prompt_passes(
     return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s.reshape(flat))
 
 
-def _seconds(curve: Curve, counts: Counts) -> Seconds:
-    """Seconds of an expert over each number of tokens; 0 for none."""
-    return np.array(_first_seconds(curve, int(counts.max())))[counts]
-
-
 @functools.lru_cache(maxsize=64)
 def _first_seconds(curve: Curve, longest: int) -> tuple[float, ...]:
-    """Seconds for 0, 1 ... tokens."""
+    """Seconds of an expert for 0, 1 ... tokens."""
     return (0.0, *(curve.at(count) for count in range(1, longest + 1)))
 
 

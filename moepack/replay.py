@@ -17,13 +17,12 @@ where the one before it has ended, until nothing changes: the result is that of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from moepack.compute import ComputeProfile, LayerCompute
+from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.decoding import Decoding, FixedTimes, Replayed, advance_lanes, independent
+from moepack.decoding import Decoding, Replayed, advance_lanes, independent
+from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
 from moepack.passes import (
     Oracle,
@@ -87,26 +86,11 @@ class Replayer:
         ttft_s = self._prefill_s(layout, placement, segments, as_ready=as_ready, oracle=oracle)
         found = self._found if oracle == "none" else perfect(self._found)
         passes = decode_passes(tables, found, placement, segments, oracle)
-        fixed = self._fixed((1,))
+        fixed = fixed_times(self._spec, self._compute, (1,))
         run = Decoding(
             passes, found, fixed, segments, as_ready=as_ready, frames=placement.staging_experts
         )
         return run.replayed(ttft_s)
-
-    def _fixed(self, blocks: Sequence[int]) -> FixedTimes:
-        """What the blocks of one pass take beside the routed experts."""
-        before_s: list[float] = []
-        after_s: list[float] = []
-        waiting_s = 0.0
-        for number in range(len(self._spec.layers)):
-            entry = self._compute.layer(number)
-            if self._spec.layers[number].moe is None:
-                waiting_s += sum(_dense_s(entry, tokens) for tokens in blocks)
-                continue
-            before_s.append(waiting_s + sum(_routing_s(entry, tokens) for tokens in blocks))
-            after_s.append(sum(_ffn_s(entry, tokens) for tokens in blocks))
-            waiting_s = 0.0
-        return FixedTimes(np.array(before_s), np.array(after_s), waiting_s + self._compute.head_s)
 
     def _prefill_s(
         self,
@@ -130,7 +114,7 @@ class Replayer:
         passes = prompt_passes(
             self._compute, self._tables, prompts, layout, placement, segments, oracle
         )
-        fixed = self._fixed(prompts.blocks)
+        fixed = fixed_times(self._spec, self._compute, prompts.blocks)
         lanes, layers, columns = passes.fetch_s.shape
         parts = segments.link_s.shape[1]
         frames = placement.staging_experts
@@ -153,16 +137,3 @@ class Replayer:
             )
             clock = advance_lanes(clock, work, as_ready, frames, parts).clock
         return float(clock.now_s.mean()) + fixed.tail_s
-
-
-def _dense_s(entry: LayerCompute, tokens: int) -> float:
-    return entry.attention.at(tokens) + _ffn_s(entry, tokens)
-
-
-def _routing_s(entry: LayerCompute, tokens: int) -> float:
-    pieces = (entry.attention, entry.router, entry.fixed)
-    return sum(piece.at(tokens) for piece in pieces if piece is not None)
-
-
-def _ffn_s(entry: LayerCompute, tokens: int) -> float:
-    return 0.0 if entry.ffn is None else entry.ffn.at(tokens)

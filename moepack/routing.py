@@ -12,7 +12,6 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ import numpy.typing as npt
 
 from moepack import records
 from moepack.atomic import write_atomically
-from moepack.cache_curves import hit_curves
 from moepack.errors import ProfileError
 from moepack.hit_rates import LayerHitRates, layer_curves, layer_hit_rates
 from moepack.records import record
-from moepack.stack_ranks import stack_ranks
 from moepack.trace import (
     NO_PREDICTION,
     ROUTING_PARTS,
@@ -34,7 +31,6 @@ from moepack.trace import (
     Trace,
     activation_counts,
     hot_ranking,
-    hot_rankings,
 )
 
 ROUTING_VERSION = 2
@@ -122,17 +118,6 @@ class RoutingProfile:
     def hot_ranking(self, layer: int) -> tuple[int, ...]:
         """Every expert of a layer, most used in *fit* first; ties to the lower id."""
         return hot_ranking(self.counts(layer))
-
-    def hit_curve(self, layer: int, part: RoutingPart = "test") -> npt.NDArray[np.float64]:
-        """Hit rate of an LRU cache of 0, 1 ... N experts on one part, float64 [N + 1]."""
-        index = self.layer_index(layer)
-        return self._lru_curves[part][index, : self.summary.layers[index].num_experts + 1]
-
-    @cached_property
-    def _lru_curves(self) -> dict[RoutingPart, npt.NDArray[np.float64]]:
-        layers = self.layers
-        ranks = stack_ranks(self.trace, layers, hot_rankings(self.trace, layers), "lru")
-        return {part: hit_curves(ranks, self.trace, layers, part) for part in ROUTING_PARTS}
 
     def save(self, folder: Path) -> None:
         """Write ``routing.npz`` and then ``routing.yaml``, each atomically."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from moepack.plan import Layout, Plan
     from moepack.routing import RoutingProfile
 
-#: ``--routing``: every expert equally likely.
-UNIFORM_ROUTING = "uniform"
+
+class AssumedEngine(StrEnum):
+    """Engines that are not here."""
+
+    FULL = "full"
 
 
 class _Machine(NamedTuple):
@@ -66,8 +70,8 @@ def plan(
         str | None,
         typer.Option(
             "--routing",
-            metavar="uniform|FILE",
-            help="Routing to plan with. Default: the model's own profile.",
+            metavar="NAME|FILE",
+            help="Routing to plan with: a preset, or a profile. Default: the model's own profile.",
             show_default=False,
         ),
     ] = None,
@@ -97,6 +101,14 @@ def plan(
         bool,
         typer.Option("--keep-layout", help="Keep the pack as it is; decide the placement alone."),
     ] = False,
+    assume_engine: Annotated[
+        AssumedEngine | None,
+        typer.Option(
+            "--assume-engine",
+            help="Plan for an engine that also fetches ahead; moepack run refuses such a plan.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -109,23 +121,31 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Decide what the fast memory holds, and predict the speed."""
+    from moepack_runtime.capabilities import CAPABILITIES
+
     from moepack.atomic import write_atomically
     from moepack.plan_request import PlanRequest
     from moepack.planner import make_plan
     from moepack.report.plan import plan_view
+    from moepack.routing_presets import is_sampled
+    from moepack.strategies import FULL_ENGINE
 
     workspace = Workspace.locate()
     source = open_source(workspace, model, headers_only=True)
     folder = workspace.find(source.record.key)
     machine = _machine(workspace, hardware)
     priced = lengths(source.spec, context, prompt, new)
+    found = _routing(source, folder, routing)
     made = make_plan(
         PlanRequest(
             spec=source.spec,
             hardware=machine.profile,
             hardware_is_this_machine=machine.is_this_machine,
             compute=_compute(source, folder, machine),
-            routing=_routing(folder, routing),
+            routing=found,
+            routing_is_assumed=is_sampled(found),
+            engine=FULL_ENGINE if assume_engine else CAPABILITIES,
+            assumed_engine=assume_engine is not None,
             device=machine.profile.device,
             fast_budget_bytes=vram,
             ram_budget_bytes=ram,
@@ -184,16 +204,14 @@ def _compute(source: Source, folder: ModelFolder | None, machine: _Machine) -> C
     return derive_compute(source.spec, machine.profile)
 
 
-def _routing(folder: ModelFolder | None, name: str | None) -> RoutingProfile | None:
+def _routing(source: Source, folder: ModelFolder | None, name: str | None) -> RoutingProfile:
+    """What was named; else recorded from this model; else every expert equally likely."""
     from moepack.routing import load_routing
+    from moepack.routing_presets import UNIFORM, find_routing
 
-    if name == UNIFORM_ROUTING:
-        return None
-    if name is not None:
-        return load_routing(Path(name))
-    if folder is not None and folder.routing_path.exists():
+    if name is None and folder is not None and folder.routing_path.exists():
         return load_routing(folder.routing_path)
-    return None
+    return find_routing(name or UNIFORM, source.spec)
 
 
 def _kept_layout(folder: ModelFolder | None, source: Source) -> Layout:

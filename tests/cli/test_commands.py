@@ -46,7 +46,7 @@ def test_profile_measures_what_the_plan_is_made_from(
     assert plan["provenance"]["compute"].startswith("measured")
     assert plan["provenance"]["assumptions"] == []
     uniform = ("plan", "--vram", "4M", "--context", "256", "--routing", "uniform", "--json")
-    assert "equally likely" in moepack(*uniform).document["provenance"]["assumptions"][0]
+    assert "preset uniform" in moepack(*uniform).document["provenance"]["assumptions"][0]
     shown = moepack("profile", model)
     assert shown.code == 0
     assert "recall at k" in shown.out

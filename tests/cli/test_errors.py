@@ -68,14 +68,12 @@ def test_a_name_that_no_folder_can_have(
     assert_named(moepack(*command, name), "ModelNotFoundError", name)
 
 
-@pytest.mark.parametrize(
-    ("option", "error"),
-    [("--hardware", "PresetNotFoundError"), ("--routing", "ProfileError")],
-)
+@pytest.mark.parametrize("option", ["--hardware", "--routing"])
 def test_a_profile_whose_name_no_file_can_have(
-    measured: Path, model: Path, moepack: Moepack, option: str, error: str
+    measured: Path, model: Path, moepack: Moepack, option: str
 ) -> None:
-    assert_named(moepack("plan", model, *PLAN, option, "a" * 300), error, "a" * 300)
+    outcome = moepack("plan", model, *PLAN, option, "a" * 300)
+    assert_named(outcome, "PresetNotFoundError", "a" * 300)
 
 
 @pytest.mark.parametrize("inside", ["", "model"])
@@ -197,13 +195,14 @@ def test_compute_that_was_measured_on_another_device(
 def test_a_shard_that_was_damaged(packed: Path, moepack: Moepack) -> None:
     for shard in packed.glob("experts/*.safetensors"):
         data = bytearray(shard.read_bytes())
-        data[8192] ^= 1
+        for page in range(8192, len(data), 4096):
+            data[page] ^= 1
         shard.write_bytes(data)
     outcome = moepack("run", "abc", "--max-new-tokens", "30")
     assert_named(outcome, "DamagedSegmentError", "layer ", "expert ")
     verified = moepack("verify", "--json")
     assert verified.code == 1
-    assert len(verified.document["damages"]) == len(list(packed.glob("experts/*")))
+    assert len(verified.document["damages"]) >= len(list(packed.glob("experts/*")))
     assert verified.err.splitlines()[-1].startswith("DamagedSegmentError: ")
 
 
@@ -217,12 +216,12 @@ def test_a_prompt_without_tokens(packed: Path, moepack: Moepack) -> None:
     assert_named(moepack("run", ""), "ContextLengthError", "no tokens")
 
 
-def test_a_plan_that_needs_other_segments(
-    packed: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ratio = moepack("inspect", packed, "--json").document["layers"][0]["split_ratio"]
-    monkeypatch.setattr("moepack.planner.SPLIT_RATIOS", (0.3 if ratio > 0.5 else 0.7,))
-    assert moepack("plan", *PLAN).code == 0
+def test_a_plan_that_needs_other_segments(packed: Path, moepack: Moepack, home: Path) -> None:
+    (path,) = home.glob("models/*/plan.json")
+    plan = json.loads(path.read_text())
+    for layer in plan["layout"]["layers"]:
+        layer["split"] = 0 if layer["split"] else layer["width"]
+    path.write_text(json.dumps(plan))
     assert_named(moepack("run", "abc"), "PlanMismatchError", "layers 0, 1, 2", "pack")
     # A folder that is named has its own plan.
     assert moepack("run", "abc", "--model", packed, "--max-new-tokens", "2").code == 0

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepack.decoding import Decoding, FixedTimes, Replayed
+from moepack.decoding import Decoding, Replayed
+from moepack.fixed_times import FixedTimes
 from moepack.passes import Oracle, activations, decode_passes, segments_of
 from moepack.plan import POLICIES, LayerPlacement, Layout, Placement, PrefetchMode, SharedPool
 from moepack.replay import Replayer

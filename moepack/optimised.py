@@ -1,0 +1,242 @@
+"""The optimiser's candidates for a request: profiles in, contenders out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moepack.budget import fixed_bytes
+from moepack.cost import Array, LayerTimes, LinkSeconds, distinct_experts
+from moepack.fixed_times import fixed_times
+from moepack.layer_problem import Cuts, LayerProblem, PromptTimes, cut_options, kept_cut
+from moepack.layer_tables import Choice, LayerTable, tabulate
+from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout, uniform_layout
+from moepack.optimiser import Optimum, fixed_point_split, optimise
+from moepack.passes import expert_curve
+from moepack.placements import free_bytes, placement
+from moepack.plan import EngineCapabilities, LayerPlacement, Layout, Policy
+from moepack.plan_request import PlanRequest
+from moepack.prompts import block_lengths
+from moepack.routing_tables import RoutingTables
+from moepack.strategies import FULL_ENGINE, Contender, Strategies, computes_as_ready
+
+
+class Optimised:
+    """Candidates for one model on one machine, at any budget.
+
+    What may be chosen is priced once for each amount of staging; budgets only divide.
+    """
+
+    def __init__(self, request: PlanRequest, tables: RoutingTables, link: LinkSeconds) -> None:
+        self._request = request
+        self._tables = tables
+        self._link = link
+        kept = request.keep_layout
+        block_tokens = PREFILL_BLOCK_TOKENS if kept is None else kept.prefill_block_tokens
+        self._blocks = block_lengths(request.prompt_tokens, block_tokens)
+        self._digest = request.spec.digest
+        self._token = fixed_times(request.spec, request.compute, (1,))
+        self._prompt = fixed_times(request.spec, request.compute, self._blocks)
+        self._priced: dict[tuple[int, EngineCapabilities], list[LayerTable]] = {}
+
+    def contenders(self, request: PlanRequest) -> tuple[list[Contender], Optimum | None]:
+        """The best division for every useful amount of staging, and the best of them.
+
+        Returns
+        -------
+        contenders : list of Contender
+        best : Optimum or None
+            By the closed form; None where nothing fits.
+        """
+        strategies = Strategies(request, self._tables)
+        found: list[tuple[Optimum, Contender]] = []
+        for staging in strategies.staging_amounts():
+            engine = within_staging(request.engine, staging, strategies.top_k)
+            if (staging, engine) not in self._priced:
+                self._priced[staging, engine] = self._tabulate(staging, engine, self._cuts())
+            tables = self._priced[staging, engine]
+            spare_bytes = _spare_bytes(request, tables, staging)
+            if spare_bytes >= 0:
+                optimum = optimise(tables, spare_bytes)
+                contender = self._contender("optimised", request, optimum, staging)
+                found.append((optimum, contender))
+        best = min((each for each, _ in found), key=lambda each: each.seconds, default=None)
+        return [contender for _, contender in found], best
+
+    def moepic(self, request: PlanRequest) -> Contender | None:
+        """MoEpic as published (arXiv 2509.08342): LCP, every expert cut, prefetching.
+
+        The split of a layer is the fixed point at its even share, moved to where the kernels can
+        cut; budgets are exchanged between layers from there. None where it does not fit.
+        """
+        strategies = Strategies(request, self._tables)
+        top_k = strategies.top_k
+        staging = 2 * top_k
+        engine = replace(FULL_ENGINE, policies=("lcp",), max_prefetch_depth=top_k)
+        spare_bytes = free_bytes(request, uniform_layout(request.spec, 1.0), staging)
+        if spare_bytes < 0:
+            return None
+        cuts = self._fixed_points(spare_bytes // len(request.spec.moe_layers))
+        tables = self._tabulate(staging, engine, cuts)
+        optimum = optimise(tables, max(0, _spare_bytes(request, tables, staging)))
+        made = self._contender("moepic", request, optimum, staging)
+        return made._replace(why_not=strategies.why_not(made.layout, made.placement))
+
+    def _cuts(self) -> list[Cuts]:
+        """What each layer may be cut at: as it is to be kept, or anywhere."""
+        kept = self._request.keep_layout
+        if kept is not None:
+            return [kept_cut(self._request.spec, cut) for cut in kept.layers]
+        return [cut_options(self._request.spec, layer) for layer in self._request.spec.moe_layers]
+
+    def _fixed_points(self, share_bytes: int) -> list[Cuts]:
+        """The one interior cut of each layer that is nearest to MoEpic's fixed point."""
+        spec, found = self._request.spec, []
+        curves = self._tables.fit_curves("lcp")
+        for index, layer in enumerate(spec.moe_layers):
+            options, moe = cut_options(spec, layer), spec.moe(layer)
+            whole_bytes = int(options.top_bytes[0])
+            window_share = self._gap_s(index) / (moe.top_k * self._link(whole_bytes))
+            hits = curves[index, : moe.num_experts + 1]
+            ratio = fixed_point_split(window_share, share_bytes / whole_bytes, hits)
+            interior = np.flatnonzero(options.interior)
+            places = interior if len(interior) else np.arange(1)
+            far = np.abs(options.splits[places] - ratio * options.width)
+            place = places[far.argmin()]
+            found.append(
+                Cuts(
+                    options.splits[[place]],
+                    options.width,
+                    options.top_bytes[[place]],
+                    options.bottom_bytes[[place]],
+                )
+            )
+        return found
+
+    def _tabulate(
+        self, staging: int, engine: EngineCapabilities, cuts: Sequence[Cuts]
+    ) -> list[LayerTable]:
+        return [
+            tabulate(self._problem(index, cut, staging, engine)) for index, cut in enumerate(cuts)
+        ]
+
+    def _problem(
+        self, index: int, cuts: Cuts, staging: int, engine: EngineCapabilities
+    ) -> LayerProblem:
+        """One layer with everything that decides its price."""
+        request, tables = self._request, self._tables
+        shape, entry = tables.layers[index], request.compute.layer(tables.layers[index].layer)
+        whole, split = expert_curve(entry, cut=False), expert_curve(entry, cut=True)
+        curves = {policy: self._curve(index, policy) for policy in engine.policies}
+        shares = tables.shares[index]
+        hot = np.array(tables.hot[index])
+        used = distinct_experts(shares, request.prompt_tokens, shape.top_k)[hot]
+        whole_s = split_s = 0.0
+        for tokens in self._blocks:
+            distinct = float(distinct_experts(shares, tokens, shape.top_k).sum())
+            each = tokens * shape.top_k / distinct
+            whole_s += distinct * whole.at(each)
+            split_s += distinct * split.at(each)
+        ahead = engine.max_prefetch_depth > 0
+        ranks = 2 * shape.top_k if ahead else 0
+        return LayerProblem(
+            layer=shape.layer,
+            top_k=shape.top_k,
+            cuts=cuts,
+            link=self._link,
+            token=LayerTimes(
+                float(self._token.before_s[index]),
+                whole.at(1),
+                entry.transfer_s,
+                float(self._token.after_s[index]),
+            ),
+            split_s=split.at(1),
+            prompt=PromptTimes(
+                float(self._prompt.before_s[index] + self._prompt.after_s[index]), whole_s, split_s
+            ),
+            used=used,
+            new_tokens=request.new_tokens,
+            hits=curves,
+            staging_experts=staging,
+            engine=engine,
+            gap_s=self._gap_s(index),
+            accuracy=tables.accuracy[index, :ranks],
+            predicted_held={
+                policy: tables.fit_cached(policy)[index, :ranks, : shape.num_experts + 1]
+                for policy in (engine.policies if ahead else ())
+            },
+        )
+
+    def _curve(self, index: int, policy: Policy) -> Array:
+        """Hit rate over slots on *fit*.
+
+        A cache of fewer slots than a token uses holds some of the last token's experts, whatever
+        its policy: all that learn count as the first of them there, which spares replays.
+        """
+        shape, learning = self._tables.layers[index], ("lru", "lfu", "lcp")
+        curve = self._tables.fit_curves(policy)[index, : shape.num_experts + 1].copy()
+        first = next((each for each in self._request.engine.policies if each in learning), policy)
+        if policy in learning:
+            curve[: shape.top_k] = self._tables.fit_curves(first)[index, : shape.top_k]
+        return curve
+
+    def _gap_s(self, index: int) -> float:
+        """Compute between the experts of the layer before and this layer's routing."""
+        tail_s = self._token.tail_s if index == 0 else 0.0
+        return float(self._token.before_s[index]) + tail_s
+
+    def _contender(
+        self, name: str, request: PlanRequest, optimum: Optimum, staging: int
+    ) -> Contender:
+        spec, kept = request.spec, request.keep_layout
+        layout = kept or Layout(
+            self._digest,
+            tuple(cut_layout(spec, choice.layer, choice.split) for choice in optimum.choices),
+            PREFILL_BLOCK_TOKENS,
+        )
+        layers = [
+            _place(choice, hot)
+            for choice, hot in zip(optimum.choices, self._tables.hot, strict=True)
+        ]
+        made = placement(request, layout, layers, staging_experts=staging)
+        return Contender(name, layout, made, computes_as_ready(request, made))
+
+
+def within_staging(engine: EngineCapabilities, staging: int, top_k: int) -> EngineCapabilities:
+    """What an engine can do with so much staging: experts of two layers share it."""
+    depth = max(0, min(engine.max_prefetch_depth, staging - top_k))
+    return replace(
+        engine,
+        prefetch=engine.prefetch if depth else ("off",),
+        max_prefetch_depth=depth,
+        as_ready=engine.as_ready and staging >= top_k,
+    )
+
+
+def _spare_bytes(request: PlanRequest, tables: Sequence[LayerTable], staging: int) -> int:
+    """What is left for slots beside staging for the largest expert, however it is cut."""
+    frame_bytes = max(table.full_bytes // table.problem.num_experts for table in tables)
+    fixed = fixed_bytes(
+        request.spec,
+        request.context_tokens,
+        PREFILL_BLOCK_TOKENS
+        if request.keep_layout is None
+        else request.keep_layout.prefill_block_tokens,
+        threads=request.compute.threads,
+    )
+    return request.fast_budget_bytes - fixed - staging * frame_bytes
+
+
+def _place(choice: Choice, hot: tuple[int, ...]) -> LayerPlacement:
+    return LayerPlacement(
+        layer=choice.layer,
+        budget_bytes=choice.budget_bytes,
+        top_slots=choice.tops,
+        bottom_slots=choice.bottoms,
+        policy=choice.policy,
+        hot=hot,
+        prefetch=choice.prefetch,
+        prefetch_depth=choice.depth,
+    )

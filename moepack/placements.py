@@ -1,0 +1,91 @@
+"""Placements of a request: slots within a budget, and the record around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moepack.budget import fixed_bytes, memory_breakdown, staging_bytes, stored_bytes
+from moepack.plan import (
+    LayerLayout,
+    LayerPlacement,
+    Layout,
+    Placement,
+    Policy,
+    PrefetchMode,
+    SharedPool,
+)
+from moepack.plan_request import PlanRequest
+from moepack.segments import PARTS
+
+
+def free_bytes(request: PlanRequest, layout: Layout, staging_experts: int) -> int:
+    """What is left for slots, once everything fixed and the staging are paid for; may be < 0."""
+    fixed = fixed_bytes(
+        request.spec,
+        request.context_tokens,
+        layout.prefill_block_tokens,
+        threads=request.compute.threads,
+    )
+    return request.fast_budget_bytes - fixed - staging_bytes(request.spec, layout, staging_experts)
+
+
+def place_layer(
+    request: PlanRequest,
+    cut: LayerLayout,
+    hot: tuple[int, ...],
+    budget_bytes: int,
+    *,
+    policy: Policy,
+    prefetch: PrefetchMode = "off",
+    depth: int = 0,
+) -> LayerPlacement:
+    """Spend one layer's budget: tops first, bottoms once every top is kept."""
+    experts = len(hot)
+    top_bytes, bottom_bytes = (stored_bytes(request.spec, cut, part) for part in PARTS)
+    tops = min(experts, budget_bytes // top_bytes) if top_bytes else 0
+    bottoms = 0
+    if bottom_bytes and (tops == experts or not top_bytes):
+        bottoms = min(experts, (budget_bytes - tops * top_bytes) // bottom_bytes)
+    return LayerPlacement(
+        layer=cut.layer,
+        budget_bytes=budget_bytes,
+        top_slots=tops,
+        bottom_slots=bottoms,
+        policy=policy,
+        hot=hot,
+        prefetch=prefetch if depth else "off",
+        prefetch_depth=depth,
+    )
+
+
+def placement(
+    request: PlanRequest,
+    layout: Layout,
+    layers: Sequence[LayerPlacement],
+    *,
+    staging_experts: int,
+    pool: SharedPool | None = None,
+) -> Placement:
+    """The whole record, every byte accounted for."""
+    return Placement(
+        device=request.device,
+        fast_budget_bytes=request.fast_budget_bytes,
+        staging_experts=staging_experts,
+        context_tokens=request.context_tokens,
+        prompt_tokens=request.prompt_tokens,
+        new_tokens=request.new_tokens,
+        memory=memory_breakdown(
+            request.spec,
+            layout,
+            layers,
+            staging_experts=staging_experts,
+            context_tokens=request.context_tokens,
+            threads=request.compute.threads,
+            pool=pool,
+        ),
+        layers=tuple(layers),
+        ram_budget_bytes=request.ram_budget_bytes,
+        threads=request.compute.threads,
+        readers=request.hardware.disk.readers,
+        pool=pool,
+    )
