@@ -36,6 +36,7 @@ from moepack.plan_request import (
     require_matching,
     within_device,
 )
+from moepack.progress import NO_PROGRESS, Progress
 from moepack.replay import Replayer
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import Contender, Strategies
@@ -51,7 +52,7 @@ DERIVED_BAND = 2.0
 CLEARLY_DEARER = 1.25
 
 
-def make_plan(request: PlanRequest) -> Plan:
+def make_plan(request: PlanRequest, progress: Progress = NO_PROGRESS) -> Plan:
     """Make the best plan for a request.
 
     Raises
@@ -62,7 +63,7 @@ def make_plan(request: PlanRequest) -> Plan:
     PlanMismatchError
         When a profile or a layout is another model's.
     """
-    return Planner(request).plan(request.fast_budget_bytes)
+    return Planner(request).plan(request.fast_budget_bytes, progress)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Planner:
             self._events += found.events
         return self._prices[key]
 
-    def plan(self, fast_budget_bytes: int) -> Plan:
+    def plan(self, fast_budget_bytes: int, progress: Progress = NO_PROGRESS) -> Plan:
         """The best plan for a budget.
 
         Raises
@@ -139,9 +140,13 @@ class Planner:
         # Nothing beats having everything there.
         search = bool(resident.why_not)
         optimised, optimum = self._optimised.contenders(request) if search else ([], None)
-        below = self._below(request, optimum) if optimum is not None else ()
-        named = [_Priced(each, self.price(each, "select")) for each in strategies]
-        others = [_Priced(each, self.price(each, "select")) for each in (*optimised, *below)]
+        below = [] if optimum is None else list(self._below(request, optimum))
+        progress.start("replay what could be planned", len(strategies + optimised + below), "items")
+        try:
+            named = self._priced(strategies, progress)
+            others = self._priced(optimised + below, progress)
+        finally:
+            progress.done()
         best = min(
             (item for item in (*reversed(named), *others) if not item.contender.why_not),
             key=lambda item: self.total_s(item.price),
@@ -169,6 +174,13 @@ class Planner:
             assumed_engine=request.assumed_engine,
             link=request.link,
         )
+
+    def _priced(self, contenders: list[Contender], progress: Progress) -> list[_Priced]:
+        found = []
+        for contender in contenders:
+            found.append(_Priced(contender, self.price(contender, "select")))
+            progress.advance(1)
+        return found
 
     def total_s(self, price: Replayed) -> float:
         """What is minimised: the time of the whole generation."""
