@@ -112,7 +112,8 @@ class ComputeProfile:
     head_s : float
         Embedding, final norm, head and sampling of one token.
     spread : float
-        Largest relative interquartile range over the measured points; 0 where derived.
+        Of the time of a token, or of a block, through the whole model, whichever varies more: the
+        interquartile range between rounds over the median; 0 where derived.
     """
 
     version: int

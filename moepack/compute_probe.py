@@ -19,6 +19,8 @@ from moepack.compute import (
     ComputeProfile,
     Curve,
     LayerCompute,
+    block_seconds,
+    token_seconds,
     worthwhile_threads,
 )
 from moepack.expert_probe import Probe, measure_experts, measure_transfer
@@ -104,21 +106,21 @@ def measure_compute(
     finally:
         progress.done()
         engine.reset()
-    found = [_median_profile(measured) for measured in rounds.values()]
+    found = [_median_profile(engine.spec, measured) for measured in rounds.values()]
     best = worthwhile_threads(engine.spec, found)
     torch.set_num_threads(best.threads)
     return best
 
 
-def _median_profile(rounds: Sequence[ComputeProfile]) -> ComputeProfile:
-    """Point by point the median of several rounds; the spread is that between them."""
-    spread = 0.0
+def _median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> ComputeProfile:
+    """Point by point the median of several rounds; the spread is that of whole passes."""
+    passes = (token_seconds, block_seconds)
+    spread = max(
+        summarise([seconds(spec, profile) for profile in rounds]).spread for seconds in passes
+    )
 
     def middle(values: Sequence[float]) -> float:
-        nonlocal spread
-        timing = summarise(values)
-        spread = max(spread, timing.spread)
-        return timing.median_s
+        return summarise(values).median_s
 
     def curve(curves: Sequence[Curve | None]) -> Curve | None:
         known = [item for item in curves if item is not None]
