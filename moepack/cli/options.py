@@ -24,6 +24,13 @@ class Link(NamedTuple):
     latency_s: float
 
 
+class SizeRange(NamedTuple):
+    """Ends of a range of sizes."""
+
+    low_bytes: int
+    high_bytes: int
+
+
 def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
     """A parser whose ``ValueError`` is the user's: exit 2, with its message."""
 
@@ -39,6 +46,18 @@ def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 #: Bytes of ``24G``.
 size = _usage(units.parse_size)
+
+
+@_usage
+def size_range(text: str) -> SizeRange:
+    """Bytes of both ends of ``4G:24G``."""
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise ValueError(f"not a range of sizes: {text!r}; expected LO:HI, as in 4G:24G")
+    ends = units.parse_size(low), units.parse_size(high)
+    if not 0 < ends[0] <= ends[1]:
+        raise ValueError(f"the range {text!r} is empty; expected LO:HI, as in 4G:24G")
+    return SizeRange(*ends)
 
 
 @_usage

@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moepack import records
-from moepack.cli.models import Source, open_source
-from moepack.cli.options import JsonOption, LinkOption, ModelArgument, lengths, size
+from moepack.cli.models import Source
+from moepack.cli.options import JsonOption, LinkOption, ModelArgument, SizeRange, size, size_range
 from moepack.cli.output import emit, note
-from moepack.errors import ProfileError, WorkspaceError
-from moepack.workspace import ModelFolder, Workspace
+from moepack.cli.plan_answer import Asked, answer_document, answer_view, find_answer
+from moepack.cli.planning import (
+    AssumeEngineOption,
+    Conditions,
+    ContextOption,
+    HardwareOption,
+    NewOption,
+    PromptOption,
+    RoutingOption,
+    kept_layout,
+    open_case,
+)
+from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
-    from moepack.compute import ComputeProfile
-    from moepack.hardware import HardwareProfile
-    from moepack.plan import Layout, Plan
-    from moepack.routing import RoutingProfile
-
-
-class AssumedEngine(StrEnum):
-    """Engines that are not here."""
-
-    FULL = "full"
-
-
-class _Machine(NamedTuple):
-    """Hardware to plan for."""
-
-    profile: HardwareProfile
-    is_this_machine: bool
+    from moepack.plan import Plan
 
 
 def plan(
+    model: ModelArgument = None,
     vram: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--vram",
             parser=size,
             metavar="SIZE",
-            help="Bound on the fast tier (RAM where there is no GPU), as in 24G.",
+            help="Bound on the fast tier (RAM where there is no GPU), as in 24G. Needed, unless "
+            "there is --sweep.",
             show_default=False,
         ),
-    ],
-    model: ModelArgument = None,
+    ] = None,
     ram: Annotated[
         int | None,
         typer.Option(
@@ -57,55 +53,39 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            "--hardware",
-            metavar="NAME|FILE",
-            help="Plan for another machine: a preset, or a profile.",
-            show_default=False,
-        ),
-    ] = None,
-    routing: Annotated[
-        str | None,
-        typer.Option(
-            "--routing",
-            metavar="NAME|FILE",
-            help="Routing to plan with: a preset, or a profile. Default: the model's own profile.",
-            show_default=False,
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Tokens that the KV cache holds. Default: 4096, or the model's own limit.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Prompt tokens to price. Default: 512.", show_default=False
-        ),
-    ] = None,
-    new: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="New tokens to price. Default: 128.", show_default=False
-        ),
-    ] = None,
+    hardware: HardwareOption = None,
+    routing: RoutingOption = None,
+    context: ContextOption = None,
+    prompt: PromptOption = None,
+    new: NewOption = None,
     link: LinkOption = None,
     keep_layout: Annotated[
         bool,
         typer.Option("--keep-layout", help="Keep the pack as it is; decide the placement alone."),
     ] = False,
-    assume_engine: Annotated[
-        AssumedEngine | None,
+    assume_engine: AssumeEngineOption = None,
+    explain: Annotated[
+        bool,
         typer.Option(
-            "--assume-engine",
-            help="Plan for an engine that also fetches ahead; moepack run refuses such a plan.",
+            "--explain", help="Say what limits the machine, and what another one would gain."
+        ),
+    ] = False,
+    sweep: Annotated[
+        SizeRange | None,
+        typer.Option(
+            "--sweep",
+            parser=size_range,
+            metavar="LO:HI",
+            help="Plan for a range of budgets, as in 4G:24G, and plot them.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write all of it, explained, as one page for a browser.",
             show_default=False,
         ),
     ] = None,
@@ -121,108 +101,45 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Decide what the fast memory holds, and predict the speed."""
-    from moepack_runtime.capabilities import CAPABILITIES
+    from moepack.planner import Planner
 
-    from moepack.atomic import write_atomically
-    from moepack.plan_request import PlanRequest
-    from moepack.planner import make_plan
-    from moepack.report.plan import plan_view
-    from moepack.routing_presets import is_sampled
-    from moepack.strategies import FULL_ENGINE
-
+    if vram is None and sweep is None:
+        raise typer.BadParameter("give one, or --sweep LO:HI", param_hint="'--vram'")
+    if vram is None and out is not None:
+        raise typer.BadParameter("a sweep alone makes no plan; give --vram", param_hint="'--out'")
+    asked = Asked(vram, sweep, explain, html)
     workspace = Workspace.locate()
-    source = open_source(workspace, model, headers_only=True)
-    folder = workspace.find(source.record.key)
-    machine = _machine(workspace, hardware)
-    priced = lengths(source.spec, context, prompt, new)
-    found = _routing(source, folder, routing)
-    made = make_plan(
-        PlanRequest(
-            spec=source.spec,
-            hardware=machine.profile,
-            hardware_is_this_machine=machine.is_this_machine,
-            compute=_compute(source, folder, machine),
-            routing=found,
-            routing_is_assumed=is_sampled(found),
-            engine=FULL_ENGINE if assume_engine else CAPABILITIES,
-            assumed_engine=assume_engine is not None,
-            device=machine.profile.device,
-            fast_budget_bytes=vram,
-            ram_budget_bytes=ram,
-            context_tokens=priced.context_tokens,
-            prompt_tokens=priced.prompt_tokens,
-            new_tokens=priced.new_tokens,
-            link=link,
-            keep_layout=_kept_layout(folder, source) if keep_layout else None,
-        )
+    conditions = Conditions(hardware, routing, context, prompt, new, link, assume_engine)
+    case = open_case(workspace, model, conditions)
+    request = dataclasses.replace(
+        case.request,
+        fast_budget_bytes=asked.most_bytes,
+        ram_budget_bytes=ram,
+        keep_layout=kept_layout(case) if keep_layout else None,
     )
+    answer = find_answer(Planner(request), asked)
+    document = answer_document(answer)
+    if answer.plan is not None:
+        _keep(workspace, case.source, answer.plan, out)
+        document = plan_document(answer.plan) | document
+    emit(document, as_json=json, view=lambda: answer_view(answer))
+
+
+def _keep(workspace: Workspace, source: Source, made: Plan, out: Path | None) -> None:
+    """Write a plan to a file; or make it current, if it can be run here."""
+    from moepack.atomic import write_atomically
+
     if out is not None:
         write_atomically(out, records.encode(made, indent=1).encode())
         note(f"plan written to {out}")
-    elif machine.is_this_machine and source.is_here:
+    elif made.provenance.hardware_is_this_machine and source.is_here:
         folder = workspace.remember(source.record)
         folder.save_plan(made)
         workspace.make_current(folder)
     else:
-        missing = "its weights are not here" if machine.is_this_machine else "it is another machine"
+        here = made.provenance.hardware_is_this_machine
+        missing = "its weights are not here" if here else "it is another machine"
         note(f"shown only, since {missing}; --out FILE keeps it")
-    emit(plan_document(made), as_json=json, view=lambda: plan_view(made))
-
-
-def _machine(workspace: Workspace, name: str | None) -> _Machine:
-    from moepack.hardware import find_hardware, load_hardware
-
-    if name is not None:
-        return _Machine(find_hardware(name), False)
-    if not workspace.hardware_path.exists():
-        raise WorkspaceError(
-            "this machine has not been measured; run moepack profile --hardware-only, or plan for "
-            "a preset with --hardware"
-        )
-    return _Machine(load_hardware(workspace.hardware_path), True)
-
-
-def _compute(source: Source, folder: ModelFolder | None, machine: _Machine) -> ComputeProfile:
-    """Measured where the model was profiled on the machine in question, else derived.
-
-    Raises
-    ------
-    ProfileError
-        When it was measured on another device than the machine's newest profile.
-    """
-    from moepack.compute import load_compute
-    from moepack.roofline import derive_compute
-
-    if machine.is_this_machine and folder is not None and folder.compute_path.exists():
-        compute = load_compute(folder.compute_path)
-        if compute.device != machine.profile.device:
-            raise ProfileError(
-                f"{folder.compute_path}: compute was measured on {compute.device}, this machine's "
-                f"profile is for {machine.profile.device}; run moepack profile"
-            )
-        return compute
-    return derive_compute(source.spec, machine.profile)
-
-
-def _routing(source: Source, folder: ModelFolder | None, name: str | None) -> RoutingProfile:
-    """What was named; else recorded from this model; else every expert equally likely."""
-    from moepack.routing import load_routing
-    from moepack.routing_presets import UNIFORM, find_routing
-
-    if name is None and folder is not None and folder.routing_path.exists():
-        return load_routing(folder.routing_path)
-    return find_routing(name or UNIFORM, source.spec)
-
-
-def _kept_layout(folder: ModelFolder | None, source: Source) -> Layout:
-    from moepack.formats import PackedModel
-
-    if folder is None:
-        raise WorkspaceError(
-            f"{source.record.name} has not been packed, so there is no layout to keep; plan "
-            "without --keep-layout"
-        )
-    return PackedModel.open(folder.pack_folder()).layout
 
 
 def plan_document(plan: Plan) -> dict[str, object]:

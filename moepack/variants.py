@@ -1,0 +1,120 @@
+"""Other machines than the one at hand: with more memory, another link, a faster processor.
+
+A variant is an ordinary request; what is planned for it says what one would gain.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+from moepack.budget import stored_bytes
+from moepack.compute import ComputeProfile, Curve, LayerCompute
+from moepack.layouts import uniform_layout
+from moepack.placements import free_bytes
+from moepack.plan import Plan
+from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest
+from moepack.rates import LinkCurve
+from moepack.segments import PARTS
+from moepack.strategies import Contender, computes_as_ready
+
+
+def contender_of(request: PlanRequest, plan: Plan) -> Contender:
+    """A finished plan, ready to be replayed again."""
+    as_ready = computes_as_ready(request, plan.placement)
+    return Contender(plan.planner.chosen, plan.layout, plan.placement, as_ready)
+
+
+def is_resident(plan: Plan) -> bool:
+    """Whether the fast tier holds every expert whole."""
+    placement = plan.placement
+    if placement.pool is not None:
+        return placement.pool.slots >= sum(len(place.hot) for place in placement.layers)
+    return all(
+        (place.top_slots == len(place.hot) or not cut.split)
+        and (place.bottom_slots == len(place.hot) or cut.split == cut.width)
+        for cut, place in zip(plan.layout.layers, placement.layers, strict=True)
+    )
+
+
+def resident_bytes(request: PlanRequest) -> int:
+    """What the fast tier would hold with every expert resident: no plan gains from more."""
+    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
+    fixed = -free_bytes(replace(request, fast_budget_bytes=0), layout, 1)
+    return fixed + sum(
+        request.spec.moe(cut.layer).num_experts * stored_bytes(request.spec, cut, part)
+        for cut in layout.layers
+        for part in PARTS
+    )
+
+
+def with_memory(request: PlanRequest, fast_bytes: int) -> PlanRequest:
+    """A machine that has at least so much fast memory for a model."""
+    hardware = request.hardware
+    base_bytes = hardware.process_base_bytes
+    if request.device == "cuda" and hardware.vram_bytes is not None:
+        vram_bytes = fast_bytes + hardware.device_base_bytes + CUBLAS_BYTES
+        hardware = replace(hardware, vram_bytes=max(hardware.vram_bytes, vram_bytes))
+        return replace(request, hardware=hardware, fast_budget_bytes=fast_bytes)
+    ram_bytes = math.ceil((fast_bytes + base_bytes) / DEFAULT_RAM_SHARE)
+    limit_bytes = request.ram_budget_bytes
+    return replace(
+        request,
+        hardware=replace(hardware, ram_bytes=max(hardware.ram_bytes, ram_bytes)),
+        ram_budget_bytes=limit_bytes and max(limit_bytes, fast_bytes + base_bytes),
+        fast_budget_bytes=fast_bytes,
+    )
+
+
+def with_link(request: PlanRequest, factor: float) -> PlanRequest:
+    """A link on which every transfer takes ``1 / factor`` of its time."""
+    hardware = request.hardware
+    link = request.link and (request.link[0] * factor, request.link[1] / factor)
+    return replace(
+        request,
+        hardware=replace(
+            hardware,
+            disk=_faster(hardware.disk, factor),
+            bus=hardware.bus and _faster(hardware.bus, factor),
+        ),
+        link=link,
+    )
+
+
+def with_compute(request: PlanRequest, factor: float) -> PlanRequest:
+    """A processor that takes ``1 / factor`` of the time for everything."""
+    return replace(request, compute=_quicker(request.compute, factor))
+
+
+def without_transfer_cost(compute: ComputeProfile) -> ComputeProfile:
+    """Transfers that cost the computing thread nothing beside the link's own time."""
+    return replace(
+        compute, layers=tuple(replace(entry, transfer_s=0.0) for entry in compute.layers)
+    )
+
+
+def _faster(link: LinkCurve, factor: float) -> LinkCurve:
+    return replace(
+        link,
+        latency_s=link.latency_s / factor,
+        points=tuple(
+            replace(point, bytes_per_s=point.bytes_per_s * factor) for point in link.points
+        ),
+    )
+
+
+def _quicker(compute: ComputeProfile, factor: float) -> ComputeProfile:
+    def layer(entry: LayerCompute) -> LayerCompute:
+        curves: dict[str, Any] = {
+            field.name: replace(curve, seconds=tuple(each / factor for each in curve.seconds))
+            for field in fields(entry)
+            if isinstance(curve := getattr(entry, field.name), Curve)
+        }
+        return replace(entry, transfer_s=entry.transfer_s / factor, **curves)
+
+    return replace(
+        compute,
+        head_s=compute.head_s / factor,
+        layers=tuple(layer(entry) for entry in compute.layers),
+    )
