@@ -1,0 +1,224 @@
+"""What ``moepack plan`` and ``moepack replay`` are asked under: options, and a request of them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from moepack.cli.models import Source, open_source
+from moepack.cli.options import Link, lengths
+from moepack.errors import ProfileError, WorkspaceError
+from moepack.workspace import ModelFolder, Workspace
+
+if TYPE_CHECKING:
+    from moepack.compute import ComputeProfile
+    from moepack.hardware import HardwareProfile
+    from moepack.plan import Layout
+    from moepack.plan_request import PlanRequest
+    from moepack.routing import RoutingProfile
+
+
+class AssumedEngine(StrEnum):
+    """Engines that are not here."""
+
+    FULL = "full"
+
+
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="Plan for another machine: a preset, or a profile.",
+        show_default=False,
+    ),
+]
+RoutingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--routing",
+        metavar="NAME|FILE",
+        help="Routing to plan with: a preset, or a profile. Default: the model's own profile, or "
+        "uniform.",
+        show_default=False,
+    ),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        metavar="N",
+        help="Tokens that the KV cache holds. Default: 4096, or the model's own limit.",
+        show_default=False,
+    ),
+]
+PromptOption = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt",
+        min=1,
+        metavar="N",
+        help="Prompt tokens to price. Default: 512.",
+        show_default=False,
+    ),
+]
+NewOption = Annotated[
+    int | None,
+    typer.Option(
+        "--new",
+        min=1,
+        metavar="N",
+        help="New tokens to price. Default: 128.",
+        show_default=False,
+    ),
+]
+AssumeEngineOption = Annotated[
+    AssumedEngine | None,
+    typer.Option(
+        "--assume-engine",
+        help="Plan for an engine that also fetches ahead; moepack run refuses such a plan.",
+        show_default=False,
+    ),
+]
+
+
+class Conditions(NamedTuple):
+    """What was asked for, as on the command line: None where nothing was."""
+
+    hardware: str | None
+    routing: str | None
+    context: int | None
+    prompt: int | None
+    new: int | None
+    link: Link | None
+    assume_engine: AssumedEngine | None
+
+
+class Case(NamedTuple):
+    """A model under conditions.
+
+    Attributes
+    ----------
+    folder : ModelFolder or None
+        What the workspace knows of the model.
+    request : PlanRequest
+        Its budget and what it keeps are the caller's to say.
+    """
+
+    source: Source
+    folder: ModelFolder | None
+    request: PlanRequest
+
+
+def open_case(workspace: Workspace, model: str | None, conditions: Conditions) -> Case:
+    """Find a model and everything that a plan for it is made from.
+
+    Raises
+    ------
+    CheckpointError, WorkspaceError, ProfileError, PresetNotFoundError
+        When something of it is not there, or is not what it should be.
+    """
+    from moepack_runtime.capabilities import CAPABILITIES
+
+    from moepack.plan_request import PlanRequest
+    from moepack.routing_presets import is_sampled
+    from moepack.strategies import FULL_ENGINE
+
+    source = open_source(workspace, model, headers_only=True)
+    folder = workspace.find(source.record.key)
+    machine = _machine(workspace, conditions.hardware)
+    priced = lengths(source.spec, conditions.context, conditions.prompt, conditions.new)
+    routing = _routing(source, folder, conditions.routing)
+    assumed = conditions.assume_engine is not None
+    request = PlanRequest(
+        spec=source.spec,
+        hardware=machine.profile,
+        hardware_is_this_machine=machine.is_this_machine,
+        compute=_compute(source, folder, machine),
+        routing=routing,
+        routing_is_assumed=is_sampled(routing),
+        engine=FULL_ENGINE if assumed else CAPABILITIES,
+        assumed_engine=assumed,
+        device=machine.profile.device,
+        fast_budget_bytes=0,
+        context_tokens=priced.context_tokens,
+        prompt_tokens=priced.prompt_tokens,
+        new_tokens=priced.new_tokens,
+        link=conditions.link,
+    )
+    return Case(source, folder, request)
+
+
+class _Machine(NamedTuple):
+    """Hardware to plan for."""
+
+    profile: HardwareProfile
+    is_this_machine: bool
+
+
+def _machine(workspace: Workspace, name: str | None) -> _Machine:
+    from moepack.hardware import find_hardware, load_hardware
+
+    if name is not None:
+        return _Machine(find_hardware(name), False)
+    if not workspace.hardware_path.exists():
+        raise WorkspaceError(
+            "this machine has not been measured; run moepack profile --hardware-only, or plan for "
+            "a preset with --hardware"
+        )
+    return _Machine(load_hardware(workspace.hardware_path), True)
+
+
+def _compute(source: Source, folder: ModelFolder | None, machine: _Machine) -> ComputeProfile:
+    """Measured where the model was profiled on the machine in question, else derived.
+
+    Raises
+    ------
+    ProfileError
+        When it was measured on another device than the machine's newest profile.
+    """
+    from moepack.compute import load_compute
+    from moepack.roofline import derive_compute
+
+    if machine.is_this_machine and folder is not None and folder.compute_path.exists():
+        compute = load_compute(folder.compute_path)
+        if compute.device != machine.profile.device:
+            raise ProfileError(
+                f"{folder.compute_path}: compute was measured on {compute.device}, this machine's "
+                f"profile is for {machine.profile.device}; run moepack profile"
+            )
+        return compute
+    return derive_compute(source.spec, machine.profile)
+
+
+def _routing(source: Source, folder: ModelFolder | None, name: str | None) -> RoutingProfile:
+    """What was named; else recorded from this model; else every expert equally likely."""
+    from moepack.routing import load_routing
+    from moepack.routing_presets import UNIFORM, find_routing
+
+    if name is None and folder is not None and folder.routing_path.exists():
+        return load_routing(folder.routing_path)
+    return find_routing(name or UNIFORM, source.spec)
+
+
+def kept_layout(case: Case) -> Layout:
+    """The layout of the pack that the model has.
+
+    Raises
+    ------
+    WorkspaceError
+        When it has none.
+    PackError
+        When it cannot be used.
+    """
+    from moepack.formats import PackedModel
+
+    if case.folder is None:
+        raise WorkspaceError(
+            f"{case.source.record.name} has not been packed, so there is no layout to keep; plan "
+            "without --keep-layout"
+        )
+    return PackedModel.open(case.folder.pack_folder()).layout
