@@ -11,7 +11,7 @@ every strategy, is replayed on *test*, which nothing was chosen by; near ties ma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from moepack.budget import slow_bytes
@@ -151,10 +151,47 @@ class Planner:
             (item for item in (*reversed(named), *others) if not item.contender.why_not),
             key=lambda item: self.total_s(item.price),
         )
-        chosen = best.contender
+        return self._plan(
+            request,
+            fast_budget_bytes,
+            best.contender,
+            self._baselines(named),
+            PlannerReport(
+                seconds=time.perf_counter() - began_s,
+                chosen=best.contender.name,
+                gap_to_exact=None if optimum is None else optimum.gap_to_exact,
+                replayed_events=self._events - began_events,
+            ),
+        )
+
+    def strategies(self, fast_budget_bytes: int) -> dict[str, Plan]:
+        """Every strategy that this engine can run within a budget, as a plan of its own.
+
+        Raises
+        ------
+        BudgetTooSmallError
+            As :func:`make_plan`.
+        """
+        request = within_device(replace(self.request, fast_budget_bytes=fast_budget_bytes))
+        require_budget(request)
+        able = [each for each in Strategies(request, self.tables).all() if not each.why_not]
+        found = {}
+        for name, item in _best_of_each(self._priced(able, NO_PROGRESS), self.total_s).items():
+            report = PlannerReport(0.0, name, None, 0)
+            found[name] = self._plan(request, fast_budget_bytes, item.contender, {}, report)
+        return found
+
+    def _plan(
+        self,
+        request: PlanRequest,
+        asked_bytes: int,
+        chosen: Contender,
+        baselines: dict[str, Baseline],
+        report: PlannerReport,
+    ) -> Plan:
+        """A contender with its forecast on *test*."""
         placement = replace(chosen.placement, fast_budget_bytes=request.fast_budget_bytes)
         require_host_memory(request, chosen.layout, placement)
-        final = self.price(chosen, "test")
         return Plan(
             version=PLAN_VERSION,
             model_name=request.spec.name,
@@ -162,15 +199,10 @@ class Planner:
             max_context_tokens=max_context_tokens(request),
             layout=chosen.layout,
             placement=placement,
-            prediction=_prediction(request, chosen, final),
-            baselines=self._baselines(named),
-            provenance=_provenance(request, fast_budget_bytes),
-            planner=PlannerReport(
-                seconds=time.perf_counter() - began_s,
-                chosen=chosen.name,
-                gap_to_exact=None if optimum is None else optimum.gap_to_exact,
-                replayed_events=self._events - began_events,
-            ),
+            prediction=_prediction(request, chosen, self.price(chosen, "test")),
+            baselines=baselines,
+            provenance=_provenance(request, asked_bytes),
+            planner=report,
             assumed_engine=request.assumed_engine,
             link=request.link,
         )
@@ -209,13 +241,8 @@ class Planner:
 
     def _baselines(self, priced: list[_Priced]) -> dict[str, Baseline]:
         """Of each strategy the best variant on *select*, as it does on *test*."""
-        best: dict[str, _Priced] = {}
-        for item in priced:
-            name = item.contender.name
-            if name not in best or self.total_s(item.price) < self.total_s(best[name].price):
-                best[name] = item
         found = {}
-        for name, item in best.items():
+        for name, item in _best_of_each(priced, self.total_s).items():
             price = self.price(item.contender, "test")
             found[name] = Baseline(
                 price.ttft_s,
@@ -226,6 +253,18 @@ class Planner:
                 why_not=item.contender.why_not,
             )
         return found
+
+
+def _best_of_each(
+    priced: list[_Priced], total_s: Callable[[Replayed], float]
+) -> dict[str, _Priced]:
+    """The fastest contender of each name."""
+    best: dict[str, _Priced] = {}
+    for item in priced:
+        name = item.contender.name
+        if name not in best or total_s(item.price) < total_s(best[name].price):
+            best[name] = item
+    return best
 
 
 def rungs_below(budget_bytes: int) -> Iterator[int]:
