@@ -22,6 +22,7 @@ from moepack.cli.pack import pack
 from moepack.cli.plan import plan
 from moepack.cli.preset import preset
 from moepack.cli.profile import profile
+from moepack.cli.replay import replay
 from moepack.cli.run import run
 from moepack.cli.verify import verify
 from moepack.errors import MoepackError
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes longer to load than the help takes to print
     pretty_exceptions_enable=False,
 )
-for command in (profile, plan, pack, run, bench, verify, inspect):
+for command in (profile, plan, pack, run, bench, replay, verify, inspect):
     app.command()(command)
 app.add_typer(preset)
 
