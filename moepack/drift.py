@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from moepack.plan import Prediction
 
+#: The most of the fast tier that was taken: a contract, so no more than what was planned.
+PEAK = "peak_fast_bytes"
+
 #: What a run measures and a plan predicts, in the order in which it is shown.
 METRICS = (
     "ttft_s",
@@ -15,6 +18,7 @@ METRICS = (
     "hit_rate",
     "ready_rate",
     "link_bytes_per_token",
+    PEAK,
 )
 
 
@@ -27,7 +31,7 @@ class Drift:
     ratio : float or None
         Measured over predicted; None where zero was predicted and something else was measured.
     in_band : bool
-        The ratio lies within [1 / band, band].
+        The ratio lies within [1 / band, band]; of the peak of memory within [1 / band, 1].
     """
 
     predicted: float
@@ -50,11 +54,12 @@ def compare(prediction: Prediction, measured: Mapping[str, float | None]) -> dic
         value = measured.get(metric)
         if value is None:
             continue
-        predicted = float(getattr(prediction, metric))
+        predicted = float(prediction.fast_bytes if metric == PEAK else getattr(prediction, metric))
         if predicted == value:
             ratio: float | None = 1.0
         else:
             ratio = value / predicted if predicted else None
-        within = ratio is not None and 1 / prediction.band <= ratio <= prediction.band
+        most = 1.0 if metric == PEAK else prediction.band
+        within = ratio is not None and 1 / prediction.band <= ratio <= most
         drifts[metric] = Drift(predicted, value, ratio, within)
     return drifts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from moepack.drift import compare
@@ -48,3 +50,9 @@ def test_nothing_predicted_and_nothing_measured_agree() -> None:
 def test_something_measured_where_nothing_was_predicted_is_outside() -> None:
     drift = compare(PREDICTION, {"link_bytes_per_token": 4096.0})["link_bytes_per_token"]
     assert (drift.ratio, drift.in_band) == (None, False)
+
+
+@pytest.mark.parametrize(("taken", "in_band"), [(100, True), (99, True), (101, False)])
+def test_the_budget_is_a_contract_not_a_band(taken: int, in_band: bool) -> None:
+    planned = dataclasses.replace(PREDICTION, fast_bytes=100)
+    assert compare(planned, {"peak_fast_bytes": taken})["peak_fast_bytes"].in_band is in_band

@@ -25,6 +25,7 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "hit_rate": ("hit rate", "{:.1%}".format),
     "ready_rate": ("ready rate", "{:.1%}".format),
     "link_bytes_per_token": ("link bytes a token", format_size),
+    "peak_fast_bytes": ("peak fast memory", format_size),
 }
 
 
