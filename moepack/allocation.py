@@ -56,7 +56,8 @@ def exchange(costs: Sequence[Array], quanta: int) -> Quanta:
     while True:
         for layer in changed:
             here = table[layer, held[layer]]
-            gain[layer] = here - table[layer, np.minimum(held[layer] + moves, width - 1)]
+            gain[layer] = -np.inf
+            gain[layer, : width - held[layer]] = here - table[layer, held[layer] :]
             loss[layer] = np.inf
             loss[layer, : held[layer] + 1] = table[layer, held[layer] :: -1] - here
         # A move gives k quanta and takes from a layer what the reserve lacks for that.

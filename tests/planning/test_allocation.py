@@ -56,6 +56,12 @@ def test_the_exchange_divides_everything_and_never_beats_the_exact_division(
     assert total_cost(costs, by_exchange) <= even + 1e-9
 
 
+def test_no_move_gives_a_layer_more_than_its_costs_tell_of() -> None:
+    # Three quanta to the first layer gain what two do, and are taken from the other at once.
+    costs = [np.array([6.0, 5.0, 5.0, 1.0]), np.array([4.0, 4.0, 3.0])]
+    assert total_cost(costs, exchange(costs, 4)) == total_cost(costs, exact(costs, 4)) == 5.0
+
+
 @given(falls=falls, quanta=st.integers(0, 12))
 def test_the_exchange_is_exact_where_costs_are_convex(
     falls: list[list[float]], quanta: int
