@@ -156,9 +156,9 @@ def _about_capacity(plan: Plan, others: tuple[WhatIf, ...]) -> Finding:
     if "belady" in plan.baselines:
         bound = plan.baselines["belady"]
         parts.append(
-            f"even caches of whole experts that know the future would find {bound.hit_rate:.1%} in "
-            f"this memory and, with a perfect prediction, take {format_duration(bound.tpot_s)} a "
-            "token"
+            "caches of whole experts, as large in every layer, that know the future would find "
+            f"{bound.hit_rate:.1%} in this memory and, with a perfect prediction, take "
+            f"{format_duration(bound.tpot_s)} a token"
         )
     return Finding("capacity", "; ".join(parts))
 

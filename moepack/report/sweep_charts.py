@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator
 
-from moepack.margin import BOUNDS, best_baseline
+from moepack.margin import BOUNDS, generation_s
 from moepack.plan import Baseline, Plan, Prediction
 from moepack.report.charts import Frame, Line, line_chart
 from moepack.report.markup import Element
@@ -24,7 +24,7 @@ def sweep_charts(swept: Sweep, marked: Plan | None = None) -> Iterator[tuple[Ele
         "this engine cannot run."
     )
     if rival is not None:
-        caption += f" {rival} is the best of the others at most budgets."
+        caption += f" {rival} has the least mean of the others that can be run."
     yield (
         _chart(swept, marked, rival, "time per token (TPOT)", lambda figures: figures.tpot_s),
         caption,
@@ -90,9 +90,17 @@ def _point(
 
 
 def _rival(swept: Sweep) -> str | None:
-    """The strategy that is the best of all at most budgets."""
-    found = Counter(best_baseline(plan) for plan in swept.plans)
-    return found.most_common(1)[0][0]
+    """The strategy that is the fastest over all budgets, of those that can be run at each."""
+    found = {}
+    for name, first in swept.plans[0].baselines.items():
+        others = [plan.baselines.get(name, first) for plan in swept.plans]
+        if name not in BOUNDS and all(other.eligible for other in others):
+            times = (
+                generation_s(other, plan.placement.new_tokens)
+                for other, plan in zip(others, swept.plans, strict=True)
+            )
+            found[name] = sum(map(math.log, times))
+    return min(found, key=lambda name: found[name], default=None)
 
 
 def _kind(swept: Sweep, name: str, rival: str | None) -> str:
