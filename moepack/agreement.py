@@ -58,6 +58,7 @@ def figures(profile: HardwareProfile) -> Iterator[Figure]:
     for rate in profile.attention:
         name = f"{rate.dtype} attention on {rate.threads or profile.cores} threads"
         yield Figure(f"{name}, one token", rate.cache_bytes_per_s, rate.spread)
+        yield Figure(f"{name}, one token, shared keys", rate.grouped_bytes_per_s, rate.spread)
         yield Figure(f"{name}, a block", rate.block_flop_per_s, rate.spread)
 
 

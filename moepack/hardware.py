@@ -187,9 +187,8 @@ class HardwareProfile:
         if known:
             return known[0]
         curve = self.matmul_curves(dtype, threads)[-1]
-        return AttentionRate(
-            curve.dtype, self.memory.bytes_per_s, curve.flop_per_s(_BLOCK_TOKENS), 0.0
-        )
+        read = self.memory.bytes_per_s
+        return AttentionRate(curve.dtype, read, read, curve.flop_per_s(_BLOCK_TOKENS), 0.0)
 
     def save(self, path: Path) -> None:
         """Write as YAML, atomically.
@@ -263,6 +262,7 @@ def _bounds(profile: HardwareProfile) -> Iterator[tuple[str, float, float, float
     yield ("launch_s", profile.launch_s, *time)
     for place, attention in enumerate(profile.attention):
         yield (f"attention.{place}.cache_bytes_per_s", attention.cache_bytes_per_s, *rate)
+        yield (f"attention.{place}.grouped_bytes_per_s", attention.grouped_bytes_per_s, *rate)
         yield (f"attention.{place}.block_flop_per_s", attention.block_flop_per_s, *flop)
     for place, curve in enumerate(profile.matmul):
         for index, entry in enumerate(curve.points):

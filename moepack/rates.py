@@ -164,8 +164,9 @@ class AttentionRate:
 
     Attributes
     ----------
-    cache_bytes_per_s : float
-        Keys and values that one token reads in a second.
+    cache_bytes_per_s, grouped_bytes_per_s : float
+        Keys and values that one token reads in a second: where each head has its own, and where
+        several share them.
     block_flop_per_s : float
         Rate of a block that attends to itself: two operations for each channel of keys and of
         values, head, token and row, masked rows included.
@@ -175,13 +176,16 @@ class AttentionRate:
 
     dtype: Literal["BF16", "F16", "F32"]
     cache_bytes_per_s: float
+    grouped_bytes_per_s: float
     block_flop_per_s: float
     spread: float
     threads: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(
-            cache_bytes_per_s=self.cache_bytes_per_s, block_flop_per_s=self.block_flop_per_s
+            cache_bytes_per_s=self.cache_bytes_per_s,
+            grouped_bytes_per_s=self.grouped_bytes_per_s,
+            block_flop_per_s=self.block_flop_per_s,
         )
         _require_spread(self.spread)
 

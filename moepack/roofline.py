@@ -40,6 +40,7 @@ CONTEXT_TOKENS = 512
 _ATTENTION_LAUNCHES = 36
 _ROUTER_LAUNCHES = 9
 _SEGMENT_LAUNCHES = 4
+_GATHER_LAUNCHES = 6  # an expert's tokens of several: taken out, filled up, added back
 _PASS_LAUNCHES = 12
 _FFN_LAUNCHES = 5
 _HEAD_LAUNCHES = 8
@@ -114,7 +115,13 @@ class _Roofline:
         """Gate and up are one product of a segment, down is another."""
         neurons = self.spec.moe(number).intermediate_size / segments
         down = round(neurons * self.spec.hidden_size)
-        return self._linear([2 * down, down] * segments, _SEGMENT_LAUNCHES * segments)
+        matrices = [2 * down, down] * segments
+
+        def seconds(tokens: int) -> float:
+            each = _SEGMENT_LAUNCHES + (_GATHER_LAUNCHES if tokens > 1 else 0)
+            return self._seconds(tokens, matrices, launches=segments * each)
+
+        return _curve(seconds)
 
     def _linear(self, matrices: Sequence[int], launches: int) -> Curve:
         return _curve(lambda tokens: self._seconds(tokens, matrices, launches=launches))
@@ -128,20 +135,21 @@ class _Roofline:
         prefix = f"layers.{number}.attn."
         seconds = self._seconds(tokens, self._matrices(prefix), launches=_ATTENTION_LAUNCHES)
         rate = self.hardware.attention_rate(self.spec.dtype, self.threads)
-        width = spec.head_dim + spec.value_dim
+        width, shared = spec.head_dim + spec.value_dim, spec.num_heads > spec.num_kv_heads
         mla = spec.mla
         if mla is not None:
             # As moepack_runtime decides: short blocks attend among latents, long ones expand them.
             latent = 2 * (mla.kv_rank + mla.rope_dim)
             expanding = mla.kv_rank * (mla.nope_dim + spec.value_dim)
             if tokens * latent < 2 * tokens * spec.head_dim + expanding:
-                width = latent
+                width, shared = latent, True
             else:
                 kv_b = self._matrices(f"{prefix}kv_b.")
                 seconds += self._seconds(rows, kv_b) - self._seconds(tokens, kv_b)
         if tokens == 1:
             cache_bytes = rows * spec.cache_width * DTYPE_BYTES[self.spec.dtype]
-            return seconds + cache_bytes / rate.cache_bytes_per_s
+            read = rate.grouped_bytes_per_s if shared else rate.cache_bytes_per_s
+            return seconds + cache_bytes / read
         return seconds + 2 * tokens * rows * spec.num_heads * width / rate.block_flop_per_s
 
     def _matrices(self, *prefixes: str) -> list[int]:

@@ -120,7 +120,7 @@ def test_a_single_shape_is_a_roofline() -> None:
 
 
 def test_rates_are_those_of_the_number_of_threads() -> None:
-    attention = tuple(AttentionRate("BF16", n * 1e9, n * 1e9, 0.0, threads=n) for n in (1, 6))
+    attention = tuple(AttentionRate("BF16", n * 1e9, 1e9, 1e9, 0.0, threads=n) for n in (1, 6))
     profile = dataclasses.replace(
         CPU, matmul=(square(128, 6e-3, 1), square(128, 1e-3, 6)), attention=attention
     )
@@ -133,7 +133,7 @@ def test_rates_are_those_of_the_number_of_threads() -> None:
 
 
 def test_a_profile_with_rates_by_threads_comes_back_from_its_file(tmp_path: Path) -> None:
-    attention = (AttentionRate("BF16", 1e9, 1e9, 0.0, threads=1),)
+    attention = (AttentionRate("BF16", 1e9, 2e9, 1e9, 0.0, threads=1),)
     profile = dataclasses.replace(
         CPU, matmul=(square(128, 6e-3, 1),), attention=attention, launch_spread=0.2
     )

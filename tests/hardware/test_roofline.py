@@ -105,16 +105,19 @@ def test_a_long_block_expands_its_latents_and_a_short_one_does_not() -> None:
 
 
 def test_attention_takes_its_own_rates_where_they_are_known() -> None:
-    rate = AttentionRate("BF16", cache_bytes_per_s=1e8, block_flop_per_s=1e9, spread=0.0)
-    known = dataclasses.replace(PLAIN, attention=(rate,))
+    known = dataclasses.replace(PLAIN, attention=(AttentionRate("BF16", 1e8, 2e8, 1e9, 0.0),))
     spec = model()
     attention = spec.layers[1].attention
-    one, plain = (
-        derive_compute(spec, profile, context_tokens=1000).layers[1].attention.at(1)
-        for profile in (known, PLAIN)
-    )
-    cache_bytes = 1000 * attention.cache_width * 2
-    assert one - plain == pytest.approx(cache_bytes / 1e8 - cache_bytes / 1e9)
+    assert (attention.num_heads, attention.num_kv_heads) == (2, 1)
+    own = dataclasses.replace(attention, num_kv_heads=2)
+    layers = tuple(dataclasses.replace(layer, attention=own) for layer in spec.layers)
+    for several, rate in ((spec, 2e8), (dataclasses.replace(spec, layers=layers), 1e8)):
+        one, plain = (
+            derive_compute(several, profile, context_tokens=1000).layers[1].attention.at(1)
+            for profile in (known, PLAIN)
+        )
+        cache_bytes = 1000 * several.layers[1].attention.cache_width * 2
+        assert one - plain == pytest.approx(cache_bytes / rate - cache_bytes / 1e9)
     block, plain = (
         derive_compute(spec, profile).layers[1].attention.at(512) for profile in (known, PLAIN)
     )
