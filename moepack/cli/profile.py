@@ -19,8 +19,10 @@ from moepack.shipped import shipped_texts
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
+    from moepack.agreement import Comparison
     from moepack.compute import ComputeProfile
     from moepack.hardware import HardwareProfile
+    from moepack.roofline_check import RooflineCheck
     from moepack.routing import RoutingProfile
 
 
@@ -49,6 +51,7 @@ def profile(
     from moepack.probe import probe_hardware
     from moepack.profiling import profile_model
     from moepack.report.profile import hardware_view, profile_view
+    from moepack.roofline_check import check_roofline
 
     workspace = Workspace.locate()
     progress = TerminalProgress()
@@ -59,13 +62,15 @@ def profile(
         _check_texts(texts)
         source = open_source(workspace, model, headers_only=False)
     workspace.create()
+    before = _last_profile(workspace)
     hardware = probe_hardware(scratch=workspace.root, progress=progress, device=device)
     hardware.save(workspace.hardware_path)
+    comparisons = _compare(before, hardware)
     if source is None:
         emit(
-            hardware_document(hardware),
+            hardware_document(hardware, comparisons),
             as_json=json,
-            view=lambda: hardware_view(hardware),
+            view=lambda: hardware_view(hardware, comparisons),
         )
         return
     compute, routing = profile_model(
@@ -84,13 +89,32 @@ def profile(
     compute.save(folder.compute_path)
     routing.save(folder.folder)
     workspace.make_current(folder)
+    check = check_roofline(source.spec, hardware, compute)
     # Whole curves take seconds: only for those who read them.
-    of_model = model_document(compute, routing) if json else {}
+    of_model = model_document(compute, routing, check) if json else {}
     emit(
-        hardware_document(hardware) | of_model,
+        hardware_document(hardware, comparisons) | of_model,
         as_json=json,
-        view=lambda: profile_view(hardware, compute, routing),
+        view=lambda: profile_view(hardware, compute, routing, check, comparisons),
     )
+
+
+def _last_profile(workspace: Workspace) -> HardwareProfile | None:
+    """What was measured here before; None where nothing was, or nothing that can be read."""
+    from moepack.hardware import load_hardware
+
+    try:
+        return load_hardware(workspace.hardware_path)
+    except ProfileError:
+        return None
+
+
+def _compare(before: HardwareProfile | None, now: HardwareProfile) -> list[Comparison]:
+    from moepack.agreement import compare_profiles
+
+    if before is None or (before.source, before.name) != (now.source, now.name):
+        return []
+    return compare_profiles(before, now)
 
 
 def _check_texts(texts: Sequence[Path]) -> None:
@@ -104,17 +128,32 @@ def _check_texts(texts: Sequence[Path]) -> None:
     read_texts(texts)
 
 
-def hardware_document(hardware: HardwareProfile) -> dict[str, object]:
-    """What ``--json`` says of the machine."""
-    return {"hardware": records.to_data(hardware)}
+def hardware_document(
+    hardware: HardwareProfile, comparisons: Sequence[Comparison] = ()
+) -> dict[str, object]:
+    """What ``--json`` says of the machine, and of the profile before where there was one."""
+    document: dict[str, object] = {"hardware": records.to_data(hardware)}
+    if comparisons:
+        outside = [comparison for comparison in comparisons if not comparison.agrees]
+        document["agreement"] = {
+            "figures": len(comparisons),
+            "within_spread": len(comparisons) - len(outside),
+            "outside": [comparison._asdict() for comparison in outside],
+        }
+    return document
 
 
-def model_document(compute: ComputeProfile, routing: RoutingProfile) -> dict[str, object]:
+def model_document(
+    compute: ComputeProfile, routing: RoutingProfile, check: RooflineCheck
+) -> dict[str, object]:
     """What ``--json`` says of the model: also the whole curves, over every size of a cache."""
     from moepack.hit_rates import layer_curves
 
     curves = [records.to_data(entry) for entry in layer_curves(routing.trace, routing.layers)]
+    pieces = [piece._asdict() for piece in check.pieces]
+    ratios = {"token_ratio": check.token_ratio, "block_ratio": check.block_ratio}
     return {
         "compute": records.to_data(compute),
+        "roofline": check._asdict() | ratios | {"pieces": pieces},
         "routing": records.to_data(routing.summary) | {"curves": curves},
     }

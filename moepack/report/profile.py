@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from moepack.agreement import Comparison
 from moepack.compute import ComputeProfile
 from moepack.hardware import HardwareProfile
 from moepack.report.routing import routing_view
-from moepack.report.tables import columns, facts
+from moepack.report.tables import columns, facts, figure
+from moepack.roofline_check import RooflineCheck
 from moepack.routing import RoutingProfile
 from moepack.units import format_duration, format_rate, format_size
 
+#: What a piece of a layer is called in the table.
+_PIECES = {
+    "attention": "attention",
+    "router": "router",
+    "fixed": "pass over experts",
+    "expert": "expert",
+    "expert_split": "expert in two",
+    "ffn": "FFN",
+}
 
-def hardware_view(hardware: HardwareProfile) -> RenderableType:
-    """A machine, measured or not."""
+
+def hardware_view(
+    hardware: HardwareProfile, comparisons: Sequence[Comparison] = ()
+) -> RenderableType:
+    """A machine, measured or not, and how it compares with an earlier profile."""
     link = hardware.link
+    memory = hardware.memory
     rows = [
         ("machine", f"{hardware.name} ({hardware.source})"),
         ("device", f"{hardware.device_name}, {hardware.cores} cores"),
@@ -24,10 +42,12 @@ def hardware_view(hardware: HardwareProfile) -> RenderableType:
     if hardware.vram_bytes is not None:
         rows.append(("VRAM", format_size(hardware.vram_bytes)))
     rows += [
-        ("memory", format_rate(hardware.memory.bytes_per_s)),
-        ("launch", format_duration(hardware.launch_s)),
+        ("memory", f"{format_rate(memory.bytes_per_s)}, spread {memory.spread:.0%}"),
+        ("launch", f"{format_duration(hardware.launch_s)}, spread {hardware.launch_spread:.0%}"),
         ("link", f"{link.how}{'' if link.past_cache else ' (NOT past the page cache)'}"),
     ]
+    if comparisons:
+        rows.append(("last time", _agreement(comparisons)))
     curve = columns(
         ("transfer", "rate", "spread"),
         (
@@ -38,44 +58,61 @@ def hardware_view(hardware: HardwareProfile) -> RenderableType:
     return Group(facts(rows), "", curve)
 
 
+def _agreement(comparisons: Sequence[Comparison]) -> str:
+    outside = [comparison for comparison in comparisons if not comparison.agrees]
+    text = (
+        f"{len(comparisons) - len(outside)} of {len(comparisons)} figures are within their spreads "
+        "of the profile before"
+    )
+    if outside:
+        worst = max(outside, key=lambda found: abs(math.log(found.ratio)) / found.allowed)
+        text += f"; {worst.name} is {figure(worst.ratio)} of what it was"
+    return text
+
+
 def profile_view(
-    hardware: HardwareProfile, compute: ComputeProfile, routing: RoutingProfile
+    hardware: HardwareProfile,
+    compute: ComputeProfile,
+    routing: RoutingProfile,
+    check: RooflineCheck,
+    comparisons: Sequence[Comparison] = (),
 ) -> RenderableType:
     """A machine, and a model on it."""
     summary = routing.summary
     overview = facts(
         [
             ("model", summary.model_name),
+            ("threads", str(compute.threads)),
             ("head", f"{format_duration(compute.head_s)} a token"),
+            ("roofline", _roofline(check)),
             ("routing", f"{summary.tokens} tokens of {len(summary.sources)} texts"),
         ]
     )
     return Group(
-        hardware_view(hardware),
+        hardware_view(hardware, comparisons),
         "",
         overview,
         "",
-        _compute(compute),
+        _compute(check),
         "",
         routing_view(summary),
     )
 
 
-def _compute(compute: ComputeProfile) -> Table:
-    """Seconds of each piece for one token and for a block."""
+def _roofline(check: RooflineCheck) -> str:
+    return (
+        f"derives {check.token_ratio:.2f} of the measured time for a token and "
+        f"{check.block_ratio:.2f} for {check.block_tokens}"
+    )
+
+
+def _compute(check: RooflineCheck) -> Table:
+    """Seconds of each piece for one token and for a block, measured and derived."""
     rows = []
-    for kind in compute.layers:
-        pieces = {
-            "attention": kind.attention,
-            "router": kind.router,
-            "expert": kind.expert,
-            "expert in two": kind.expert_split,
-            "FFN": kind.ffn,
-        }
-        name = f"layers {kind.layers[0]} to {kind.layers[-1]}"
-        for piece, curve in pieces.items():
-            if curve is not None:
-                one, block = curve.seconds[0], curve.seconds[-1]
-                rows.append((f"{name}: {piece}", format_duration(one), format_duration(block)))
-    tokens = compute.layers[0].attention.tokens
-    return columns(("compute", f"{tokens[0]} token", f"{tokens[-1]} tokens"), rows)
+    for found in check.pieces:
+        name = f"layers {found.layers[0]} to {found.layers[-1]}: {_PIECES[found.piece]}"
+        rows.append((name, *map(format_duration, found[2:])))
+    whole = (check.token_s, check.derived_token_s, check.block_s, check.derived_block_s)
+    rows.append(("the whole model", *map(format_duration, whole)))
+    head = ("compute", "1 token", "derived", f"{check.block_tokens} tokens", "derived")
+    return columns(head, rows)

@@ -33,7 +33,7 @@ def test_profile_measures_what_the_plan_is_made_from(
     monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
     profile = moepack("profile", model, "--json")
     assert profile.code == 0, profile.err
-    assert profile.document.keys() == {"hardware", "compute", "routing"}
+    assert profile.document.keys() >= {"hardware", "compute", "routing"}
     assert profile.document["compute"]["source"] == "measured"
     routing = profile.document["routing"]
     for key in ("layers", "hit_rates", "curves"):
@@ -52,7 +52,8 @@ def test_profile_measures_what_the_plan_is_made_from(
     assert "recall at k" in shown.out
     assert "25%, 50%, 75% of the experts cached" in shown.out
     alone = moepack("profile", "--hardware-only", "--json").document
-    assert alone == {"hardware": profile.document["hardware"]}
+    assert alone["hardware"] == profile.document["hardware"]
+    assert "compute" not in alone
 
 
 def test_run_writes_the_tokens_that_transformers_writes(

@@ -1,0 +1,79 @@
+"""``moepack profile``: derived beside measured, and this profile beside the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from moepack.hardware import HardwareProfile, find_hardware
+from moepack.rates import MemoryRate
+from tests.cli.conftest import Moepack
+
+MACHINE = dataclasses.replace(find_hardware("cpu-nvme4"), source="measured", sources={})
+
+
+@pytest.fixture
+def finds(monkeypatch: pytest.MonkeyPatch) -> list[HardwareProfile]:
+    """What measuring the machine finds, one after the other."""
+    found: list[HardwareProfile] = []
+    monkeypatch.setattr("moepack.probe.probe_hardware", lambda **_: found.pop(0))
+    monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
+    return found
+
+
+def test_what_the_roofline_derives_stands_beside_what_was_measured(
+    home: Path, model: Path, texts: list[Path], moepack: Moepack, finds: list[HardwareProfile]
+) -> None:
+    finds += [MACHINE, MACHINE]
+    document = moepack("profile", model, "--json").document
+    assert document.keys() == {"hardware", "compute", "roofline", "routing"}
+    check = document["roofline"]
+    assert {piece["piece"] for piece in check["pieces"]} == {
+        *("attention", "router", "fixed", "expert", "expert_split")
+    }
+    (entry,) = document["compute"]["layers"]
+    for piece in check["pieces"]:
+        assert piece["token_s"] == entry[piece["piece"]]["seconds"][0]
+        assert piece["block_s"] == entry[piece["piece"]]["seconds"][-1]
+        assert piece["derived_token_s"] > 0
+    assert check["token_ratio"] == pytest.approx(check["derived_token_s"] / check["token_s"])
+    assert check["block_ratio"] == pytest.approx(check["derived_block_s"] / check["block_s"])
+    shown = moepack("profile", model).out
+    assert "derived" in shown
+    assert "the whole model" in shown
+    assert "pass over experts" in shown
+
+
+def test_a_profile_tells_how_it_differs_from_the_one_before(
+    home: Path, moepack: Moepack, finds: list[HardwareProfile]
+) -> None:
+    slower = dataclasses.replace(MACHINE, memory=MemoryRate(MACHINE.memory.bytes_per_s / 2, 0.1))
+    finds += [MACHINE, MACHINE, slower, slower]
+    assert moepack("profile", "--hardware-only", "--json").document.keys() == {"hardware"}
+    same = moepack("profile", "--hardware-only", "--json").document["agreement"]
+    assert same["within_spread"] == same["figures"] > 20
+    assert same["outside"] == []
+    other = moepack("profile", "--hardware-only", "--json").document["agreement"]
+    assert other["within_spread"] == other["figures"] - 1
+    (memory,) = other["outside"]
+    assert memory["name"] == "memory"
+    assert memory["ratio"] == pytest.approx(0.5)
+    assert "of the profile before" in moepack("profile", "--hardware-only").out
+
+
+@pytest.mark.parametrize("before", ["preset", "garbage", "another"])
+def test_another_machine_is_not_compared(
+    home: Path, moepack: Moepack, finds: list[HardwareProfile], before: str
+) -> None:
+    home.mkdir()
+    path = home / "hardware.yaml"
+    if before == "preset":
+        find_hardware("cpu-nvme4").save(path)
+    elif before == "another":
+        dataclasses.replace(MACHINE, name="another").save(path)
+    else:
+        path.write_text("garbage")
+    finds.append(MACHINE)
+    assert moepack("profile", "--hardware-only", "--json").document.keys() == {"hardware"}
