@@ -96,11 +96,14 @@ def standing_sentences(plan: Plan) -> list[str]:
     """What was chosen, on what, and by how much it wins or loses where it was not chosen."""
     sentences = ["figures are of the test part of the routing; the plan was chosen on another"]
     found = margin(plan)
-    if found is not None and found.speedup != 1:
-        verb = "wins" if found.speedup > 1 else "loses"
+    if found is not None and not _is_the_plan(plan, found.baseline, plan.baselines[found.baseline]):
+        share = f"{abs(found.speedup - 1):.1%}"
+        does = f"{'wins' if found.speedup > 1 else 'loses'} {share} against"
+        if share == f"{0:.1%}":
+            does = "is as fast as"
         sentences.append(
-            f"over a whole generation the plan {verb} {abs(found.speedup - 1):.1%} against "
-            f"{found.baseline}, the fastest strategy on test"
+            f"over a whole generation the plan {does} {found.baseline}, the fastest strategy on "
+            "test"
         )
     return sentences
 

@@ -94,11 +94,17 @@ def test_what_is_won_or_lost_on_test_is_said(tpot_s: float, verb: str) -> None:
     assert f"the plan {verb} {share:.1%} against lru" in standing_sentences(plan)[-1]
 
 
+def test_a_margin_that_is_none_is_no_loss() -> None:
+    plan = shown_plan(tpot_s=0.060001)
+    assert "the plan is as fast as lru" in standing_sentences(plan)[-1]
+
+
 def test_a_strategy_that_is_the_plan_is_marked() -> None:
     same = shown_plan(chosen="lru", tpot_s=0.06, baselines={"lru": baseline(0.06)})
     smaller = shown_plan(chosen="lru", tpot_s=0.05, baselines={"lru": baseline(0.06)})
     assert strategy_rows(same)[1].note == "the plan"
     assert strategy_rows(smaller)[1].note == "fastest of these"
+    assert len(standing_sentences(same)) == 1
 
 
 @pytest.mark.parametrize(
