@@ -47,6 +47,13 @@ class LayerTimes(NamedTuple):
     shared_s: float = 0.0
 
 
+class Lacks(NamedTuple):
+    """How likely an activated expert lacks its bottom alone, and all that it has."""
+
+    bottom: Array
+    both: Array
+
+
 class Parts(NamedTuple):
     """How experts are cut, each a float or [C].
 
@@ -63,12 +70,10 @@ class Parts(NamedTuple):
         top_s, bottom_s, share = (np.atleast_1d(np.asarray(part, np.float64)) for part in self)
         return top_s, bottom_s, share
 
-
-class Lacks(NamedTuple):
-    """How likely an activated expert lacks its bottom alone, and all that it has."""
-
-    bottom: Array
-    both: Array
+    def link_s(self, lacks: Lacks) -> Array:
+        """Link seconds of what an expert lacks on average, [..., C] for lacks of [...]."""
+        top_s, bottom_s, _ = self.columns()
+        return np.tensordot(np.stack(lacks), np.stack([bottom_s, top_s + bottom_s]), axes=(0, 0))
 
 
 class Held(NamedTuple):

@@ -5,13 +5,16 @@ See :mod:`moepack.cost` for the terms and the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
 
 import numpy as np
 
 from moepack.cost import Array, Held, Lacks, LayerTimes, Parts
 from moepack.expert_stage import Stage
 from moepack.prefetching import Ahead, Brought, brought, nothing_brought
+
+# Stands for no width at all, so that nothing is divided by 0.
+_LEAST_WIDTH_S = 1e-15
 
 
 def decode_layer_s(
@@ -74,58 +77,80 @@ def decode_ahead_s(
     after = brought(lacks, ahead, top_k).first(most)
     stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
     gap_s = ahead.gap_s + (0.0 if as_ready else times.shared_s)
-    in_time = ranks_in_time(_room_s(stage, parts, ahead, after, gap_s))
+    in_time = ranks_in_time(*_rooms_s(stage, parts, ahead, after, gap_s))
     ended_s, going_s = _after_ranks(stage, parts, ahead, after)
-    found = []
-    for depth in depths:
-        cap = min(depth, most)
-        ranks = np.minimum(in_time, cap)
-        found.append(np.where(in_time < cap, _at(going_s, ranks), _at(ended_s, ranks)))
-    return np.stack(found) + _unhidden_s(times, top_k, parts, held, as_ready)
+    found = {}
+    waiting_s: Array | float = 0.0
+    for ranks, share in enumerate(in_time):
+        found[ranks] = waiting_s + share * ended_s[ranks]
+        if ranks < most:
+            waiting_s = waiting_s + (share - in_time[ranks + 1]) * going_s[ranks]
+    layer_s = np.stack([found[min(depth, most)] for depth in depths])
+    return layer_s + _unhidden_s(times, top_k, parts, held, as_ready)
 
 
-def ranks_in_time(rooms_s: Iterable[Array]) -> Array:
-    """The largest m whose transfers end within the window, fractional: m*.
+def ranks_in_time(rooms_s: Array, deviations_s: Array, transfers_s: Array) -> Array:
+    """How likely the first m = 0, 1 ... D ranks are there in time, [D + 1, ...].
 
-    ``max {m : sum of tau(r) over r <= m is <= W(m)}``, up to the first m that fails: the more is
-    ready, the less of the link do demands take before, so the window depends on m too.
+    MoEpic's m* is the largest m whose transfers, the sum of tau(r) over r <= m, end within the
+    window. What a rank lacks is chance, so the sum is too: with what is left of the window as a
+    uniform variable of that mean and deviation, a rank is there with the mean, over its transfer,
+    of the chance that something is left. Without deviation every rank but one is there or not, and
+    of that one the fraction that has been transferred.
 
     Parameters
     ----------
-    rooms_s : iterable of [...]
-        What is left of the window after m = 0, 1 ... D ranks.
+    rooms_s, deviations_s : [D + 1, ...]
+        What is left of the window after m ranks, and its standard deviation.
+    transfers_s : [D, ...]
+        Seconds of each rank, if it lacks something.
     """
-    rooms = iter(rooms_s)
-    before_s = next(rooms)
-    going = before_s >= 0.0
-    ranks = np.zeros(before_s.shape)
-    for room_s in rooms:
-        fails = room_s < 0.0
-        share = np.divide(
-            before_s, before_s - room_s, out=np.ones(ranks.shape), where=fails & going
-        )
-        ranks += going * share
-        going = going & ~fails
-        before_s = room_s
-    return ranks
+    shares = np.ones(rooms_s.shape)
+    room_s = rooms_s[0]
+    for rank, transfer_s in enumerate(transfers_s):
+        np.minimum(room_s, rooms_s[rank], out=room_s)
+        width_s = np.maximum(deviations_s[rank] * math.sqrt(12.0), _LEAST_WIDTH_S)
+        share = np.clip(room_s / width_s + 0.5, 0.0, 1.0)
+        left_s = _expected_left_s(room_s, width_s)
+        left_s -= _expected_left_s(room_s - transfer_s, width_s)
+        np.divide(left_s, transfer_s, out=share, where=transfer_s > 1e-6 * width_s)
+        np.minimum(share, shares[rank], out=shares[rank + 1])
+    return shares
 
 
-def _room_s(
+def _expected_left_s(mean_s: Array, width_s: Array) -> Array:
+    """Expectation of the positive part of a uniform variable."""
+    half_s = width_s / 2.0
+    inside_s = np.clip(mean_s + half_s, 0.0, width_s)
+    return np.asarray(inside_s * inside_s / (2.0 * width_s) + np.maximum(mean_s - half_s, 0.0))
+
+
+def _rooms_s(
     stage: Stage, parts: Parts, ahead: Ahead, brought: Brought, gap_s: float
-) -> Iterator[Array]:
-    """What is left of the window after m = 0, 1 ... D ranks, each [S, C].
+) -> tuple[Array, Array, Array]:
+    """What :func:`ranks_in_time` needs, each [D + 1, S, C] or [D, S, C].
 
     tau(r), the link's seconds for a rank, is what its expert lacks: for whole experts
     t_e * (1 - Q(r)).
     """
     top_s, bottom_s, _ = parts.columns()
-    only_bottom, both = ahead.lacks()
-    needs_s: Array | float = 0.0
-    for ranks, (bottom_lack, both_lack) in enumerate(zip(*brought.mean_lacks(), strict=True)):
-        if ranks:
-            needs_s = needs_s + only_bottom[ranks - 1, :, None] * bottom_s
-            needs_s = needs_s + both[ranks - 1, :, None] * (top_s + bottom_s)
-        yield stage.link_idle_s(Lacks(bottom_lack, both_lack)) + gap_s - needs_s
+    both_s = top_s + bottom_s
+    ranks = len(brought.covered) - 1
+    bottom, both = (lack[:ranks] for lack in ahead.lacks())
+    needs_s = parts.link_s(Lacks(_sums(bottom), _sums(both)))
+    # Of each rank the mean square less the square of the mean.
+    terms = (bottom - bottom**2, both - both**2, -2.0 * bottom * both)
+    squares = np.stack([bottom_s**2, both_s**2, bottom_s * both_s])
+    variance = np.tensordot(np.stack([_sums(term) for term in terms]), squares, axes=(0, 0))
+    rooms_s = stage.link_idle_s(brought.mean_lacks()) + gap_s - needs_s
+    some = np.maximum(bottom + both, 1e-9)
+    transfers_s = parts.link_s(Lacks(bottom / some, both / some))
+    return rooms_s, np.sqrt(np.maximum(variance, 0.0)), transfers_s
+
+
+def _sums(values: Array) -> Array:
+    """Sums of the first 0, 1 ... D rows, [D + 1, ...]."""
+    return np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
 
 
 def _after_ranks(stage: Stage, parts: Parts, ahead: Ahead, brought: Brought) -> tuple[Array, Array]:
@@ -134,20 +159,14 @@ def _after_ranks(stage: Stage, parts: Parts, ahead: Ahead, brought: Brought) -> 
     One rank more never makes it longer: a rule that the estimates break a little, and one that
     keeps a faster link from being dearer.
     """
-    top_s, bottom_s, _ = parts.columns()
-    ended_s, going_s = stage.expected(brought)  # the latter not seconds yet: how likely they count
-    late_bottom, late_both = (
-        np.pad((1.0 - ahead.accuracy[:, None]) * lack / 2.0, ((0, 1), (0, 0)))
-        for lack in ahead.lacks()
-    )
-    for ranks in range(len(ended_s)):
-        late_s = late_bottom[ranks, :, None] * bottom_s
-        late_s += late_both[ranks, :, None] * (top_s + bottom_s)
-        going_s[ranks] *= late_s
-        going_s[ranks] += ended_s[ranks]
-        if ranks:
-            np.minimum(ended_s[ranks], ended_s[ranks - 1], out=ended_s[ranks])
-            np.minimum(going_s[ranks], going_s[ranks - 1], out=going_s[ranks])
+    ended_s, link_bound = stage.expected(brought)
+    ranks = len(ended_s)
+    half_wrong = (1.0 - ahead.accuracy[:, None]) / 2.0
+    late = (np.pad(half_wrong * lack, ((0, 1), (0, 0)))[:ranks] for lack in ahead.lacks())
+    going_s = link_bound * parts.link_s(Lacks(*late)) + ended_s
+    for rank in range(1, ranks):
+        for table in (ended_s, going_s):
+            np.minimum(table[rank], table[rank - 1], out=table[rank])
     return ended_s, going_s
 
 
@@ -163,12 +182,3 @@ def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held, as_read
     transfers = lacks.bottom[:, None] * has_bottom + lacks.both[:, None] * (has_top + has_bottom)
     other_s = times.other_s + (0.0 if as_ready else times.shared_s)
     return other_s + top_k * transfers * times.transfer_s
-
-
-def _at(table: Array, ranks: Array) -> Array:
-    """A table over m = 0 ... D, [D + 1, S, C], at fractional ranks [S, C]."""
-    low = np.minimum(ranks.astype(np.intp), len(table) - 2)
-    share = ranks - low
-    place = low * ranks.size + np.arange(ranks.size).reshape(ranks.shape)
-    flat = table.reshape(-1)
-    return np.asarray((1.0 - share) * flat[place] + share * flat[place + ranks.size])

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.cost import Array, Lacks, LayerTimes, Parts
+from moepack.in_order import in_order_s
 from moepack.prefetching import Brought
 
 
@@ -55,23 +56,25 @@ class Stage:
         # What is left to compute when the last part has arrived.
         self._last_s = self._expert_s * np.where(bottom_s > 0.0, 1.0 - share, 1.0)
         self._compute_s = top_k * self._expert_s + (times.shared_s if as_ready else 0.0)
-        # Every count up to K of either lack, [K + 1, K + 1, C].
-        bottom = np.arange(top_k + 1.0)[:, None, None]
-        both = np.arange(top_k + 1.0)[None, :, None]
-        ends_s = (self._as_ready_s if as_ready else self._in_order_s)(
-            bottom, both, one_frame=staging_experts == 1
-        )
-        stage_s = np.maximum(self._compute_s, np.where(bottom + both > 0.0, ends_s, 0.0))
-        # To lack less never takes longer: a rule that the averages over places break a little.
+        # By how many lack their bottom, and how many both, [K + 1, K + 1, C].
+        if as_ready:
+            stage_s = np.maximum(self._compute_s, self._as_ready_s(one_frame=staging_experts == 1))
+        else:
+            top_s, bottom_s, _ = parts.columns()
+            hidden_s = self._expert_s - self._last_s
+            stage_s = in_order_s(top_k, self._expert_s, top_s, bottom_s, hidden_s, staging_experts)
+        # To lack less never takes longer: a rule that averages break a little.
         stage_s = np.maximum.accumulate(np.maximum.accumulate(stage_s, axis=0), axis=1)
         self.seconds: Array = stage_s[self._ways.bottom, self._ways.both]
 
-    def _as_ready_s(self, bottom: Array, both: Array, *, one_frame: bool) -> Array:
+    def _as_ready_s(self, *, one_frame: bool) -> Array:
         """When the last arrival has been computed, if what is there is computed first.
 
         Bound by the last arrival and the part that it brings, or by the first and all that comes
         late.
         """
+        bottom = np.arange(self._top_k + 1.0)[:, None, None]
+        both = np.arange(self._top_k + 1.0)[None, :, None]
         top_s, bottom_s, _ = self._parts.columns()
         link_s = bottom * bottom_s + both * (top_s + bottom_s)
         late_s = bottom * self._last_s + both * self._expert_s
@@ -79,24 +82,8 @@ class Stage:
             return np.asarray(link_s + late_s)
         transfers = bottom + both * ((top_s > 0.0) * 1.0 + (bottom_s > 0.0))
         first_s = link_s / np.maximum(transfers, 1.0)
-        return np.maximum(link_s + self._last_s, first_s + late_s)
-
-    def _in_order_s(self, bottom: Array, both: Array, *, one_frame: bool) -> Array:
-        """The same in an order that knows nothing of what is missing.
-
-        The q-th of m missing experts stands at place q (K + 1) / (m + 1) on average, and everything
-        from it on waits for it, but for its top, if that is there before its bottom: the first or
-        the last of them is the bound.
-        """
-        top_s, bottom_s, _ = self._parts.columns()
-        link_s = bottom * bottom_s + both * (top_s + bottom_s)
-        lack = np.maximum(bottom + both, 1.0)
-        hidden_s = self._expert_s - self._last_s
-        hidden_s = (bottom * hidden_s + both * np.minimum(hidden_s, bottom_s)) / lack
-        behind_s = self._expert_s * (self._top_k + 1) / (lack + 1.0)
-        if one_frame:  # each fetch also waits for the compute of the miss before it
-            return np.asarray(link_s + behind_s - hidden_s + self._expert_s * (lack - 1.0))
-        return np.maximum(link_s + behind_s, link_s / lack + behind_s * lack) - hidden_s
+        ends_s = np.maximum(link_s + self._last_s, first_s + late_s)
+        return np.where(bottom + both > 0.0, ends_s, 0.0)
 
     def expected(self, brought: Brought) -> tuple[Array, Array]:
         """Expectations over the ways after m = 0 ... D ranks, each [D + 1, S, C].
@@ -119,10 +106,7 @@ class Stage:
         ``max(K * expert - D, tail)`` at the expected lack. It stands for the layer before, which is
         taken to be like this one, so that layers can be priced one by one.
         """
-        top_s, bottom_s, _ = self._parts.columns()
-        demand_s = self._top_k * (
-            lacks.bottom[..., None] * bottom_s + lacks.both[..., None] * (top_s + bottom_s)
-        )
+        demand_s = self._top_k * self._parts.link_s(lacks)
         tail_s = self._last_s
         if not self._as_ready:
             lack = self._top_k * (lacks.bottom + lacks.both)[..., None]

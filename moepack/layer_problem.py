@@ -17,7 +17,7 @@ from moepack.plan import EngineCapabilities, LayerLayout, Policy
 from moepack.segments import PARTS, cuts, granularity, segment_shape
 
 #: Cuts of a layer that are tried; where its granularity gives more, they are thinned evenly.
-MAX_CUTS = 33
+MAX_CUTS = 25
 
 Integers = npt.NDArray[np.int64]
 

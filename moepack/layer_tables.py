@@ -164,8 +164,10 @@ def tabulate(problem: LayerProblem) -> LayerTable:
         prices = np.full((len(variants), *seconds[states, columns].shape), np.inf)
         for index, price in pricer.prices(variants, states, columns):
             prices[index] = price
-        variant[states, columns] = prices.argmin(axis=0)
-        seconds[states, columns] = prices.min(axis=0)
+        best = prices.min(axis=0)
+        # Of equals the simplest, whatever they are rounded to.
+        variant[states, columns] = (prices <= best * (1.0 + 1e-9)).argmax(axis=0)
+        seconds[states, columns] = best
     return LayerTable(problem, seconds, variant, variants, tuple(policies[p] for p in leader))
 
 
