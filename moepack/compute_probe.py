@@ -45,7 +45,7 @@ CONTEXT_TOKENS = 512
 # not the median; in a round, a point until it has this many repeats or has taken this long.
 _ROUNDS = 3
 _REPEATS = 7
-_LIMIT_S = 0.2
+_LIMIT_S = 0.1
 
 
 class _Timer:

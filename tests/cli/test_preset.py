@@ -137,3 +137,16 @@ def test_a_link_that_nobody_knows(home: Path, model: Path, moepack: Moepack) -> 
     assert moepack("plan", model, *PLAN, "--link", "sata,5us").code == 2
     missing = moepack("plan", model, *PLAN, "--link", "/no/such/link.yaml")
     assert_named(missing, "ProfileError", "/no/such/link.yaml")
+
+
+def test_a_copied_routing_is_planned_with(
+    home: Path, model: Path, moepack: Moepack, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    assert moepack("preset", "copy", "olmoe-1b-7b", mine).code == 0
+    assert moepack("preset", "check", mine, "--json").document["kind"] == "routing"
+    machine = (*PLAN, "--hardware", "cpu-sata", "--routing")
+    skewed = moepack("plan", model, *machine, mine)
+    assert skewed.code == 0, skewed.err
+    blind = moepack("plan", model, *machine, "uniform").document
+    assert skewed.document["prediction"]["hit_rate"] > blind["prediction"]["hit_rate"]
