@@ -74,7 +74,9 @@ class Optimised:
         strategies = Strategies(request, self._tables)
         top_k = strategies.top_k
         staging = 2 * top_k
-        engine = replace(FULL_ENGINE, policies=("lcp",), max_prefetch_depth=top_k)
+        engine = replace(
+            FULL_ENGINE, policies=("lcp",), prefetch=("all",), max_prefetch_depth=top_k
+        )
         spare_bytes = free_bytes(request, uniform_layout(request.spec, 1.0), staging)
         if spare_bytes < 0:
             return None
@@ -98,7 +100,7 @@ class Optimised:
         for index, layer in enumerate(spec.moe_layers):
             options, moe = cut_options(spec, layer), spec.moe(layer)
             whole_bytes = int(options.top_bytes[0])
-            window_share = self._gap_s(index) / (moe.top_k * self._link(whole_bytes))
+            window_share = self._window_s(index) / (moe.top_k * self._link(whole_bytes))
             hits = curves[index, : moe.num_experts + 1]
             ratio = fixed_point_split(window_share, share_bytes / whole_bytes, hits)
             interior = np.flatnonzero(options.interior)
@@ -114,6 +116,16 @@ class Optimised:
                 )
             )
         return found
+
+    def _window_s(self, index: int) -> float:
+        """MoEpic's prefetch window: from the routing of the layer before to this layer's.
+
+        ``W_i = T_moe(i - 1) + T_attn(i)``; before the first layer lies the last, a token earlier.
+        """
+        before = self._tables.layers[index - 1]
+        expert = expert_curve(self._request.compute.layer(before.layer), cut=True)
+        moe_s = before.top_k * expert.at(1) + float(self._token.after_s[index - 1])
+        return moe_s + self._gap_s(index)
 
     def _tabulate(
         self, staging: int, engine: EngineCapabilities, cuts: Sequence[Cuts]

@@ -244,8 +244,17 @@ def _held(
         future = tables.future[tokens] < slots[:, None]
         held[..., 0] = np.take_along_axis(future, order, axis=2)
         return held, held.copy()
+    counts = [
+        _slots(place, parts, cut=bool(cut))
+        for place, cut in zip(placement.layers, segments.interior, strict=True)
+    ]
+    tables.step(
+        (index, placement.layers[index].policy, count)
+        for index, several in enumerate(counts)
+        for count in several
+    )
     for index, place in enumerate(placement.layers):
-        for part, count in enumerate(_slots(place, parts, cut=bool(segments.interior[index]))):
+        for part, count in enumerate(counts[index]):
             activated, predicted = tables.held(index, place.policy, count)
             mine = np.take_along_axis(activated[tokens], order[:, index], axis=1)
             held[:, index, :, part] = mine

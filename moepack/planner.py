@@ -11,8 +11,8 @@ every strategy, is replayed on *test*, which nothing was chosen by; near ties ma
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds, throttled
@@ -64,12 +64,6 @@ def make_plan(request: PlanRequest, progress: Progress = NO_PROGRESS) -> Plan:
         When a profile or a layout is another model's.
     """
     return Planner(request).plan(request.fast_budget_bytes, progress)
-
-
-@dataclass(frozen=True)
-class _Priced:
-    contender: Contender
-    price: Replayed
 
 
 class Planner:
@@ -141,24 +135,24 @@ class Planner:
         search = bool(resident.why_not)
         optimised, optimum = self._optimised.contenders(request) if search else ([], None)
         below = [] if optimum is None else list(self._below(request, optimum))
-        progress.start("replay what could be planned", len(strategies + optimised + below), "items")
+        # Of equals the first: the resident one before those that hold everything as well.
+        able = [each for each in (*reversed(strategies), *optimised, *below) if not each.why_not]
+        progress.start("replay what could be planned", len(able), "items")
         try:
-            named = self._priced(strategies, progress)
-            others = self._priced(optimised + below, progress)
+            for contender in able:
+                self.price(contender, "select")
+                progress.advance(1)
         finally:
             progress.done()
-        best = min(
-            (item for item in (*reversed(named), *others) if not item.contender.why_not),
-            key=lambda item: self.total_s(item.price),
-        )
+        best = self._fastest(able)
         return self._plan(
             request,
             fast_budget_bytes,
-            best.contender,
-            self._baselines(named),
+            best,
+            self._baselines(strategies),
             PlannerReport(
                 seconds=time.perf_counter() - began_s,
-                chosen=best.contender.name,
+                chosen=best.name,
                 gap_to_exact=None if optimum is None else optimum.gap_to_exact,
                 replayed_events=self._events - began_events,
             ),
@@ -176,9 +170,10 @@ class Planner:
         require_budget(request)
         able = [each for each in Strategies(request, self.tables).all() if not each.why_not]
         found = {}
-        for name, item in _best_of_each(self._priced(able, NO_PROGRESS), self.total_s).items():
+        for name, variants in _by_name(able).items():
             report = PlannerReport(0.0, name, None, 0)
-            found[name] = self._plan(request, fast_budget_bytes, item.contender, {}, report)
+            chosen = self._fastest(variants)
+            found[name] = self._plan(request, fast_budget_bytes, chosen, {}, report)
         return found
 
     def _plan(
@@ -207,12 +202,11 @@ class Planner:
             link=request.link,
         )
 
-    def _priced(self, contenders: list[Contender], progress: Progress) -> list[_Priced]:
-        found = []
-        for contender in contenders:
-            found.append(_Priced(contender, self.price(contender, "select")))
-            progress.advance(1)
-        return found
+    def _fastest(self, contenders: Sequence[Contender]) -> Contender:
+        """By the price on *select*, which one that is alone is not asked for."""
+        if len(contenders) == 1:
+            return contenders[0]
+        return min(contenders, key=lambda each: self.total_s(self.price(each, "select")))
 
     def total_s(self, price: Replayed) -> float:
         """What is minimised: the time of the whole generation."""
@@ -239,32 +233,29 @@ class Planner:
                 if not contender.why_not:
                     yield contender
 
-    def _baselines(self, priced: list[_Priced]) -> dict[str, Baseline]:
-        """Of each strategy the best variant on *select*, as it does on *test*."""
+    def _baselines(self, strategies: Sequence[Contender]) -> dict[str, Baseline]:
+        """Of each strategy the best variant, as it does on *test*."""
         found = {}
-        for name, item in _best_of_each(priced, self.total_s).items():
-            price = self.price(item.contender, "test")
+        for name, variants in _by_name(strategies).items():
+            chosen = self._fastest(variants)
+            price = self.price(chosen, "test")
             found[name] = Baseline(
                 price.ttft_s,
                 price.tpot_s,
                 price.hit_rate,
                 price.link_bytes_per_token,
-                eligible=not item.contender.why_not,
-                why_not=item.contender.why_not,
+                eligible=not chosen.why_not,
+                why_not=chosen.why_not,
             )
         return found
 
 
-def _best_of_each(
-    priced: list[_Priced], total_s: Callable[[Replayed], float]
-) -> dict[str, _Priced]:
-    """The fastest contender of each name."""
-    best: dict[str, _Priced] = {}
-    for item in priced:
-        name = item.contender.name
-        if name not in best or total_s(item.price) < total_s(best[name].price):
-            best[name] = item
-    return best
+def _by_name(contenders: Sequence[Contender]) -> dict[str, list[Contender]]:
+    """The variants of each strategy."""
+    found: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        found.setdefault(contender.name, []).append(contender)
+    return found
 
 
 def rungs_below(budget_bytes: int) -> Iterator[int]:

@@ -16,10 +16,13 @@ from moepack.yaml_files import read_yaml
 #: What is planned with where nothing is known: every expert equally likely.
 UNIFORM = "uniform"
 
-#: Of the profile that is drawn for a plan: tokens in all, and texts that they are split into.
-#: More tokens say more and take longer to plan with. Several texts, because what is learnt from
-#: one text alone is worth less on the next.
-DEFAULT_TOKENS = 512
+#: Of the profile that is drawn for a plan: (layer, token) events, tokens at the least and at the
+#: most, and texts that they are split into. More tokens say more and take longer to plan with; from
+#: the least on, hit rates hardly change. Several texts, because what is learnt from one text alone
+#: is worth less on the next.
+DEFAULT_EVENTS = 36_000
+MIN_TOKENS = 384
+MAX_TOKENS = 2048
 DEFAULT_TEXTS = 4
 
 
@@ -55,11 +58,19 @@ def synthetic_profile(
     model: RoutingModel,
     spec: ModelSpec,
     *,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int | None = None,
     texts: int = DEFAULT_TEXTS,
     seed: int = 0,
 ) -> RoutingProfile:
-    """A routing profile of a model that was never run: drawn, and it says so."""
+    """A routing profile of a model that was never run: drawn, and it says so.
+
+    Parameters
+    ----------
+    tokens
+        None: as many as the model's layers allow (:data:`DEFAULT_EVENTS`).
+    """
+    if tokens is None:
+        tokens = min(MAX_TOKENS, max(MIN_TOKENS, DEFAULT_EVENTS // max(1, len(spec.moe_layers))))
     layers = [
         LayerShape(number, spec.moe(number).num_experts, spec.moe(number).top_k)
         for number in spec.moe_layers

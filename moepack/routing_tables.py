@@ -6,6 +6,7 @@ from the two, each computed when it is first asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +53,7 @@ class RoutingTables:
         self._ranks: dict[Policy, StackRanks] = {}
         self._fit_curves: dict[Policy, Curves] = {}
         self._fit_cached: dict[Policy, Curves] = {}
-        self._stepped: dict[tuple[Policy, int], tuple[Flags, Flags]] = {}
+        self._stepped: dict[tuple[int, Policy, int], tuple[Flags, Flags]] = {}
         self._pools: dict[SharedPool, tuple[Flags, Flags]] = {}
 
     def starting(self, hot: Rankings) -> RoutingTables:
@@ -123,33 +124,47 @@ class RoutingTables:
         bool [T, K], bool [T, 2K]
             Of a prediction that does not exist: False.
         """
-        shape = self.layers[index]
-        if slots == 0 or slots >= shape.top_k or policy == "pinned":
+        if not self._is_small(index, policy, slots):
             ranks = self.ranks(policy)
             return ranks.ids[:, index] < slots, ranks.predicted[:, index] < slots
-        if (policy, slots) not in self._stepped:
-            self._stepped[policy, slots] = self._step_all(policy, slots)
-        hits, ahead = self._stepped[policy, slots]
-        return hits[:, index], ahead[:, index]
+        if (index, policy, slots) not in self._stepped:
+            self.step([(index, policy, slots)])
+        return self._stepped[index, policy, slots]
 
-    def _step_all(self, policy: Policy, slots: int) -> tuple[Flags, Flags]:
-        """Step caches of so few slots in every layer that uses more experts a token."""
-        small = [index for index, shape in enumerate(self.layers) if slots < shape.top_k]
+    def step(self, caches: Iterable[tuple[int, Policy, int]]) -> None:
+        """Prepare :meth:`held` for many caches (layer, policy, slots) at once.
+
+        Those of fewer slots than a token uses experts have to be stepped, which takes about as long
+        for one as for many.
+        """
+        missing = [
+            cache
+            for cache in dict.fromkeys(caches)
+            if self._is_small(*cache) and cache not in self._stepped
+        ]
+        if not missing:
+            return
+        rows = [index for index, _, _ in missing]
         trace = self.trace
         some = Trace(
-            trace.ids[:, small],
-            trace.weights[:, small],
-            trace.predicted[:, small],
+            trace.ids[:, rows],
+            trace.weights[:, rows],
+            trace.predicted[:, rows],
             trace.sequence,
             trace.part,
         )
-        shapes = [self.layers[index] for index in small]
-        hot = [self.hot[index] for index in small]
-        found = stepped_hits(some, shapes, hot, [policy] * len(small), [slots] * len(small))
-        hits = np.zeros(trace.ids.shape, dtype=np.bool_)
-        ahead = np.zeros(trace.predicted.shape, dtype=np.bool_)
-        hits[:, small], ahead[:, small] = found
-        return hits, ahead
+        hits, ahead = stepped_hits(
+            some,
+            [self.layers[index] for index in rows],
+            [self.hot[index] for index in rows],
+            [policy for _, policy, _ in missing],
+            [slots for _, _, slots in missing],
+        )
+        for place, cache in enumerate(missing):
+            self._stepped[cache] = hits[:, place], ahead[:, place]
+
+    def _is_small(self, index: int, policy: Policy, slots: int) -> bool:
+        return 0 < slots < self.layers[index].top_k and policy != "pinned"
 
     def pooled(self, pool: SharedPool) -> tuple[Flags, Flags]:
         """The same for slots that all layers share, bool [T, L, K] and bool [T, L, 2K]."""
