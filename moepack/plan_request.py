@@ -157,8 +157,20 @@ def require_budget(request: PlanRequest) -> None:
     )
 
 
-def require_host_memory(request: PlanRequest, layout: Layout, placement: Placement) -> None:
-    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA)."""
+def require_host_memory(request: PlanRequest, layout: Layout, placement: Placement) -> str | None:
+    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA).
+
+    Returns
+    -------
+    str or None
+        What is assumed where a machine that is not here lacks the memory and nobody said how much
+        it has: a preset's is an assumption of its own.
+
+    Raises
+    ------
+    BudgetTooSmallError
+        Naming the missing bytes.
+    """
     limit_bytes = request.ram_budget_bytes
     if limit_bytes is None:
         limit_bytes = round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
@@ -168,11 +180,16 @@ def require_host_memory(request: PlanRequest, layout: Layout, placement: Placeme
     else:
         held, held_bytes = "the pinned slow tier", slow_bytes(request.spec, layout)
     missing_bytes = base_bytes + held_bytes - limit_bytes
-    if missing_bytes > 0:
-        raise BudgetTooSmallError(
-            f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
-            f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}: "
-            f"{format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram or "
-            "raise --ram",
-            missing_bytes=missing_bytes,
-        )
+    if missing_bytes <= 0:
+        return None
+    need = (
+        f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
+        f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}"
+    )
+    if request.ram_budget_bytes is None and not request.hardware_is_this_machine:
+        return f"host memory that {request.hardware.name} lacks: {need}"
+    raise BudgetTooSmallError(
+        f"{need}: {format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram "
+        "or raise --ram",
+        missing_bytes=missing_bytes,
+    )

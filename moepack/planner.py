@@ -186,7 +186,7 @@ class Planner:
     ) -> Plan:
         """A contender with its forecast on *test*."""
         placement = replace(chosen.placement, fast_budget_bytes=request.fast_budget_bytes)
-        require_host_memory(request, chosen.layout, placement)
+        shortage = require_host_memory(request, chosen.layout, placement)
         return Plan(
             version=PLAN_VERSION,
             model_name=request.spec.name,
@@ -196,7 +196,7 @@ class Planner:
             placement=placement,
             prediction=_prediction(request, chosen, self.price(chosen, "test")),
             baselines=baselines,
-            provenance=_provenance(request, asked_bytes),
+            provenance=_provenance(request, asked_bytes, shortage),
             planner=report,
             assumed_engine=request.assumed_engine,
             link=request.link,
@@ -287,7 +287,7 @@ def _prediction(request: PlanRequest, chosen: Contender, price: Replayed) -> Pre
     )
 
 
-def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
+def _provenance(request: PlanRequest, asked_bytes: int, shortage: str | None) -> Provenance:
     compute = request.compute
     assumptions = []
     if asked_bytes > request.fast_budget_bytes:
@@ -295,6 +295,8 @@ def _provenance(request: PlanRequest, asked_bytes: int) -> Provenance:
             f"of the {format_size(asked_bytes)} asked for, {request.hardware.name} has "
             f"{format_size(request.fast_budget_bytes)} left for a model"
         )
+    if shortage is not None:
+        assumptions.append(shortage)
     if compute.source == "derived":
         assumptions.append("compute times are derived from the hardware profile by a roofline")
     if request.prompt_tokens > compute.context_tokens:

@@ -304,6 +304,22 @@ def test_the_host_must_hold_the_process_too(spec: ModelSpec, routing: RoutingPro
         make_plan(request(spec, routing, ram_budget_bytes=300 * KIB))
 
 
+def test_a_preset_that_lacks_host_memory_is_planned_for_and_says_so(
+    spec: ModelSpec, routing: RoutingProfile
+) -> None:
+    card = find_hardware("rtx-4090")
+    small = dataclasses.replace(card, ram_bytes=card.process_base_bytes)
+    changes: dict[str, object] = {
+        "hardware": small,
+        "compute": derive_compute(spec, small),
+        "device": "cuda",
+    }
+    plan = make_plan(request(spec, routing, **changes))
+    assert any("host memory that rtx-4090 lacks" in line for line in plan.provenance.assumptions)
+    with pytest.raises(BudgetTooSmallError, match="of host memory and the process itself"):
+        make_plan(request(spec, routing, hardware_is_this_machine=True, **changes))
+
+
 def test_lengths_that_do_not_fit_the_context_are_refused(
     spec: ModelSpec, routing: RoutingProfile
 ) -> None:
