@@ -80,25 +80,13 @@ def advance_lanes(clock: Clock, work: Work, as_ready: bool, frames: int, parts: 
     return advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
 
 
-class _Totals(NamedTuple):
-    """Sums over tokens: experts ready [.., L], segments fetched [.., L * G], waits [.., L]."""
+class _Seen(NamedTuple):
+    """What every pass did: segments ready and demanded, and begun ahead [T, L, .]; waits [T, L]."""
 
-    ready: Seconds
-    demanded: Seconds
-    used: Seconds
-    wasted: Seconds
+    ready: Flags
+    demanded: Flags
+    begun: Flags
     wait_s: Seconds
-
-    @classmethod
-    def nothing(cls, shape: tuple[int, ...], layers: int, parts: int) -> _Totals:
-        segments = (*shape, layers * parts)
-        return cls(
-            np.zeros((*shape, layers)),
-            np.zeros(segments),
-            np.zeros(segments),
-            np.zeros(segments),
-            np.zeros((*shape, layers)),
-        )
 
 
 class Decoding:
@@ -128,121 +116,106 @@ class Decoding:
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
         tokens, layers = self._tokens, self._layers
-        if self._passes.ahead_s.any():
-            totals, tpot_s = self._in_lanes()
-        else:
-            totals, tpot_s = self._at_once()
-        activations = max(1, int(self._found.valid.sum()))
+        seen, seconds = self._in_lanes() if self._passes.ahead_s.any() else self._at_once()
+        found, parts = self._found, self._parts
+        ready = found.valid.copy()
+        for part in range(parts):
+            ready &= seen.ready[..., part::parts]
+        needed = np.repeat(found.right[:, :, : seen.begun.shape[2] // parts], parts, axis=2)
+        activations = max(1, int(found.valid.sum()))
+        demanded, used, wasted = (
+            self._per_token(flags)
+            for flags in (seen.demanded, seen.begun & needed, seen.begun & ~needed)
+        )
+        stored_bytes = self._segments.stored_bytes
         return Replayed(
             ttft_s=ttft_s,
-            tpot_s=tpot_s,
+            tpot_s=seconds / tokens,
             hit_rate=float(self._passes.hits.sum()) / activations,
-            ready_rate=float(totals.ready.sum()) / activations,
-            demand_bytes=float(totals.demanded @ self._segments.stored_bytes.ravel()) / tokens,
-            ahead_used_bytes=float(totals.used @ self._segments.stored_bytes.ravel()) / tokens,
-            ahead_wasted_bytes=float(totals.wasted @ self._segments.stored_bytes.ravel()) / tokens,
-            link_s=float(
-                (totals.demanded + totals.used + totals.wasted) @ self._segments.link_s.ravel()
-            )
-            / tokens,
-            layer_wait_s=totals.wait_s / tokens,
+            ready_rate=float(ready.sum()) / activations,
+            demand_bytes=float((demanded * stored_bytes).sum()),
+            ahead_used_bytes=float((used * stored_bytes).sum()),
+            ahead_wasted_bytes=float((wasted * stored_bytes).sum()),
+            link_s=float(((demanded + used + wasted) * self._segments.link_s).sum()),
+            layer_wait_s=seen.wait_s.mean(axis=0),
             events=tokens * layers,
         )
 
-    def _at_once(self) -> tuple[_Totals, float]:
+    def _per_token(self, flags: Flags) -> Seconds:
+        """Of [T, L, experts * G], how many of each layer's segments, [L, G]."""
+        counts = np.count_nonzero(flags, axis=0).reshape(self._layers, -1, self._parts)
+        return np.asarray(counts.sum(axis=1) / self._tokens)
+
+    def _at_once(self) -> tuple[_Seen, float]:
         """Nothing is fetched ahead: the link is idle when a pass begins."""
-        passes, parts = self._passes, self._parts
+        passes, shape = self._passes, (self._tokens, self._layers, -1)
         work = independent(self._fixed, passes.compute_s, passes.fetch_s)
         clock = Clock.start(self._tokens * self._layers)
-        done = advance_lanes(clock, work, self._as_ready, self._frames, parts)
-        shape = (self._tokens, self._layers, -1, parts)
-        ready = done.ready.reshape(shape).all(axis=3) & self._found.valid
-        none = np.zeros(self._layers * parts)
-        totals = _Totals(
-            ready=ready.sum(axis=(0, 2)).astype(np.float64),
-            demanded=done.demanded.reshape(shape).sum(axis=(0, 2)).ravel().astype(np.float64),
-            used=none,
-            wasted=none,
-            wait_s=done.wait_s.reshape(self._tokens, self._layers).sum(axis=0),
+        done = advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
+        seen = _Seen(
+            done.ready.reshape(shape),
+            done.demanded.reshape(shape),
+            np.zeros((self._tokens, self._layers, 0), dtype=np.bool_),
+            done.wait_s.reshape(shape[:2]),
         )
-        return totals, float(done.clock.now_s.sum()) / self._tokens + self._fixed.tail_s
+        return seen, float(done.clock.now_s.sum()) + self._tokens * self._fixed.tail_s
 
-    def _in_lanes(self) -> tuple[_Totals, float]:
+    def _in_lanes(self) -> tuple[_Seen, float]:
         """Cut the tokens into lanes and run them until each begins where the one before ended."""
         count = min(self._lanes, self._tokens)
         bounds = np.linspace(0, self._tokens, count + 1).astype(np.intp)
         # First as the token before leaves it, if that began with everything idle: seldom wrong.
         before = np.maximum(bounds[:-1] - 1, 0)
-        begins, _ = self._run_lanes(before, bounds[:-1], Clock.start(count))
-        begins = _since_now(begins)
+        passes = self._passes
+        seen = _Seen(
+            np.empty(passes.fetch_s.shape, dtype=np.bool_),
+            np.empty(passes.fetch_s.shape, dtype=np.bool_),
+            np.empty(passes.ahead_s.shape, dtype=np.bool_),
+            np.empty(passes.fetch_s.shape[:2]),
+        )
+        begins = _since_now(self._run_lanes(before, bounds[:-1], Clock.start(count), seen))
         ends = Clock.start(count)
         elapsed_s = np.zeros(count)
-        totals = _Totals.nothing((count,), self._layers, self._parts)
         todo = np.arange(count)
         while len(todo):
             start = Clock(*(values[todo] for values in begins))
-            clock, sums = self._run_lanes(bounds[todo], bounds[todo + 1], start)
+            clock = self._run_lanes(bounds[todo], bounds[todo + 1], start, seen)
             elapsed_s[todo] = clock.now_s
-            for kept, values in zip(totals, sums, strict=True):
-                kept[todo] = values
             for kept, values in zip(ends, _since_now(clock), strict=True):
                 kept[todo] = values
             follows = Clock(*(np.concatenate([[0.0], values[:-1]]) for values in ends))
             todo = np.flatnonzero(_apart(follows, begins))
             begins = follows
-        summed = _Totals(*(values.sum(axis=0) for values in totals))
-        return summed, float(elapsed_s.sum()) / self._tokens
+        return seen, float(elapsed_s.sum())
 
     def _run_lanes(
-        self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: Clock
-    ) -> tuple[Clock, _Totals]:
+        self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: Clock, seen: _Seen
+    ) -> Clock:
         """Run lanes of tokens from ``begins`` to ``ends``, which differ by one at most."""
         passes, fixed = self._passes, self._fixed
-        totals = _Totals.nothing((len(begins),), self._layers, self._parts)
         for step in range(int((ends - begins).max())):
             alive = np.flatnonzero(begins + step < ends)
             tokens = begins[alive] + step
             now = Clock(*(values[alive] for values in clock))
-            compute_s, fetch_s = passes.compute_s[tokens], passes.fetch_s[tokens]
-            ahead_s, ahead_of = passes.ahead_s[tokens], passes.ahead_of[tokens]
-            right, valid = self._found.right[tokens], self._found.valid[tokens]
             for index in range(self._layers):
                 work = Work(
                     fixed.before_s[index],
                     fixed.after_s[index],
-                    compute_s[:, index],
-                    fetch_s[:, index],
-                    ahead_s[:, index],
-                    ahead_of[:, index],
+                    passes.compute_s[tokens, index],
+                    passes.fetch_s[tokens, index],
+                    passes.ahead_s[tokens, index],
+                    passes.ahead_of[tokens, index],
                 )
                 done = advance_lanes(now, work, self._as_ready, self._frames, self._parts)
                 now = done.clock
-                self._count(totals, alive, index, done, right[:, index], valid[:, index])
+                seen.ready[tokens, index] = done.ready
+                seen.demanded[tokens, index] = done.demanded
+                seen.begun[tokens, index] = done.begun
+                seen.wait_s[tokens, index] = done.wait_s
             now = now._replace(now_s=now.now_s + fixed.tail_s)
             for kept, values in zip(clock, now, strict=True):
                 kept[alive] = values
-        return clock, totals
-
-    def _count(
-        self,
-        totals: _Totals,
-        alive: npt.NDArray[np.intp],
-        index: int,
-        done: Outcome,
-        right: Flags,
-        valid: Flags,
-    ) -> None:
-        parts = self._parts
-        here = slice(index * parts, (index + 1) * parts)
-        lanes = len(alive)
-        ready = done.ready.reshape(lanes, -1, parts).all(axis=2) & valid
-        totals.ready[alive, index] += ready.sum(axis=1)
-        totals.demanded[alive, here] += done.demanded.reshape(lanes, -1, parts).sum(axis=1)
-        begun = done.begun.reshape(lanes, -1, parts)
-        needed = right[:, : begun.shape[1], None]
-        totals.used[alive, here] += (begun & needed).sum(axis=1)
-        totals.wasted[alive, here] += (begun & ~needed).sum(axis=1)
-        totals.wait_s[alive, index] += done.wait_s
+        return clock
 
 
 def _since_now(clock: Clock) -> Clock:

@@ -161,58 +161,61 @@ def decode_passes(
         From :func:`activations`, made :func:`perfect` for any oracle.
     """
     held, held_ahead = _held(tables, found, placement, segments, oracle)
-    fetch_s = np.where(held | ~found.valid[..., None], 0.0, segments.link_s[:, None, :])
-    compute_s = np.where(found.valid[..., None], segments.compute_s[:, None, :], 0.0)
-    compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
+    parts = segments.link_s.shape[1]
+    valid = np.repeat(found.valid, parts, axis=2)  # [T, L, K * G]
+    flat = valid.shape
+    missing = valid & ~held.reshape(flat)
+    fetch_s = np.where(missing, _tiled(segments.link_s, flat[2]), 0.0)
+    compute_s = np.where(valid, _tiled(segments.compute_s, flat[2]), 0.0)
+    if segments.transfer_s.any():
+        compute_s += (fetch_s > 0) * segments.transfer_s[:, None]
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
-    wanted = np.arange(depth) < depths[:, None]  # [L, D]
+    asked = np.arange(depth) < depths[:, None]  # [L, D]
     if oracle == "none":
-        known = tables.trace.predicted[found.tokens][:, :, :depth] != NO_PREDICTION
+        asked = asked & (tables.trace.predicted[found.tokens][:, :, :depth] != NO_PREDICTION)
     else:
-        known = found.valid[:, :, :depth]
-    ahead = (known & wanted)[..., None] & ~held_ahead[:, :, :depth]
-    ahead_s = ahead_seconds(placement, segments, ahead, held_ahead[:, :, :depth])
-    parts = segments.link_s.shape[1]
-    part = np.arange(parts)
-    # Brought by its rank, if that rank really asks for this segment.
-    rank = np.minimum(found.guess, max(depth - 1, 0))[..., None]
-    asked = (found.guess < depth)[..., None] & (fetch_s > 0)
+        asked = asked & found.valid[:, :, :depth]
+    ahead_s = ahead_seconds(placement, segments, asked, held_ahead[:, :, :depth])
+    # A segment is brought by its expert's rank, if that rank really asks for it.
+    none = depth * parts
+    ahead_of = np.full(flat, none)
     if depth:
-        flat_s = ahead_s.reshape(*ahead_s.shape[:2], depth * parts)
-        places = (rank * parts + part).reshape(*rank.shape[:2], -1)
-        asked &= np.take_along_axis(flat_s, places, axis=2).reshape(fetch_s.shape) > 0
-    else:
-        flat_s = np.zeros((*fetch_s.shape[:2], 0))
-    ahead_of = np.where(asked, rank * parts + part, depth * parts)
-    flat = (*fetch_s.shape[:2], -1)
-    return DecodePasses(
-        compute_s=compute_s.reshape(flat),
-        fetch_s=fetch_s.reshape(flat),
-        ahead_s=flat_s,
-        ahead_of=ahead_of.reshape(flat),
-        hits=_cached_first(held, segments) & found.valid,
-    )
+        place = np.repeat(np.minimum(found.guess, depth - 1) * parts, parts, axis=2)
+        place += np.tile(np.arange(parts), flat[2] // parts)
+        comes = np.repeat(found.guess < depth, parts, axis=2) & (fetch_s > 0)
+        comes &= np.take_along_axis(ahead_s, place, axis=2) > 0
+        np.copyto(ahead_of, place, where=comes)
+    hits = _cached_first(held, segments) & found.valid
+    return DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
 
 
-def ahead_seconds(placement: Placement, segments: Segments, lacking: Flags, held: Flags) -> Seconds:
-    """Seconds of the link for what is asked for ahead, [.., L, D, G].
+def ahead_seconds(placement: Placement, segments: Segments, asked: Flags, held: Flags) -> Seconds:
+    """Seconds of the link for what is asked for ahead, [.., L, D * G].
 
     Each layer's mode says which parts; what has no frame to arrive in is not asked for.
 
     Parameters
     ----------
-    lacking : bool [.., L, D, G]
-        Parts of the predicted experts that are not resident, best first.
+    asked : bool [.., L, D]
+        Predicted experts that are asked for, best first.
     held : bool [.., L, D, G]
-        Those that are.
+        Their parts that are resident.
     """
     bottoms = np.array([place.prefetch == "bottoms" for place in placement.layers])
-    top_held = ~segments.has_top[:, None] | held[..., 0]
-    lacking = lacking & (~bottoms[:, None] | top_held)[..., None]
-    frames = np.cumsum(lacking.any(axis=-1), axis=-1)
-    lacking = lacking & (frames <= placement.staging_experts)[..., None]
-    return np.where(lacking, segments.link_s[:, None, :], 0.0)
+    if bottoms.any():
+        asked = asked & (~bottoms[:, None] | ~segments.has_top[:, None] | held[..., 0])
+    depth, parts = asked.shape[-1], held.shape[-1]
+    if placement.staging_experts < depth:
+        lacking = asked & ~held.all(axis=-1)
+        asked = asked & (np.cumsum(lacking, axis=-1) <= placement.staging_experts)
+    missing = np.repeat(asked, parts, axis=-1) & ~held.reshape(*held.shape[:-2], depth * parts)
+    return np.where(missing, _tiled(segments.link_s, depth * parts), 0.0)
+
+
+def _tiled(values: Seconds, columns: int) -> Seconds:
+    """Of [L, G], the same for every expert: [L, columns]."""
+    return np.tile(values, columns // values.shape[1])
 
 
 def _cached_first(held: Flags, segments: Segments) -> Flags:

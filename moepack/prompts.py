@@ -112,10 +112,12 @@ def prompt_passes(
     compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
     named = used if oracle != "none" else prompts.predicted
     fetches = np.array([place.prefetch != "off" for place in placement.layers])
-    lacking = (named & fetches[:, None])[..., None] & ~held
-    ahead_s = ahead_seconds(placement, segments, lacking, np.broadcast_to(held, lacking.shape))
+    asked = named & fetches[:, None]
+    ahead_s = ahead_seconds(
+        placement, segments, asked, np.broadcast_to(held, (*asked.shape, parts))
+    )
     flat = (*used.shape[:2], used.shape[2] * parts)
-    return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s.reshape(flat))
+    return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s)
 
 
 @functools.lru_cache(maxsize=64)
