@@ -49,54 +49,54 @@ def decode_ahead_s(
     parts: Parts,
     held: Held,
     ahead: Ahead,
-    depths: tuple[int, ...],
+    depth: int,
     *,
     staging_experts: int,
     as_ready: bool = False,
 ) -> Array:
     """Expected seconds of one token through one layer whose experts are also fetched ahead.
 
-    The first m* ranks of the prediction are there in time (:func:`ranks_in_time`; fewer where the
-    depth or the staging ends before), the rest is fetched on demand. A fraction of a rank is a
-    share of the two neighbouring expectations: its transfer has begun, or the window varies (whole
-    ranks alone miss the simulation by twice as much). Where the window ends first, the next rank is
-    in flight and, if wrong, delays the demands by half of itself, ``(1 - A) tau / 2``, weighted by
-    how likely the layer waits for the link at all.
-
-    Parameters
-    ----------
-    depths
-        How many ranks are asked for, 1 to D.
+    With the first m ranks of the prediction there, the rest is fetched on demand: E(m), an
+    expectation as in :func:`decode_layer_s`. A rank that was begun and done in time to a share
+    (:func:`ranks_in_time`) brings that share of ``E(r - 1) - E(r)``; the rest of its transfer, if
+    it was wrong, delays the demands: ``(begun - done) (1 - A) tau``, half a transfer on average,
+    weighted by how likely the layer waits for the link at all.
 
     Returns
     -------
-    [depths, S, C]
+    [depth, S, C]
+        When 1, 2 ... ``depth`` ranks are asked for. The best of them (and of none) is what never
+        gets dearer with a faster link: a given one may, as a faster link begins a wrong transfer
+        that a slower one did not come to.
     """
     lacks = held.lacking()
-    most = min(max(depths), staging_experts)
-    after = brought(lacks, ahead, top_k).first(most)
+    after = brought(lacks, ahead, top_k).first(depth)
     stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
     gap_s = ahead.gap_s + (0.0 if as_ready else times.shared_s)
-    in_time = ranks_in_time(*_rooms_s(stage, parts, ahead, after, gap_s))
-    ended_s, going_s = _after_ranks(stage, parts, ahead, after)
-    found = {}
-    waiting_s: Array | float = 0.0
-    for ranks, share in enumerate(in_time):
-        found[ranks] = waiting_s + share * ended_s[ranks]
-        if ranks < most:
-            waiting_s = waiting_s + (share - in_time[ranks + 1]) * going_s[ranks]
-    layer_s = np.stack([found[min(depth, most)] for depth in depths])
-    return layer_s + _unhidden_s(times, top_k, parts, held, as_ready)
+    begun, done = ranks_in_time(*_rooms_s(stage, parts, ahead, after, gap_s))
+    expected_s, link_bound = stage.expected(after)
+    wrong = (1.0 - ahead.accuracy[:, None])[:depth]
+    late_s = parts.link_s(Lacks(*(wrong * lack[:depth] for lack in ahead.lacks())))
+    layer_s = np.empty(late_s.shape)
+    total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held, as_ready)
+    for rank in range(depth):
+        # One rank more never makes it longer: a rule that the estimates break a little.
+        np.minimum(expected_s[rank + 1], expected_s[rank], out=expected_s[rank + 1])
+        brings_s = done[rank] * (expected_s[rank] - expected_s[rank + 1])
+        delays_s = (begun[rank] - done[rank]) * late_s[rank] * link_bound[rank]
+        total_s = total_s - brings_s + delays_s
+        layer_s[rank] = total_s
+    return layer_s
 
 
-def ranks_in_time(rooms_s: Array, deviations_s: Array, transfers_s: Array) -> Array:
-    """How likely the first m = 0, 1 ... D ranks are there in time, [D + 1, ...].
+def ranks_in_time(rooms_s: Array, deviations_s: Array, transfers_s: Array) -> tuple[Array, Array]:
+    """How likely each rank is begun before the routing is known, and what share of it is done.
 
     MoEpic's m* is the largest m whose transfers, the sum of tau(r) over r <= m, end within the
-    window. What a rank lacks is chance, so the sum is too: with what is left of the window as a
-    uniform variable of that mean and deviation, a rank is there with the mean, over its transfer,
-    of the chance that something is left. Without deviation every rank but one is there or not, and
-    of that one the fraction that has been transferred.
+    window. What a rank lacks is chance, so the sum is too: what the ranks before leave of the
+    window is taken as a uniform variable of that mean and deviation. A rank is begun if something
+    is left, and its done share is the mean, over its transfer, of the chance that something still
+    is. Without deviation, of all ranks one at most is neither done nor to be done on demand.
 
     Parameters
     ----------
@@ -104,18 +104,26 @@ def ranks_in_time(rooms_s: Array, deviations_s: Array, transfers_s: Array) -> Ar
         What is left of the window after m ranks, and its standard deviation.
     transfers_s : [D, ...]
         Seconds of each rank, if it lacks something.
+
+    Returns
+    -------
+    begun, done : [D, ...]
     """
-    shares = np.ones(rooms_s.shape)
+    begun, done = np.empty(transfers_s.shape), np.empty(transfers_s.shape)
     room_s = rooms_s[0]
     for rank, transfer_s in enumerate(transfers_s):
         np.minimum(room_s, rooms_s[rank], out=room_s)
         width_s = np.maximum(deviations_s[rank] * math.sqrt(12.0), _LEAST_WIDTH_S)
-        share = np.clip(room_s / width_s + 0.5, 0.0, 1.0)
+        np.clip(room_s / width_s + 0.5, 0.0, 1.0, out=begun[rank])
+        done[rank] = begun[rank]
         left_s = _expected_left_s(room_s, width_s)
         left_s -= _expected_left_s(room_s - transfer_s, width_s)
-        np.divide(left_s, transfer_s, out=share, where=transfer_s > 1e-6 * width_s)
-        np.minimum(share, shares[rank], out=shares[rank + 1])
-    return shares
+        np.divide(left_s, transfer_s, out=done[rank], where=transfer_s > 1e-6 * width_s)
+        if rank:
+            np.minimum(begun[rank], begun[rank - 1], out=begun[rank])
+            np.minimum(done[rank], done[rank - 1], out=done[rank])
+        np.minimum(done[rank], begun[rank], out=done[rank])
+    return begun, done
 
 
 def _expected_left_s(mean_s: Array, width_s: Array) -> Array:
@@ -143,31 +151,15 @@ def _rooms_s(
     squares = np.stack([bottom_s**2, both_s**2, bottom_s * both_s])
     variance = np.tensordot(np.stack([_sums(term) for term in terms]), squares, axes=(0, 0))
     rooms_s = stage.link_idle_s(brought.mean_lacks()) + gap_s - needs_s
-    some = np.maximum(bottom + both, 1e-9)
-    transfers_s = parts.link_s(Lacks(bottom / some, both / some))
-    return rooms_s, np.sqrt(np.maximum(variance, 0.0)), transfers_s
+    # What a rank that lacks something takes of the room: the more is there, the less is demanded.
+    some = np.maximum(bottom + both, 1e-9)[..., None]
+    takes_s = np.maximum(rooms_s[:-1] - rooms_s[1:], 0.0) / some
+    return rooms_s, np.sqrt(np.maximum(variance, 0.0)), takes_s
 
 
 def _sums(values: Array) -> Array:
     """Sums of the first 0, 1 ... D rows, [D + 1, ...]."""
     return np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
-
-
-def _after_ranks(stage: Stage, parts: Parts, ahead: Ahead, brought: Brought) -> tuple[Array, Array]:
-    """Expected stage after m = 0 ... D ranks, without and with the next in flight, [D + 1, S, C].
-
-    One rank more never makes it longer: a rule that the estimates break a little, and one that
-    keeps a faster link from being dearer.
-    """
-    ended_s, link_bound = stage.expected(brought)
-    ranks = len(ended_s)
-    half_wrong = (1.0 - ahead.accuracy[:, None]) / 2.0
-    late = (np.pad(half_wrong * lack, ((0, 1), (0, 0)))[:ranks] for lack in ahead.lacks())
-    going_s = link_bound * parts.link_s(Lacks(*late)) + ended_s
-    for rank in range(1, ranks):
-        for table in (ended_s, going_s):
-            np.minimum(table[rank], table[rank - 1], out=table[rank])
-    return ended_s, going_s
 
 
 def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held, as_ready: bool) -> Array:

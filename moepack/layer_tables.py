@@ -142,14 +142,15 @@ class LayerTable:
 def tabulate(problem: LayerProblem) -> LayerTable:
     """Price every option of a layer.
 
-    Of the policies the one with the highest hit rate is taken for each number of slots (of equals
-    the first). On demand nothing is better; with prefetching, what of the predicted experts is held
-    counts as well, and follows it closely.
+    For each number of slots one policy is taken, before anything is priced: the one that hits most
+    on average over a quarter of all numbers around it. At a single number policies differ by chance
+    too, and the best of several would be the luckiest. With prefetching, what of the predicted
+    experts is held counts as well, and follows the hit rate closely.
     """
     policies = [policy for policy in problem.hits if policy in problem.engine.policies]
     curves = np.array([problem.hits[policy] for policy in policies])  # [P, N + 1]
-    leader = curves.argmax(axis=0)
-    hits = np.maximum.accumulate(curves.max(axis=0))
+    leader = _smoothed(curves, problem.num_experts // 8).argmax(axis=0)
+    hits = np.maximum.accumulate(np.take_along_axis(curves, leader[None], axis=0)[0])
     hits[-1] = 1.0
     pricer = _Pricer(problem, hits, _predicted_held(problem, policies, leader))
     variants = tuple(pricer.variants())
@@ -169,6 +170,13 @@ def tabulate(problem: LayerProblem) -> LayerTable:
         variant[states, columns] = (prices <= best * (1.0 + 1e-9)).argmax(axis=0)
         seconds[states, columns] = best
     return LayerTable(problem, seconds, variant, variants, tuple(policies[p] for p in leader))
+
+
+def _smoothed(curves: Array, reach: int) -> Array:
+    """Each value's mean with so many on either side, ends repeated, [P, N + 1]."""
+    padded = np.pad(curves, ((0, 0), (reach, reach)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=1)
+    return np.asarray(windows.mean(axis=2))
 
 
 def _predicted_held(
@@ -191,6 +199,9 @@ class _Pricer:
         self._problem = problem
         self._hits = hits
         self._predicted_held = predicted_held
+        self._ranks = min(
+            len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts
+        )
         self._missing = missing_after(problem.used)
         cuts, interior = problem.cuts, problem.cuts.interior
         seconds = {
@@ -210,17 +221,12 @@ class _Pricer:
         self._prompt_s = np.where(interior, problem.prompt.split_s, problem.prompt.experts_s)
 
     def variants(self) -> Iterator[Variant]:
-        """No prefetching, then every mode to several depths."""
+        """No prefetching, then every mode to every depth."""
         problem = self._problem
         yield Variant("off", 0)
-        most = min(
-            len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts
-        )
-        top_k = problem.top_k
-        depths = sorted({min(d, most) for d in (top_k // 2, top_k, 3 * top_k // 2, 2 * top_k) if d})
         for mode in problem.engine.prefetch:
             if mode != "off":
-                yield from (Variant(mode, depth) for depth in depths if depth)
+                yield from (Variant(mode, depth) for depth in range(1, self._ranks + 1))
 
     def prices(
         self, variants: tuple[Variant, ...], states: slice, columns: npt.NDArray[np.intp]
@@ -234,7 +240,7 @@ class _Pricer:
         frames, as_ready = problem.staging_experts, problem.engine.as_ready
         later = max(0, problem.new_tokens - 1)
         for mode in ("off", "bottoms", "all"):
-            wanted = [(place, v.depth) for place, v in enumerate(variants) if v.prefetch == mode]
+            wanted = [place for place, variant in enumerate(variants) if variant.prefetch == mode]
             if not wanted or (mode == "bottoms" and not tops):
                 continue  # where every top is there, "bottoms" is "all"
             first_s = self._prefill_s(parts, tops, columns, ahead=mode != "off")
@@ -251,12 +257,11 @@ class _Pricer:
                     parts,
                     held,
                     ahead,
-                    tuple(depth for _, depth in wanted),
+                    self._ranks,
                     staging_experts=frames,
                     as_ready=as_ready,
                 )
-            for (place, _), token_s in zip(wanted, tokens_s, strict=True):
-                yield place, first_s + later * token_s
+            yield from zip(wanted, first_s + later * tokens_s, strict=True)
 
     def _held(self, curve: Array, tops: bool) -> Held:
         """Chances by state: N of tops while no bottom is kept, or N + 1 of bottoms beside all."""

@@ -70,10 +70,10 @@ def price_s(problem: LayerProblem, choice: Choice) -> float:
             parts,
             held,
             Ahead(choice.prefetch, problem.gap_s, problem.accuracy, ranks),
-            (choice.depth,),
+            choice.depth,
             staging_experts=frames,
             as_ready=as_ready,
-        )
+        )[choice.depth - 1]
     return float(first_s.item() + (problem.new_tokens - 1) * token_s.item())
 
 
@@ -102,6 +102,7 @@ def test_every_entry_is_the_price_of_its_option(engine: EngineCapabilities) -> N
         assert choice.seconds == pytest.approx(price_s(problem, choice), rel=1e-9)
         assert choice.budget_bytes == used_bytes(problem, choice)
     assert {choice.prefetch for choice in found} <= set(problem.engine.prefetch)
+    assert max(choice.depth for choice in found) <= problem.staging_experts
 
 
 def test_prefetching_is_chosen_where_it_is_better_and_only_what_the_engine_has() -> None:
@@ -115,15 +116,24 @@ def test_prefetching_is_chosen_where_it_is_better_and_only_what_the_engine_has()
     assert {choice.prefetch for choice in options(tabulate(blind))} == {"off"}
 
 
-def test_the_policy_is_the_one_that_hits_most_at_that_size() -> None:
-    early, late = power_curve(8, 0.5), power_curve(8, 0.7)
-    late[5:8] = 0.97
-    table = tabulate(layer_problem(hits={"lru": early, "lfu": late}))
-    best = ["lfu" if late[n] > early[n] else "lru" for n in range(9)]
-    assert list(table.policy) == best
-    assert set(best) == {"lru", "lfu"}
-    pinned = layer_problem(hits={"pinned": early, "lru": early})
-    assert set(tabulate(pinned).policy) == {"pinned"}
+def test_the_policy_is_the_one_that_hits_most_around_that_size() -> None:
+    few, many = power_curve(32, 0.5), power_curve(32, 0.7)
+    many[16:32] = 0.98
+    few[25] = 0.99  # luck at one size
+    problem = layer_problem(experts=32, hits={"lru": few, "lfu": many})
+    table = tabulate(problem)
+    assert table.policy == ("lru",) * 14 + ("lfu",) * (33 - 14)
+    choice = table.choice(32 + 25, 0)
+    assert (choice.tops, choice.policy) == (25, "lfu")
+    assert choice.seconds == pytest.approx(price_s(problem, choice))
+
+
+def test_only_policies_of_the_engine_are_chosen_and_of_equals_the_first() -> None:
+    curve = power_curve(8, 0.5)
+    table = tabulate(layer_problem(hits={"pinned": curve, "lru": curve}))
+    assert set(table.policy) == {"pinned"}
+    lru = dataclasses.replace(ON_DEMAND, policies=("lru",))
+    assert set(tabulate(layer_problem(engine=lru)).policy) == {"lru"}
 
 
 @given(

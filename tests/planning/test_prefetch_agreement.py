@@ -93,10 +93,10 @@ def compare(
                     parts,
                     held,
                     ahead,
-                    (depth,),
+                    depth,
                     staging_experts=staging,
                     as_ready=as_ready,
-                )
+                )[depth - 1]
             priced_s += layer_s.item()
         found[ratio, mode] = Compared(replayed.tpot_s, priced_s)
     return found
