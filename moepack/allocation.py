@@ -68,7 +68,7 @@ def exchange(costs: Sequence[Array], quanta: int) -> Quanta:
         alone = [(receivers[i] != givers[j]) | (taken == 0) for i, j in pairs]
         net = np.where(np.array(alone), net, -np.inf)
         pair, move = np.unravel_index(int(net.argmax()), net.shape)
-        if not net[pair, move] > _SAME * abs(total_cost(costs, held)):
+        if not net[pair, move] > _SAME * table[np.arange(layers), held].sum():
             return held + uniform(layers, quanta - int(held.sum()))
         receiver, giver = receivers[pairs[pair][0], move], givers[pairs[pair][1], move]
         held[receiver] += move

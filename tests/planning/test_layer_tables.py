@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moepack.checkpoint import Checkpoint
 from moepack.cost import Held, Parts, missing_after, prefill_layer_s
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
-from moepack.layer_problem import MAX_CUTS, Cuts, LayerProblem, cut_options, kept_cut
+from moepack.layer_problem import LEAST_CUTS, MAX_CUTS, Cuts, LayerProblem, cut_options, kept_cut
 from moepack.layer_tables import Choice, LayerTable, tabulate
 from moepack.layouts import layer_layout
 from moepack.plan import EngineCapabilities
@@ -195,19 +195,22 @@ def test_cuts_are_those_of_the_granularity_uncut_first(tiny_folder: TinyFolder) 
     assert found.interior.tolist() == [False] + [True] * (len(possible) - 2)
 
 
-def test_many_cuts_are_thinned_but_near_a_ratio(tiny_folder: TinyFolder) -> None:
+def test_many_cuts_are_thinned_evenly_more_so_of_many_experts(tiny_folder: TinyFolder) -> None:
     spec = Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
     layer = spec.moe_layers[0]
-    moe = dataclasses.replace(spec.moe(layer), intermediate_size=16 * 200)
-    layers = list(spec.layers)
-    layers[layer] = dataclasses.replace(layers[layer], moe=moe)
-    wide = dataclasses.replace(spec, layers=tuple(layers))
-    found = cut_options(wide, layer)
-    assert len(found.splits) == MAX_CUTS
-    assert {16, 16 * 199, 16 * 200} <= set(found.splits.tolist())
-    near = cut_options(wide, layer, near=(0.4,))
-    assert {16 * 79, 16 * 80, 16 * 81} <= set(near.splits.tolist())
-    assert MAX_CUTS <= len(near.splits) <= MAX_CUTS + 3
+
+    def splits(experts: int) -> list[int]:
+        moe = dataclasses.replace(spec.moe(layer), intermediate_size=16 * 200, num_experts=experts)
+        layers = list(spec.layers)
+        layers[layer] = dataclasses.replace(layers[layer], moe=moe)
+        found = cut_options(dataclasses.replace(spec, layers=tuple(layers)), layer)
+        return sorted(found.splits.tolist())
+
+    for experts, count in ((8, MAX_CUTS), (64, 49), (256, LEAST_CUTS)):
+        found = splits(experts)
+        assert len(found) == count
+        assert {16, 16 * 199, 16 * 200} <= set(found)
+        assert np.ptp(np.diff(found[:-1])) <= 16
 
 
 def test_a_kept_cut_is_the_only_one(tiny_folder: TinyFolder) -> None:
