@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,9 +77,68 @@ def replay(
         TracePart,
         typer.Option("--part", help="Which tokens of the routing: plans are chosen on select."),
     ] = TracePart.TEST,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="Replay the published settings of MoEpic (arXiv 2509.08342) instead, beside its "
+            "figures. Takes a minute or so.",
+        ),
+    ] = False,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            "--recording",
+            metavar="FILE",
+            help="With --paper: recorded routing of Qwen1.5-MoE, an .npz, for its last table.",
+            show_default=False,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Replay the recorded routing under every strategy, and under the current plan."""
+    conditions = Conditions(hardware, routing, context, prompt, new, link, assume_engine)
+    if paper:
+        if any(given is not None for given in (model, policy, vram, *conditions)):
+            raise typer.BadParameter("takes no model, strategy or condition", param_hint="--paper")
+        _replay_paper(recording, as_json=json)
+        return
+    if recording is not None:
+        raise typer.BadParameter("belongs to --paper", param_hint="--recording")
+    _replay_strategies(model, policy, vram, conditions, part, as_json=json)
+
+
+def _replay_paper(recording: Path | None, *, as_json: bool) -> None:
+    from moepack.paper.figures import TABLES, paper_tables
+    from moepack.paper.settings import ASSUMPTIONS
+    from moepack.report.paper import paper_view
+
+    progress = TerminalProgress()
+    progress.start("replay the published settings", TABLES, "items")
+    tables = []
+    try:
+        for table in paper_tables(recording):
+            tables.append(table)
+            progress.advance(1)
+    finally:
+        progress.done()
+    document = {
+        "paper": "arXiv 2509.08342",
+        "tables": [records.to_data(table) for table in tables],
+        "assumptions": ASSUMPTIONS,
+    }
+    emit(document, as_json=as_json, view=lambda: paper_view(tables, ASSUMPTIONS))
+
+
+def _replay_strategies(
+    model: str | None,
+    policy: list[str] | None,
+    vram: int | None,
+    conditions: Conditions,
+    part: TracePart,
+    *,
+    as_json: bool,
+) -> None:
     from moepack.replayed_strategies import STRATEGIES, replay_strategies
     from moepack.report.replay import replay_view
     from moepack.variants import contender_of
@@ -88,7 +148,6 @@ def replay(
         if name not in (*STRATEGIES, PLAN):
             known = ", ".join((*STRATEGIES, PLAN))
             raise typer.BadParameter(f"{name} is none of {known}", param_hint="'--policy'")
-    conditions = Conditions(hardware, routing, context, prompt, new, link, assume_engine)
     case = open_case(Workspace.locate(), model, conditions)
     plan = _plan_at_hand(case)
     if plan is None and (vram is None or PLAN in (policy or ())):
@@ -124,7 +183,7 @@ def replay(
             each.name: records.to_data(each) | {"events_per_s": each.events_per_s} for each in found
         },
     }
-    emit(document, as_json=json, view=lambda: replay_view(found, _about(request, part)))
+    emit(document, as_json=as_json, view=lambda: replay_view(found, _about(request, part)))
 
 
 def _plan_at_hand(case: Case) -> Plan | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moepack import records
+from moepack.paper.table import Column, PaperTable, Row
 from moepack.replayed_strategies import STRATEGIES
 from tests.cli.conftest import Moepack
 
@@ -31,7 +33,9 @@ def test_every_strategy_and_the_plan_are_replayed_as_the_plan_was(
         assert plan[name] == pytest.approx(prediction[name])
     for name, baseline in planned.document["baselines"].items():
         found = document["strategies"][name]
-        for figure in ("ttft_s", "tpot_s", "hit_rate", "eligible", "why_not"):
+        assert found["eligible"] == baseline["eligible"]
+        assert found["why_not"] == baseline["why_not"]
+        for figure in ("ttft_s", "tpot_s", "hit_rate") if baseline["eligible"] else ():
             assert found[figure] == pytest.approx(baseline[figure]), (name, figure)
         assert found["events"] > 0
 
@@ -64,3 +68,17 @@ def test_what_cannot_be_replayed_is_refused_by_name(
     small = moepack("replay", model, "--vram", "1K")
     assert small.code == 1
     assert small.err.startswith("BudgetTooSmallError: ")
+
+
+def test_the_papers_settings_take_no_other_condition(
+    home: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = PaperTable("Speed", (Column("here", "ms"),), (Row("lru", (0.0125,)),), ("a note",))
+    monkeypatch.setattr("moepack.paper.figures.paper_tables", lambda _: iter([table]))
+    shown = moepack("replay", "--paper")
+    assert shown.code == 0, shown.err
+    assert "lru      12.5" in shown.out
+    assert moepack("replay", "--paper", "--json").document["tables"] == [records.to_data(table)]
+    assert moepack("replay", "default", "--paper").code == 2
+    assert moepack("replay", "--paper", "--prompt", "64").code == 2
+    assert moepack("replay", "--recording", "trace.npz").code == 2

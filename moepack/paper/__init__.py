@@ -1,0 +1,1 @@
+"""A published paper's settings, rebuilt and replayed."""
