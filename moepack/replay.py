@@ -48,6 +48,8 @@ class Replayer:
         Seconds of one transfer of so many bytes.
     prompt_tokens
         Length of the prompts, see :func:`moepack.prompts.prompts_of`.
+    part
+        Where a trace is so short that it has no token of this part, all of it.
     """
 
     def __init__(
@@ -66,7 +68,10 @@ class Replayer:
         self._link = link
         self._part = part
         self._prompt_tokens = prompt_tokens
-        self._found = activations(tables, tables.tokens(part))
+        tokens = tables.tokens(part)
+        if not len(tokens):
+            tokens = np.arange(len(tables.trace.ids))
+        self._found = activations(tables, tokens)
         self._prompts: dict[int, Prompts] = {}
 
     def replay(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepack.belady import belady_hits
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import FixedTimes
 from moepack.passes import Oracle, activations, decode_passes, segments_of
@@ -248,6 +249,30 @@ def test_the_link_asks_for_no_more_ahead_than_there_are_frames() -> None:
     one = replayed(setting, layout, dataclasses.replace(place, staging_experts=1), part="fit")
     asked = both.ahead_used_bytes + both.ahead_wasted_bytes
     assert 0 < one.ahead_used_bytes + one.ahead_wasted_bytes < asked
+
+
+def test_a_part_without_tokens_is_replayed_as_the_whole_trace() -> None:
+    setting, layout, place = by_hand(slots=1)
+    whole = replayed(setting, layout, place, part="fit", prompt_tokens=2)
+    assert replayed(setting, layout, place, part="test", prompt_tokens=2).tpot_s == whole.tpot_s
+
+
+@given(data=st.data())
+def test_a_clairvoyant_cache_hits_what_belady_hits(data: st.DataObject) -> None:
+    setting = drawn_setting(data, alike=False, one_part=True)
+    layers = [
+        LayerPlacement(
+            shape.layer, 0, data.draw(st.integers(0, shape.num_experts)), 0, "lru", hot, "all", 4
+        )
+        for shape, hot in zip(setting.tables.layers, setting.tables.hot, strict=True)
+    ]
+    layout = layout_of(setting.spec, [1.0] * len(layers))
+    found = replayed(setting, layout, placed(layout, layers, staging=8), oracle="future")
+    trace, drawn, hot = setting.tables.trace, setting.tables.layers, setting.tables.hot
+    hits = belady_hits(trace, drawn, hot, [layer.top_slots for layer in layers])
+    activated = len(trace.ids) * sum(shape.top_k for shape in drawn)
+    assert found.hit_rate == pytest.approx(hits.sum() / activated)
+    assert found.ahead_wasted_bytes == 0, "it predicts rightly"
 
 
 @given(seed=st.integers(0, 2**32 - 1), lanes=st.integers(2, 60), data=st.data())

@@ -109,8 +109,10 @@ class _Layer:
 
 def other_s(entry: LayerCompute, tokens: int) -> tuple[float, float]:
     """Before the routing is known, and what needs no routed expert."""
-    router_s = entry.router.at(tokens) if entry.router else 0.0
-    return entry.attention.at(tokens) + router_s, entry.ffn.at(tokens) if entry.ffn else 0.0
+    before = sum(
+        piece.at(tokens) for piece in (entry.attention, entry.router, entry.fixed) if piece
+    )
+    return before, entry.ffn.at(tokens) if entry.ffn else 0.0
 
 
 def caches_of(layout: Layout, placement: Placement) -> list[dict[Part, LayerCache]]:
