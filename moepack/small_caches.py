@@ -130,25 +130,46 @@ def _step(
         What each token's experts are worth, in ascending id.
     """
     better = np.argsort(np.argsort(-codes.astype(np.int64), axis=2), axis=2)
-    never = np.iinfo(codes.dtype).max
+    same = holdable[1:, :, :, None] == holdable[:-1, :, None]  # [tokens, layers, K, K]
     for now, code in enumerate(codes):
         wanted = better[now] < capacities[:, :, None]  # [caches, layers, K]
-        same = holdable[now + 1][:, :, None] == holdable[now][:, None]
-        hit = (same & kept[:, now, :, None]).any(axis=3)
+        hit = (same[now] & kept[:, now, :, None]).any(axis=3)
         missing, loose = wanted & ~hit, hit & ~wanted
-        free = capacities - hit.sum(axis=2)  # slots of experts that this token does not use
-        holds = kept[:, now + 1]
-        holds[:] = hit
-        worth = np.full(hit.shape, never, dtype=codes.dtype)  # of the unwanted that are consumed
-        for place in range(hit.shape[2]):
-            into_free = missing[:, :, place] & (free > 0)
-            free -= into_free
-            holds[:, :, place] |= into_free
-            instead = missing[:, :, place] & ~into_free
-            if instead.any():
-                cache, layer = np.nonzero(instead & (worth.min(axis=2) < never))
-                worst = worth[cache, layer].argmin(axis=1)
-                holds[cache, layer, worst] = False
-                holds[cache, layer, place] = True
-                worth[cache, layer, worst] = never
-            np.copyto(worth[:, :, place], code[:, place], where=loose[:, :, place])
+        # Where nothing that is used is unwanted, there is a slot for everything that is wanted.
+        kept[:, now + 1] = hit | missing
+        cache, layer = np.nonzero(loose.any(axis=2))
+        if len(cache):
+            free = capacities[cache, layer] - hit[cache, layer].sum(axis=1)
+            kept[cache, now + 1, layer] = _replace(
+                hit[cache, layer], missing[cache, layer], loose[cache, layer], code[layer], free
+            )
+
+
+def _replace(
+    hit: Mask,
+    missing: Mask,
+    loose: Mask,
+    code: npt.NDArray[Any],
+    free: npt.NDArray[np.integer],
+) -> Mask:
+    """What caches hold after a token, some of whose hits are loose: not wanted any more.
+
+    All are [caches, K], the token's experts in the order in which they are consumed; ``free``
+    [caches] counts slots of experts that the token does not use.
+    """
+    holds = hit.copy()
+    never = np.iinfo(code.dtype).max
+    worth = np.full(hit.shape, never, dtype=code.dtype)  # of the loose that are consumed
+    for place in range(hit.shape[1]):
+        into_free = missing[:, place] & (free > 0)
+        free = free - into_free
+        holds[:, place] |= into_free
+        instead = missing[:, place] & ~into_free
+        if instead.any():
+            (rows,) = np.nonzero(instead & (worth.min(axis=1) < never))
+            worst = worth[rows].argmin(axis=1)
+            holds[rows, worst] = False
+            holds[rows, place] = True
+            worth[rows, worst] = never
+        np.copyto(worth[:, place], code[:, place], where=loose[:, place])
+    return holds
