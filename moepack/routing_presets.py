@@ -20,8 +20,8 @@ UNIFORM = "uniform"
 #: most, and texts that they are split into. More tokens say more and take longer to plan with; from
 #: the least on, hit rates hardly change. Several texts, because what is learnt from one text alone
 #: is worth less on the next.
-DEFAULT_EVENTS = 36_000
-MIN_TOKENS = 384
+DEFAULT_EVENTS = 30_000
+MIN_TOKENS = 320
 MAX_TOKENS = 2048
 DEFAULT_TEXTS = 4
 
