@@ -12,7 +12,7 @@ import typer
 from moepack import records
 from moepack.cli.models import open_source
 from moepack.cli.options import JsonOption, ModelArgument
-from moepack.cli.output import emit
+from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import ProfileError
 from moepack.shipped import shipped_texts
@@ -100,12 +100,15 @@ def profile(
 
 
 def _last_profile(workspace: Workspace) -> HardwareProfile | None:
-    """What was measured here before; None where nothing was, or nothing that can be read."""
+    """What was measured here before; None where nothing was, or (said) it cannot be read."""
     from moepack.hardware import load_hardware
 
+    if not workspace.hardware_path.exists():
+        return None
     try:
         return load_hardware(workspace.hardware_path)
-    except ProfileError:
+    except ProfileError as failure:
+        note(f"the profile of before is not compared: {failure}")
         return None
 
 
