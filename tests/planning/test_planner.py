@@ -26,13 +26,11 @@ from moepack.plan import EngineCapabilities, Plan, load_plan
 from moepack.plan_request import PlanRequest
 from moepack.planner import Planner, make_plan, rungs_below
 from moepack.roofline import derive_compute
-from moepack.routing import RoutingProfile, TextSource, load_routing, make_profile
+from moepack.routing import RoutingProfile, load_routing
 from moepack.strategies import FULL_ENGINE, Contender, Strategies
-from moepack.trace import Trace, part_of_tokens
 from moepack.units import GIB, KIB, MIB, parse_size
 from tests.conftest import TinyFolder
-
-TOKENS = 300
+from tests.support.plan_requests import drawn_routing, plan_request
 
 STRATEGIES = (
     "on_demand",
@@ -61,50 +59,12 @@ def spec(tiny_folder: TinyFolder) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def routing(spec: ModelSpec) -> RoutingProfile:
-    """A trace with some skew, some reuse, and fair predictions."""
-    rng = np.random.default_rng(3)
-    layers = spec.moe_layers
-    experts, top_k = spec.moe(layers[0]).num_experts, spec.moe(layers[0]).top_k
-    shape = (TOKENS, len(layers), experts)
-    liking = rng.gumbel(size=(1, *shape[1:])) + rng.gumbel(size=shape)
-    liking[1:] += 0.7 * liking[:-1]
-    guess = liking + 0.5 * rng.gumbel(size=shape)
-    ids, predicted = (np.argsort(-scores, axis=2).astype(np.uint16) for scores in (liking, guess))
-    wide = np.concatenate([predicted, predicted], axis=2)[:, :, : 2 * top_k]
-    trace = Trace(
-        ids=ids[:, :, :top_k],
-        weights=np.full((TOKENS, len(layers), top_k), 1 / top_k, dtype=np.float16),
-        predicted=wide,
-        sequence=np.zeros(TOKENS, dtype=np.uint32),
-        part=part_of_tokens(TOKENS),
-    )
-    return make_profile(
-        trace,
-        model_name=spec.name,
-        model_digest=spec.digest,
-        recorded_utc="2026-01-01T00:00:00+00:00",
-        how="drawn at random",
-        sources=(TextSource("none", "0" * 64, TOKENS),),
-        layers=tuple((number, experts, top_k) for number in layers),
-    )
+    return drawn_routing(spec)
 
 
 def request(spec: ModelSpec, routing: RoutingProfile, **changes: object) -> PlanRequest:
-    hardware = find_hardware("cpu-nvme4")
-    made = PlanRequest(
-        spec=spec,
-        hardware=hardware,
-        hardware_is_this_machine=False,
-        compute=derive_compute(spec, hardware),
-        routing=routing,
-        engine=CAPABILITIES,
-        device="cpu",
-        fast_budget_bytes=GIB,
-        context_tokens=256,
-        prompt_tokens=64,
-        new_tokens=32,
-    )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    """For the engine that is here."""
+    return plan_request(spec, routing, **{"engine": CAPABILITIES, **changes})
 
 
 def full(spec: ModelSpec, routing: RoutingProfile, **changes: object) -> PlanRequest:
