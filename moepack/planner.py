@@ -261,8 +261,9 @@ def _by_name(contenders: Sequence[Contender]) -> dict[str, list[Contender]]:
 def rungs_below(budget_bytes: int) -> Iterator[int]:
     """The fixed ladder below a budget, from the top: powers of two and one and a half times them.
 
-    Every rung's candidates are candidates of all larger budgets, so that among rungs a larger
-    budget is never priced slower, and any budget never slower than the rungs below it.
+    What is considered at a rung is considered at all larger budgets too, as far down as
+    :data:`CLEARLY_DEARER` lets the ladder go. So among rungs a larger budget is never priced
+    slower, and any budget never slower than the rungs below it.
     """
     rung_bytes = 1 << max(0, budget_bytes.bit_length())
     while rung_bytes > 1:

@@ -109,8 +109,10 @@ def small_cache_hits(
         _step(kept, holdable, codes, capacities)
 
     def held(asked: npt.NDArray[np.uint16]) -> Mask:
-        same = asked[:, :, :, None] == holdable[:-1, :, None]
-        found: Mask = (same & kept[:, :-1, :, None]).any(axis=4)
+        found = np.zeros((len(kept), *asked.shape), dtype=np.bool_)
+        for place in range(top_k):
+            same = asked == holdable[:-1, :, place, None]
+            found |= same & kept[:, :-1, :, place, None]
         return found
 
     return held(ids), held(predicted)

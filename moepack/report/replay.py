@@ -55,7 +55,7 @@ def _row(each: ReplayedStrategy) -> tuple[str, ...]:
         format_size(each.demand_bytes),
         format_size(each.ahead_used_bytes),
         format_size(each.ahead_wasted_bytes),
-        format_duration(each.wait_s),
+        format_duration(round(each.wait_s, 12)),  # less is rounding
         figure(each.events_per_s),
         "" if each.eligible else "not here",
     )
