@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
+from moepack.segments import SegmentId
 from moepack_runtime.router import Routing
+from moepack_runtime.transfer import Ticket
+
+#: Why a segment crossed the link: its layer asked for it once the routing was known, or it was
+#: fetched ahead and then used, or not.
+Purpose = Literal["demand", "ahead_used", "ahead_wasted"]
 
 
 class Observer(Protocol):
@@ -33,3 +39,25 @@ class PassObserver(Protocol):
         hits
             Those of them whose cached part (the top, or the whole expert) was resident.
         """
+
+
+class Timeline(Protocol):
+    """Sees when things happen, in seconds on the clock of ``time.perf_counter``.
+
+    Slices of computing come in order and either nest or lie apart. On a device that works by
+    itself they are the times at which the processor handed the work over.
+    """
+
+    def fetched(self, ticket: Ticket, purpose: Purpose) -> None:
+        """A segment has arrived, between its ticket's ``begin_s`` and ``end_s``."""
+
+    def computed(self, what: str, layer: int, begin_s: float, end_s: float) -> None:
+        """A piece of work of a layer: ``layer`` (all of it), ``attention``, ``route``, ``shared``,
+        or ``head`` behind the last one.
+        """
+
+    def segment(self, segment: SegmentId, begin_s: float, end_s: float) -> None:
+        """One segment of one expert was computed with, for all tokens of the pass."""
+
+    def waited(self, segment: SegmentId, begin_s: float, end_s: float) -> None:
+        """The computing thread waited for a segment."""

@@ -45,13 +45,18 @@ class Ticket:
     segment : SegmentId
     stored_bytes : int
         What crosses the link for it.
+    begin_s, end_s : float
+        When the link began and ended with it, on the clock of ``time.perf_counter``. Set once it
+        has been waited for.
     """
 
-    __slots__ = ("segment", "stored_bytes")
+    __slots__ = ("begin_s", "end_s", "segment", "stored_bytes")
 
     def __init__(self, segment: SegmentId, stored_bytes: int) -> None:
         self.segment = segment
         self.stored_bytes = stored_bytes
+        self.begin_s = 0.0
+        self.end_s = 0.0
 
 
 class Transfer(ABC):
