@@ -52,8 +52,13 @@ class Timeline(Protocol):
         """A segment has arrived, between its ticket's ``begin_s`` and ``end_s``."""
 
     def computed(self, what: str, layer: int, begin_s: float, end_s: float) -> None:
-        """A piece of work of a layer: ``layer`` (all of it), ``attention``, ``route``, ``shared``,
-        or ``head`` behind the last one.
+        """A piece of work of a layer.
+
+        Parameters
+        ----------
+        what
+            ``layer`` (all of it), ``attention``, ``route``, ``predict``, ``shared``, ``dense``; or
+            ``head`` behind the last layer.
         """
 
     def segment(self, segment: SegmentId, begin_s: float, end_s: float) -> None:
