@@ -88,6 +88,9 @@ class LayerCache(Protocol):
     def resident(self) -> dict[int, int]:
         """Resident expert of the layer -> slot (a copy)."""
 
+    def holds(self, expert: int) -> bool:
+        """Whether an expert of the layer is resident."""
+
     def step(self, tokens: Iterable[Sequence[int]]) -> Access:
         """Account for one pass over the layer.
 
@@ -137,6 +140,10 @@ class ExpertCache:
     def resident(self) -> dict[int, int]:
         """Resident expert -> slot (a copy)."""
         return dict(self._slot_of)
+
+    def holds(self, expert: int) -> bool:
+        """See :meth:`LayerCache.holds`."""
+        return expert in self._slot_of
 
     def step(self, tokens: Iterable[Sequence[int]]) -> Access:
         """Account for one pass; see :meth:`LayerCache.step`."""
@@ -255,6 +262,9 @@ class _SharedLayer:
     def resident(self) -> dict[int, int]:
         held = self._cache.resident.items()
         return {e - self._first: slot for e, slot in held if self._first <= e < self._stop}
+
+    def holds(self, expert: int) -> bool:
+        return self._cache.holds(self._first + expert)
 
     def step(self, tokens: Iterable[Sequence[int]]) -> Access:
         first = self._first
