@@ -6,6 +6,7 @@ placement takes is in :mod:`moepack.budget`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +22,34 @@ MAX_THREADS = 4096
 DeviceKind = Literal["cpu", "cuda"]
 
 #: Which expert leaves a full cache; the rules are in :mod:`moepack.residency`.
-Policy = Literal["lru", "lfu", "lcp", "pinned"]
+Policy = Literal["lru", "lfu", "lcp", "lfu_decay", "pinned"]
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")
+
+#: Those that know no layers.
+POOL_POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")
 
 #: What of the predicted experts is fetched ahead: nothing, the bottoms of those whose top is
 #: resident, or whatever each lacks.
 PrefetchMode = Literal["off", "bottoms", "all"]
+
+
+def require_half_life(what: str, policy: Policy, half_life_tokens: float | None) -> None:
+    """Refuse a half-life that a policy has no use for, and the lack of one that it needs.
+
+    Raises
+    ------
+    ValueError
+        Beginning with ``what``.
+    """
+    if policy != "lfu_decay":
+        if half_life_tokens is not None:
+            raise ValueError(
+                f"{what} has a half-life of {half_life_tokens} tokens, expected none for {policy}"
+            )
+    elif half_life_tokens is None or not 1 <= half_life_tokens < math.inf:
+        raise ValueError(
+            f"{what} has a half-life of {half_life_tokens} tokens, expected 1 or more for {policy}"
+        )
 
 
 @record
@@ -84,6 +107,8 @@ class LayerPlacement:
         What of this layer's predicted experts is fetched while the layer before it runs.
     prefetch_depth : int
         How many predicted experts, best first, are looked at for that; 0 where it is off.
+    half_life_tokens : float or None
+        After how many tokens an activation counts half, where the policy is ``lfu_decay``.
     """
 
     layer: int
@@ -94,6 +119,7 @@ class LayerPlacement:
     hot: tuple[int, ...]
     prefetch: PrefetchMode = "off"
     prefetch_depth: int = 0
+    half_life_tokens: float | None = None
 
     def __post_init__(self) -> None:
         experts = len(self.hot)
@@ -111,19 +137,25 @@ class LayerPlacement:
                 f"layer {self.layer} has prefetch {self.prefetch} to a depth of "
                 f"{self.prefetch_depth}, expected a depth of 0 where it is off, else 1 or more"
             )
+        require_half_life(f"layer {self.layer}", self.policy, self.half_life_tokens)
 
 
 @record
 class SharedPool:
     """Slots for whole experts that all layers share, instead of slots of each layer.
 
-    Possible where no layer is cut and all experts are of one size.
+    Possible where no layer is cut and all experts are of one size. The policy is none whose
+    half-life is each layer's own.
     """
 
     slots: int
     policy: Policy
 
     def __post_init__(self) -> None:
+        if self.policy not in POOL_POLICIES:
+            raise ValueError(
+                f"a shared pool is {self.policy}, expected one of {', '.join(POOL_POLICIES)}"
+            )
         if self.slots < 1:
             raise ValueError(f"a shared pool of {self.slots} slots, expected 1 or more")
 

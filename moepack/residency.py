@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple, Protocol
 
-from moepack.plan import Policy
+from moepack.plan import Policy, require_half_life
 
 #: Of the least cache priority, arXiv 2509.08342: an expert's count of activations is worth
 #: ``LCP_RHO`` of itself after ``LCP_OMEGA`` tokens without one.
@@ -37,32 +37,60 @@ LCP_OMEGA = 128
 LCP_PER_TOKEN = math.log(1 / LCP_RHO) / LCP_OMEGA
 
 
-def access_key(policy: Policy, activations: int, last: float) -> float:
+def decay(tokens: float, half_life_tokens: float) -> float:
+    """What is left of 1 after some tokens."""
+    return float(2.0 ** (-tokens / half_life_tokens))
+
+
+def growth(tokens: float, half_life_tokens: float) -> tuple[int, float]:
+    """What was worth 1 some tokens ago, when it is 1 now: 2 to the first, times the second.
+
+    The second is 1 or more, and less than 2: a number of its own would soon be too large.
+    """
+    halvings = tokens / half_life_tokens
+    doubled = math.floor(halvings)
+    return doubled, 2.0 ** (halvings - doubled)
+
+
+def access_key(
+    policy: Policy, uses: float, last: float, half_life_tokens: float | None = None
+) -> float:
     """What an expert that has been used is kept by: the cache lets the smallest go.
 
-    Keys never fall. Whoever computes them elsewhere takes logarithms from ``math.log``: another
-    library's may differ in the last bit, and then so do ties.
+    Keys never fall. Whoever computes them elsewhere takes logarithms from ``math.log`` and powers
+    from :func:`decay` and :func:`growth`: another library's may differ in the last bit, and then
+    so do ties.
 
     Parameters
     ----------
-    activations : int
-        So far, at least one.
+    uses : float
+        Activations so far, at least one; for ``lfu_decay`` what they were worth when it was last
+        used: each counts half as much after a half-life.
     last : float
         The number of the last token that used it.
+    half_life_tokens
+        Where the policy is ``lfu_decay``.
 
     Returns
     -------
     float
         For ``lru`` the last token, for ``lfu`` the activations. For ``lcp`` the logarithm of the
         paper's priority, ``activations * LCP_RHO ** (age / LCP_OMEGA)``, without what all experts
-        have in common at one moment (derived).
+        have in common at one moment (derived). For ``lfu_decay`` ``log2(uses) + last / half-life``,
+        likewise; the logarithm is drawn straight between powers of two, which orders the same and
+        rounds the same everywhere.
     """
     if policy == "lru":
         return last
     if policy == "lfu":
-        return activations
+        return uses
     if policy == "lcp":
-        return math.log(activations) + last * LCP_PER_TOKEN
+        return math.log(uses) + last * LCP_PER_TOKEN
+    if policy == "lfu_decay":
+        assert half_life_tokens is not None, "a policy that decays, without a half-life"
+        doubled, rest = growth(last, half_life_tokens)
+        mantissa, exponent = math.frexp(uses * rest)
+        return doubled + exponent + 2.0 * mantissa
     raise ValueError(f"a cache that is {policy} keeps nothing by its use")
 
 
@@ -111,14 +139,23 @@ class ExpertCache:
     hot : sequence of int
         Every expert of the layer, hottest first; the first ``capacity`` are resident at the start,
         in slots 0, 1, 2 ...
+    half_life_tokens
+        Where the policy is ``lfu_decay``, and only there.
     layers : int
         How many layers step it, each with its own experts: ages are counted in tokens, and a token
         steps it so many times.
     """
 
     def __init__(
-        self, capacity: int, hot: Sequence[int], policy: Policy = "lru", *, layers: int = 1
+        self,
+        capacity: int,
+        hot: Sequence[int],
+        policy: Policy = "lru",
+        *,
+        half_life_tokens: float | None = None,
+        layers: int = 1,
     ) -> None:
+        require_half_life("a cache", policy, half_life_tokens)
         if not 0 <= capacity <= len(hot) or sorted(hot) != list(range(len(hot))):
             raise ValueError(
                 f"capacity {capacity} with a hot ranking of {len(hot)}: expected a permutation of "
@@ -126,9 +163,10 @@ class ExpertCache:
             )
         self.policy = policy
         self.capacity = capacity
+        self._half_life_tokens = half_life_tokens
         self._layers = layers
         self._clock = 0
-        self._activations = [0] * len(hot)
+        self._uses = [0.0] * len(hot)
         self._last = [0] * len(hot)
         self._place = [0] * len(hot)
         for place, expert in enumerate(hot):
@@ -147,11 +185,13 @@ class ExpertCache:
 
     def step(self, tokens: Iterable[Sequence[int]]) -> Access:
         """Account for one pass; see :meth:`LayerCache.step`."""
-        activations, last, clock = self._activations, self._last, self._clock
+        uses, last, clock, half_life = self._uses, self._last, self._clock, self._half_life_tokens
         needed: set[int] = set()
         for experts in tokens:
             for expert in experts:
-                activations[expert] += 1
+                if half_life is not None:
+                    uses[expert] *= decay(clock - last[expert], half_life)
+                uses[expert] += 1.0
                 last[expert] = clock
             needed.update(experts)
             clock += 1
@@ -167,10 +207,11 @@ class ExpertCache:
 
     def _rank(self, expert: int) -> tuple[float, int]:
         """The order of experts apart from the pass; the smallest goes first."""
-        activations = self._activations[expert]
-        if not activations:
+        uses = self._uses[expert]
+        if not uses:
             return (-1 - self._place[expert], -expert)
-        return access_key(self.policy, activations, self._last[expert] / self._layers), -expert
+        last = self._last[expert] / self._layers
+        return access_key(self.policy, uses, last, self._half_life_tokens), -expert
 
     def _rebuild(self) -> None:
         # The rank that every resident had when it was last looked at. Ranks never fall, so what

@@ -159,7 +159,13 @@ def _own(
         for part, shape in of_layer.items():
             memory, views = _allocate(shape, capacity[part], transfer)
             allocated_bytes += capacity[part] * shape.stored_bytes
-            slots[part] = Slots(ExpertCache(capacity[part], place.hot, place.policy), memory, views)
+            slots[part] = Slots(
+                ExpertCache(
+                    capacity[part], place.hot, place.policy, half_life_tokens=place.half_life_tokens
+                ),
+                memory,
+                views,
+            )
         by_layer.append(slots)
     return by_layer, allocated_bytes
 

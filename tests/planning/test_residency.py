@@ -10,10 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepack.plan import POLICIES, Policy
-from moepack.residency import LCP_OMEGA, LCP_RHO, Access, ExpertCache, SharedCache, access_key
+from moepack.plan import POLICIES, POOL_POLICIES, LayerPlacement, Policy, SharedPool
+from moepack.residency import (
+    LCP_OMEGA,
+    LCP_RHO,
+    Access,
+    ExpertCache,
+    SharedCache,
+    access_key,
+    decay,
+    growth,
+)
+from tests.support.caches import half_life_of, half_lives
 
-policies = st.sampled_from(POLICIES)
+policies = st.sampled_from((*POLICIES, "lfu_decay"))
 
 
 @st.composite
@@ -29,9 +39,16 @@ class ObviousCache:
     """The rules word for word, from everything that ever happened."""
 
     def __init__(
-        self, capacity: int, hot: Sequence[int], policy: Policy, *, layers: int = 1
+        self,
+        capacity: int,
+        hot: Sequence[int],
+        policy: Policy,
+        *,
+        half_life: float = 0.0,
+        layers: int = 1,
     ) -> None:
         self.slots = list(hot[:capacity])
+        self._half_life = half_life
         self._hot = list(hot)
         self._policy = policy
         self._layers = layers
@@ -67,11 +84,13 @@ class ObviousCache:
         uses = [when for when, token in enumerate(self._history) if expert in token]
         if not uses or self._policy == "pinned":
             return bool(uses), -self._hot.index(expert), -expert
-        age = (len(self._history) - uses[-1]) / self._layers
+        ages = [(len(self._history) - when) / self._layers for when in uses]
+        if self._policy == "lfu_decay":
+            return True, sum(0.5 ** (age / self._half_life) for age in ages), -expert
         priority = {
-            "lru": -age,
+            "lru": -ages[-1],
             "lfu": len(uses),
-            "lcp": len(uses) * 0.25 ** (age / 128),  # as the paper prints it
+            "lcp": len(uses) * 0.25 ** (ages[-1] / 128),  # as the paper prints it
         }[self._policy]
         return True, priority, -expert
 
@@ -100,10 +119,11 @@ def test_decoding_hits_what_an_obvious_lru_hits(
     assert hits == obvious_lru(capacity, list(hot), tokens)
 
 
-@given(routings(), policies, st.integers(0, 9), st.integers(1, 7), st.data())
+@given(routings(), policies, half_lives, st.integers(0, 9), st.integers(1, 7), st.data())
 def test_every_policy_does_what_its_rules_say(
     routing: tuple[int, list[list[int]]],
     policy: Policy,
+    half_life: float,
     capacity: int,
     batch: int,
     data: st.DataObject,
@@ -111,14 +131,22 @@ def test_every_policy_does_what_its_rules_say(
     experts, tokens = routing
     hot = data.draw(st.permutations(range(experts)))
     capacity = min(capacity, experts)
-    cache, obvious = ExpertCache(capacity, hot, policy), ObviousCache(capacity, hot, policy)
+    cache = ExpertCache(capacity, hot, policy, half_life_tokens=half_life_of(policy, half_life))
+    obvious = ObviousCache(capacity, hot, policy, half_life=half_life)
     for start in range(0, len(tokens), batch):
         passed = tokens[start : start + batch]
         assert cache.step(passed) == obvious.step(passed)
         assert cache.resident == {expert: slot for slot, expert in enumerate(obvious.slots)}
 
 
-@given(routings(), policies, st.integers(1, 4), st.integers(1, 36), st.integers(1, 5), st.data())
+@given(
+    routings(),
+    st.sampled_from(POOL_POLICIES),
+    st.integers(1, 4),
+    st.integers(1, 36),
+    st.integers(1, 5),
+    st.data(),
+)
 def test_a_pool_is_one_cache_over_the_experts_of_all_layers(
     routing: tuple[int, list[list[int]]],
     policy: Policy,
@@ -163,13 +191,16 @@ def test_layers_of_a_pool_may_have_different_numbers_of_experts() -> None:
     assert pool.layer(0).step([[0]]) == ({0: 2}, {})
 
 
-@given(routings(), policies, st.data())
+@given(routings(), policies, half_lives, st.data())
 def test_from_top_k_slots_on_a_larger_cache_holds_what_a_smaller_one_does(
-    routing: tuple[int, list[list[int]]], policy: Policy, data: st.DataObject
+    routing: tuple[int, list[list[int]]], policy: Policy, half_life: float, data: st.DataObject
 ) -> None:
     experts, tokens = routing
     hot = data.draw(st.permutations(range(experts)))
-    caches = [ExpertCache(n, hot, policy) for n in range(len(tokens[0]), experts + 1)]
+    caches = [
+        ExpertCache(n, hot, policy, half_life_tokens=half_life_of(policy, half_life))
+        for n in range(len(tokens[0]), experts + 1)
+    ]
     for token in tokens:
         for cache in caches:
             cache.step([token])
@@ -183,7 +214,7 @@ def test_slots_are_never_shared_and_never_more_than_the_capacity(
 ) -> None:
     experts, tokens = routing
     capacity = min(capacity, experts)
-    cache = ExpertCache(capacity, range(experts), policy)
+    cache = ExpertCache(capacity, range(experts), policy, half_life_tokens=half_life_of(policy))
     contents = {slot: expert for expert, slot in cache.resident.items()}
     for start in range(0, len(tokens), batch):
         passed = tokens[start : start + batch]
@@ -237,6 +268,70 @@ def test_the_key_of_lcp_orders_as_the_priority_of_the_paper_does() -> None:
     assert all(np.diff(priorities) >= -1e-12)
     # 128 tokens of age cost three quarters of the activations.
     assert access_key("lcp", 4, 0) == pytest.approx(access_key("lcp", 1, 128))
+
+
+def test_a_decaying_count_is_what_is_left_of_each_activation() -> None:
+    """By hand: with a half-life of two tokens the older of two uses counts .71 of the later."""
+    cache = ExpertCache(2, [0, 1, 2, 3], "lfu_decay", half_life_tokens=2)
+    for expert in (0, 0, 1):
+        cache.step([[expert]])
+    assert cache.step([[2]]) == ({}, {2: 1})  # 0 counts .50 + .35, 1 counts .71
+    assert cache.step([[3]]) == ({}, {3: 0})  # 0 counts .35 + .25, 2 counts .71
+
+
+def test_the_key_of_a_decaying_count_orders_as_the_count_does() -> None:
+    now, half_life = 500, 17.0
+    rng = np.random.default_rng(0)
+    used = [np.sort(rng.choice(now, rng.integers(1, 30), replace=False)) for _ in range(300)]
+
+    def key(uses: np.ndarray) -> float:
+        counted = sum(decay(uses[-1] - use, half_life) for use in uses.tolist())
+        return access_key("lfu_decay", counted, int(uses[-1]), half_life)
+
+    left = [sum(0.5 ** ((now - uses) / half_life)) for uses in sorted(used, key=key)]
+    assert all(np.diff(left) > 0)
+
+
+@given(st.integers(0, 10**9), st.floats(1, 1e6))
+def test_growth_is_decay_backwards(tokens: int, half_life: float) -> None:
+    doubled, rest = growth(tokens, half_life)
+    assert 1 <= rest < 2
+    assert doubled + np.log2(rest) == pytest.approx(tokens / half_life)
+    if tokens < 500 * half_life:
+        assert decay(tokens, half_life) * 2.0**doubled * rest == pytest.approx(1)
+
+
+@given(st.integers(1, 10**6), st.lists(st.integers(1, 5000), max_size=30), st.floats(1, 1e5))
+def test_keys_of_decaying_counts_never_fall(begin: int, gaps: list[int], half_life: float) -> None:
+    uses, last = 1.0, begin
+    for gap in gaps:
+        before = access_key("lfu_decay", uses, last, half_life)
+        uses, last = 1.0 + uses * decay(gap, half_life), last + gap
+        assert access_key("lfu_decay", uses, last, half_life) > before
+
+
+@pytest.mark.parametrize(
+    ("policy", "half_life", "expected"),
+    [
+        ("lfu_decay", None, "half-life of None tokens, expected 1 or more"),
+        ("lfu_decay", 0.5, "half-life of 0.5 tokens, expected 1 or more"),
+        ("lfu_decay", float("inf"), "half-life of inf tokens, expected 1 or more"),
+        ("lfu_decay", float("nan"), "half-life of nan tokens, expected 1 or more"),
+        ("lfu", 64.0, "half-life of 64.0 tokens, expected none for lfu"),
+    ],
+)
+def test_a_half_life_belongs_to_the_policy_that_decays(
+    policy: Policy, half_life: float | None, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        ExpertCache(1, [0, 1], policy, half_life_tokens=half_life)
+    with pytest.raises(ValueError, match=f"layer 3 has a {expected}"):
+        LayerPlacement(3, 0, 1, 0, policy, (0, 1), half_life_tokens=half_life)
+
+
+def test_a_shared_pool_has_no_half_life() -> None:
+    with pytest.raises(ValueError, match="a shared pool is lfu_decay, expected one of lru, lfu"):
+        SharedPool(2, "lfu_decay")
 
 
 def test_a_pinned_cache_has_no_keys() -> None:

@@ -8,29 +8,46 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
+from moepack.plan import Policy
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
+
+#: Half-lives to draw from: none is a whole number of any other's.
+half_lives = st.sampled_from((1.0, 2.5, 7.3, 64.0, 1000.0))
 
 LCP_RATE = math.log(1 / 0.25) / 128
 
 
+def half_life_of(policy: Policy, tokens: float = 5.0) -> float | None:
+    """What a policy needs beside its name."""
+    return tokens if policy == "lfu_decay" else None
+
+
 def obvious_cache(
-    capacity: int, hot: Sequence[int], policy: str, tokens: Sequence[Sequence[int]]
+    capacity: int,
+    hot: Sequence[int],
+    policy: str,
+    tokens: Sequence[Sequence[int]],
+    half_life: float = 5.0,
 ) -> list[set[int]]:
     """What a cache of no fewer slots than a token has experts holds when each token arrives."""
     count, last = dict.fromkeys(hot, 0), dict.fromkeys(hot, 0)
+    score = dict.fromkeys(hot, 0.0)
 
     def key(expert: int) -> float:
         if policy == "pinned" or not count[expert]:
             return -1 - hot.index(expert)
         lcp = math.log(count[expert]) + last[expert] * LCP_RATE
-        return {"lru": last[expert], "lfu": count[expert], "lcp": lcp}[policy]
+        keys = {"lru": last[expert], "lfu": count[expert], "lcp": lcp, "lfu_decay": score[expert]}
+        return keys[policy]
 
     held = set(hot[:capacity])
     history = []
     for clock, experts in enumerate(tokens):
         history.append(held)
+        score = {expert: points * 2 ** (-1 / half_life) for expert, points in score.items()}
         for expert in experts:
             count[expert], last[expert] = count[expert] + 1, clock
+            score[expert] += 1
         if policy != "pinned":
             contenders = held | set(experts)
             order = sorted(contenders, key=lambda e: (e in experts, key(e), -e), reverse=True)
