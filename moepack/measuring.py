@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moepack.errors import WorkspaceError
 from moepack.progress import NO_PROGRESS, Progress
@@ -13,14 +13,20 @@ from moepack.shipped import shipped_texts
 
 if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
-    from moepack_runtime.stats import RunStats
+    from moepack_runtime.stats import LayerStats, RunStats
     from moepack_runtime.tokenizer import Tokenizer
 
 #: Texts measured: one could lie by its subject, and more take longer than they teach.
 NUM_TEXTS = 3
 
-_AVERAGED_RATES = ("tokens_per_s", "prefill_tokens_per_s", "link_bytes_per_s")
-_PEAKS = ("prompt_tokens", "new_tokens", "peak_fast_bytes", "process_base_bytes")
+_RATES = ("tokens_per_s", "prefill_tokens_per_s", "link_bytes_per_s")
+_LARGEST = (
+    "prompt_tokens",
+    "new_tokens",
+    "peak_fast_bytes",
+    "peak_process_bytes",
+    "process_base_bytes",
+)
 
 
 def shipped_prompts(tokenizer: Tokenizer, length: int) -> list[list[int]]:
@@ -86,18 +92,32 @@ def measure(
 
 
 def average(runs: Sequence[RunStats]) -> RunStats:
-    """Of several generations: means of times and shares, harmonic of rates, the most of sizes."""
-    from moepack_runtime.stats import RunStats
+    """Of several generations: means of times and shares, harmonic of rates, the most of sizes.
 
+    Layer by layer likewise. What some of them did not measure is left to the others.
+    """
+    by_layer: dict[int, list[LayerStats]] = {}
+    for run in runs:
+        for layer in run.layers:
+            by_layer.setdefault(layer.layer, []).append(layer)
+    layers = tuple(
+        dataclasses.replace(found[0], **_averaged(found, leave="layer"))
+        for _, found in sorted(by_layer.items())
+    )
+    return dataclasses.replace(runs[0], layers=layers, **_averaged(runs, leave="layers"))
+
+
+def _averaged(records: Sequence[RunStats] | Sequence[LayerStats], *, leave: str) -> dict[str, Any]:
+    """Every field but one."""
     fields: dict[str, float | None] = {}
-    for field in dataclasses.fields(RunStats):
-        values = [value for run in runs if (value := getattr(run, field.name)) is not None]
+    for name in (field.name for field in dataclasses.fields(records[0]) if field.name != leave):
+        values = [value for item in records if (value := getattr(item, name)) is not None]
         if not values:
-            fields[field.name] = None
-        elif field.name in _PEAKS:
-            fields[field.name] = max(values)
-        elif field.name in _AVERAGED_RATES:
-            fields[field.name] = statistics.harmonic_mean(values)
+            fields[name] = None
+        elif name in _LARGEST:
+            fields[name] = max(values)
+        elif name in _RATES:
+            fields[name] = statistics.harmonic_mean(values)
         else:
-            fields[field.name] = statistics.fmean(values)
-    return RunStats(**fields)  # type: ignore[arg-type]
+            fields[name] = statistics.fmean(values)
+    return fields

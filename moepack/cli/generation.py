@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from moepack.workspace import Workspace
 
 
+#: What the parts of the bytes over the link are called in JSON.
+_LINK_PARTS = {
+    "demand_bytes_per_token": "demand",
+    "ahead_used_bytes_per_token": "prefetch_used",
+    "ahead_wasted_bytes_per_token": "prefetch_wasted",
+}
+
+
 class Session(NamedTuple):
     """A packed model, open and ready to generate."""
 
@@ -129,7 +137,9 @@ def run_document(
 ) -> dict[str, object]:
     """What ``--json`` says of a generation; what was not measured is absent."""
     measured = records.to_data(stats) | {"link_efficiency": link_efficiency(workspace, plan, stats)}
-    measured["demand"] = measured.pop("demand_bytes_per_token")
+    for field, name in _LINK_PARTS.items():
+        measured[name] = measured.pop(field)
+    measured["layers"] = [_present(layer) for layer in measured["layers"]] or None
     return {
         "tokens": tokens,
         "text": text,

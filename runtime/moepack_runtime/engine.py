@@ -20,10 +20,11 @@ from moepack.plan import Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
-from moepack_runtime.memory import refusals_named
+from moepack_runtime.memory import peak_resident_bytes, refusals_named
 from moepack_runtime.model import Decoder
 from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.observers import Observer, PassObserver
+from moepack_runtime.pass_report import NO_PASS
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
@@ -153,6 +154,7 @@ class Engine:
             self._transfer.statistics,
             processor_waits=self.device.type == "cpu",
             peak_fast_bytes=self._peak_fast_bytes(),
+            peak_process_bytes=peak_resident_bytes(),
             process_base_bytes=self._process_base_bytes,
         )
 
@@ -185,16 +187,16 @@ class Engine:
         self._require_room(len(prompt), max_new_tokens)
         self.reset()
         meter = self._meter = Meter(len(prompt), self._transfer.statistics)
-        meter.begin()
+        meter.begin(self._transfer.statistics)
         token = sampler.draw(self.prefill(prompt))
-        meter.first_token(self._transfer.statistics)
+        meter.first_token()
         yield token
         for _ in range(max_new_tokens - 1):
             if token in stop_ids:
                 return
-            meter.begin()
+            meter.begin(self._transfer.statistics)
             token = sampler.draw(self.decode(token))
-            meter.next_token()
+            meter.next_token(self._transfer.statistics)
             yield token
 
     def _require_room(self, prompt_tokens: int, new_tokens: int) -> None:
@@ -318,10 +320,15 @@ class Engine:
 
     def _add_experts(self, number: int, moe: MoeSpec, blocks: list[Block]) -> None:
         tokens = [row for block in blocks for row in block.routing.ids.tolist()]
+        waited_s, link_bytes = self._experts.wait_s, self._transfer.statistics.bytes
         layer_pass = self._experts.step(number, tokens)
-        waited_s = self._experts.wait_s
         add_experts(moe, blocks, layer_pass)
-        self._meter.count(layer_pass.counts)
-        self._meter.wait_s += self._experts.wait_s - waited_s
+        report = NO_PASS._replace(
+            tokens=len(tokens),
+            **layer_pass.counts._asdict(),
+            demand_bytes=self._transfer.statistics.bytes - link_bytes,
+            wait_s=self._experts.wait_s - waited_s,
+        )
+        self._meter.count(number, report)
         if self._pass_observer is not None:
             self._pass_observer.passed(number, tokens, layer_pass.hits)

@@ -14,7 +14,7 @@ from moepack.segments import PARTS, SegmentId
 from moepack.units import format_size
 from moepack_runtime.capabilities import require_fit, require_own
 from moepack_runtime.engine import Engine
-from moepack_runtime.memory import resident_bytes
+from moepack_runtime.memory import forget_peak_resident, resident_bytes
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
 from moepack_runtime.transfer.host import DEFAULT_READERS
@@ -43,7 +43,7 @@ def open_packed(
     TransferError, DamagedSegmentError
         When the trunk or a segment does not arrive whole.
     """
-    process_base_bytes = resident_bytes()
+    process_base_bytes = _before_loading()
     spec = packed.spec
     require_own(plan)
     check_plan_fits(plan, packed.manifest, str(packed.folder))
@@ -56,10 +56,16 @@ def open_checkpoint(
     source: ExpertSource, spec: ModelSpec, layout: Layout, placement: Placement
 ) -> Engine:
     """Open a plain checkpoint as if it had been packed with ``layout``; see :func:`open_packed`."""
-    process_base_bytes = resident_bytes()
+    process_base_bytes = _before_loading()
     require_fit(spec, layout, placement)
     store = CheckpointStore(source, spec, layout)
     return _open(spec, layout, placement, store, CheckMode.NEVER, None, process_base_bytes)
+
+
+def _before_loading() -> int:
+    """What the process takes without a model; its peak begins here."""
+    forget_peak_resident()
+    return resident_bytes()
 
 
 def _open(

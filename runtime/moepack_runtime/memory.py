@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from pathlib import Path
 import torch
 
 from moepack.errors import OutOfMemoryError
-from moepack.units import format_size
+from moepack.units import KIB, format_size
+
+_log = logging.getLogger(__name__)
 
 # What torch says where it has no exception of its own: of RAM, of a CUDA call, of a handle.
 _REFUSALS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -20,6 +23,22 @@ def resident_bytes() -> int:
     """RAM that this process occupies now, shared libraries included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most RAM that this process has occupied; None where the kernel does not say."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * KIB
+    return None
+
+
+def forget_peak_resident() -> None:
+    """Let the peak begin anew with what is occupied now, where the kernel allows that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as failure:
+        _log.info("the peak of memory counts from the start of the process (%s)", failure)
 
 
 @contextmanager

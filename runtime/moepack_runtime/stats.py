@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import add
 from time import perf_counter
 
 from moepack.records import record
-from moepack_runtime.experts import LayerCounts
+from moepack_runtime.pass_report import NO_PASS, PassReport, total
 from moepack_runtime.transfer import LinkStatistics
 
 
 @record
+class LayerStats:
+    """One layer with experts, over the decoded tokens.
+
+    Attributes
+    ----------
+    hit_rate, ready_rate, recall : float
+        As in :class:`RunStats`.
+    wait_s_per_token : float or None
+        Mean time of a token during which the compute waited for this layer's segments.
+    """
+
+    layer: int
+    hit_rate: float
+    ready_rate: float
+    recall: float | None
+    wait_s_per_token: float | None
+
+
+@record
 class RunStats:
-    """One generation.
+    """One generation. What says nothing else is of its decoding: of every token but the first.
+
+    Bytes belong to the token that they were fetched for. So what was fetched ahead for the second
+    token counts, even if it crossed the link while the prompt was still being computed; what was
+    fetched ahead for a token that was never asked for does not.
 
     Attributes
     ----------
@@ -21,24 +45,31 @@ class RunStats:
     tpot_s : float or None
         Mean time of each further token; None where there was none.
     hit_rate, ready_rate : float or None
-        Of the experts activated while decoding: those whose cached part was resident, and those
-        that were whole in the fast tier when needed.
+        Of the experts activated: those whose cached part was resident, and those that were whole in
+        the fast tier when the routing was known, fetched ahead or not.
+    recall : float or None
+        Of the experts activated, those that the prediction named, to the depth that the plan looks
+        at; None where nothing was predicted.
     link_bytes_per_token : float or None
-        Bytes over the link per decoded token; ``demand_bytes_per_token`` is the part that was
-        asked for after routing.
+        Bytes over the link, the sum of ``demand_bytes_per_token`` (asked for after routing) and,
+        where there were predictions, of what was fetched ahead and then used, or not.
     link_busy_fraction : float or None
         Part of the decoding time during which the link had work.
     link_bytes_per_s : float or None
-        Bytes over the time during which the link had work, over the whole generation.
+        Bytes over the time during which the link had work, prompt included.
     mean_read_bytes : float or None
-        Mean size of one transfer.
+        Mean size of one transfer, prompt included.
     wait_s : float or None
-        Time during which the compute waited for the link while decoding; None on a GPU, which
-        waits by itself.
+        Time during which the compute waited for the link; None on a GPU, which waits by itself.
+    layers : tuple of LayerStats
+        Of each layer with experts; empty where nothing was decoded.
     peak_fast_bytes : int
         The most of the fast tier that the model took. On CUDA as its allocator counted it; on a
         processor slots, frames and cache as allocated, and hidden states and temporaries as
         reserved (the tests hold every step to that reservation).
+    peak_process_bytes : int or None
+        The most RAM that the process occupied since the model began to load, shared libraries
+        included (since it began at all, where the kernel does not let it be reset).
     process_base_bytes : int
         Resident memory of the interpreter and its libraries before the model was loaded.
     """
@@ -51,53 +82,69 @@ class RunStats:
     prefill_tokens_per_s: float
     hit_rate: float | None
     ready_rate: float | None
+    recall: float | None
     link_bytes_per_token: float | None
     demand_bytes_per_token: float | None
+    ahead_used_bytes_per_token: float | None
+    ahead_wasted_bytes_per_token: float | None
     link_busy_fraction: float | None
     link_bytes_per_s: float | None
     mean_read_bytes: float | None
     wait_s: float | None
+    layers: tuple[LayerStats, ...]
     peak_fast_bytes: int
+    peak_process_bytes: int | None
     process_base_bytes: int
 
 
 @dataclass
 class Meter:
-    """Accumulates one generation; :meth:`stats` reads it off."""
+    """Accumulates one generation; :meth:`stats` reads it off.
+
+    A token that was begun and not drawn (an interrupt, an error) leaves no trace in it, nor do
+    passes that are run for other ends than to generate.
+    """
 
     prompt_tokens: int
     link_at_start: LinkStatistics
-    link_at_first: LinkStatistics | None = None
     ttft_s: float = 0.0
     decode_s: float = 0.0
     decoded: int = 0
-    activations: int = 0
-    hits: int = 0
-    ready: int = 0
-    wait_s: float = 0.0
-    _began_s: float = 0.0
+    _busy_s: float = 0.0  # of the link, while decoding
+    _layers: dict[int, PassReport] = field(default_factory=dict)  # of the tokens decoded
+    _began_s: float | None = None  # of the forward pass under way
+    _busy_at_begin_s: float = 0.0
+    _token: list[tuple[int, PassReport]] = field(default_factory=list)  # of the same pass
 
-    def begin(self) -> None:
+    def begin(self, link: LinkStatistics) -> None:
         """Start the clock of one forward pass."""
+        self._token.clear()
+        self._busy_at_begin_s = link.busy_s
         self._began_s = perf_counter()
 
-    def first_token(self, link: LinkStatistics) -> None:
-        """The prompt is done and its token drawn."""
-        self.ttft_s = perf_counter() - self._began_s
-        self.link_at_first = link
-        self.activations = self.hits = self.ready = 0
-        self.wait_s = 0.0
-
-    def next_token(self) -> None:
-        """One further token is drawn."""
-        self.decode_s += perf_counter() - self._began_s
-        self.decoded += 1
-
-    def count(self, counts: LayerCounts) -> None:
+    def count(self, layer: int, report: PassReport) -> None:
         """Add one pass over one layer."""
-        self.activations += counts.activations
-        self.hits += counts.hits
-        self.ready += counts.ready
+        if self._began_s is not None:
+            self._token.append((layer, report))
+
+    def first_token(self) -> None:
+        """The prompt is done and its token drawn."""
+        self.ttft_s = self._end()
+
+    def next_token(self, link: LinkStatistics) -> None:
+        """One further token is drawn."""
+        self.decode_s += self._end()
+        self.decoded += 1
+        self._busy_s += link.busy_s - self._busy_at_begin_s
+        for layer, report in self._token:
+            self._layers[layer] = PassReport(*map(add, self._layers.get(layer, NO_PASS), report))
+
+    def _end(self) -> float:
+        """How long the pass took that ends here."""
+        assert self._began_s is not None, "a token without a pass"
+        seconds = perf_counter() - self._began_s
+        self._began_s = None
+        return seconds
 
     def stats(
         self,
@@ -105,6 +152,7 @@ class Meter:
         *,
         processor_waits: bool,
         peak_fast_bytes: int,
+        peak_process_bytes: int | None,
         process_base_bytes: int,
     ) -> RunStats:
         """What has been measured so far.
@@ -114,13 +162,13 @@ class Meter:
         processor_waits
             Whether the link is waited for by the processor, whose clock this is.
         """
-        first = self.link_at_first or link
         decoded = self.decoded
-        decode_bytes = link.bytes - first.bytes
+        whole = total(list(self._layers.values()))
+        ahead_bytes = whole.ahead_used_bytes + whole.ahead_wasted_bytes
+        ahead = whole.predicted > 0 or ahead_bytes > 0
         total_bytes = link.bytes - self.link_at_start.bytes
         total_busy_s = link.busy_s - self.link_at_start.busy_s
         total_reads = link.reads - self.link_at_start.reads
-        per_token = decode_bytes / decoded if decoded else None
         return RunStats(
             prompt_tokens=self.prompt_tokens,
             new_tokens=decoded + (self.ttft_s > 0),
@@ -128,14 +176,33 @@ class Meter:
             tpot_s=self.decode_s / decoded if decoded else None,
             tokens_per_s=decoded / self.decode_s if decoded else None,
             prefill_tokens_per_s=self.prompt_tokens / self.ttft_s if self.ttft_s else 0.0,
-            hit_rate=self.hits / self.activations if decoded and self.activations else None,
-            ready_rate=self.ready / self.activations if decoded and self.activations else None,
-            link_bytes_per_token=per_token,
-            demand_bytes_per_token=per_token,
-            link_busy_fraction=(link.busy_s - first.busy_s) / self.decode_s if decoded else None,
+            hit_rate=_share(whole.hits, whole.activations),
+            ready_rate=_share(whole.ready, whole.activations),
+            recall=_share(whole.recalled, whole.predicted),
+            link_bytes_per_token=_share(whole.demand_bytes + ahead_bytes, decoded),
+            demand_bytes_per_token=_share(whole.demand_bytes, decoded),
+            ahead_used_bytes_per_token=_share(whole.ahead_used_bytes, decoded * ahead),
+            ahead_wasted_bytes_per_token=_share(whole.ahead_wasted_bytes, decoded * ahead),
+            link_busy_fraction=self._busy_s / self.decode_s if decoded else None,
             link_bytes_per_s=total_bytes / total_busy_s if total_busy_s else None,
-            mean_read_bytes=total_bytes / total_reads if total_reads else None,
-            wait_s=self.wait_s if processor_waits else None,
+            mean_read_bytes=_share(total_bytes, total_reads),
+            wait_s=whole.wait_s if processor_waits and decoded else None,
+            layers=tuple(
+                LayerStats(
+                    layer=layer,
+                    hit_rate=report.hits / report.activations,
+                    ready_rate=report.ready / report.activations,
+                    recall=_share(report.recalled, report.predicted),
+                    wait_s_per_token=report.wait_s / decoded if processor_waits else None,
+                )
+                for layer, report in sorted(self._layers.items())
+            ),
             peak_fast_bytes=peak_fast_bytes,
+            peak_process_bytes=peak_process_bytes,
             process_base_bytes=process_base_bytes,
         )
+
+
+def _share(part: float, whole: float) -> float | None:
+    """None where there is nothing to have a share of."""
+    return part / whole if whole else None
