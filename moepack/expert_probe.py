@@ -159,8 +159,8 @@ def _open_layer(
             ids = chosen[:experts].expand(len(hidden), experts)
             weights = torch.full(ids.shape, 1 / experts, device=hidden.device)
             total = torch.zeros_like(hidden, dtype=torch.float32)
-            block = Block(hidden, Routing(ids, weights), total)
-            add_experts(moe, [block], memory.step(number, ids.tolist()))
+            block = Block(hidden, Routing(ids, weights))
+            add_experts(moe, [block], [total], memory.step(number, ids.tolist()))
             return hidden + total.to(hidden.dtype)
 
         yield run

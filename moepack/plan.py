@@ -31,6 +31,7 @@ POOL_POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")
 #: What of the predicted experts is fetched ahead: nothing, the bottoms of those whose top is
 #: resident, or whatever each lacks.
 PrefetchMode = Literal["off", "bottoms", "all"]
+PREFETCH_MODES: tuple[PrefetchMode, ...] = ("off", "bottoms", "all")
 
 
 def require_half_life(what: str, policy: Policy, half_life_tokens: float | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
+from time import perf_counter
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -20,11 +21,12 @@ from moepack.plan import Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.look_ahead import LookAhead
 from moepack_runtime.memory import peak_resident_bytes, refusals_named
-from moepack_runtime.model import Decoder
+from moepack_runtime.model import Decoder, DecoderLayer
 from moepack_runtime.moe import Block, add_experts
-from moepack_runtime.observers import Observer, PassObserver
-from moepack_runtime.pass_report import NO_PASS
+from moepack_runtime.observers import Observer, PassObserver, Timeline
+from moepack_runtime.predict import NextRouter, Predictor
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
@@ -53,6 +55,8 @@ class Engine:
         What exists and what happens with it.
     check
         Whether the trunk is compared with its checksums; the transfer has its own.
+    predictor
+        Guesses the next layer's experts where the plan fetches ahead; default: its router.
 
     Raises
     ------
@@ -73,6 +77,7 @@ class Engine:
         store: SegmentStore,
         transfer: Transfer,
         check: CheckMode = CheckMode.FIRST,
+        predictor: Predictor | None = None,
         process_base_bytes: int = 0,
     ) -> None:
         require_fit(spec, layout, placement)
@@ -101,11 +106,16 @@ class Engine:
                 pool=placement.pool,
             )
             self._experts.warm()
+        self._look_ahead = LookAhead(
+            spec, placement, self._experts, predictor or NextRouter(self.decoder.layers)
+        )
         self._observer: Observer | None = None
         self._pass_observer: PassObserver | None = None
+        self._timeline: Timeline | None = None
         self._meter = Meter(0, transfer.statistics)
         self._broken = False
         self._tokens: list[int] = []  # what is in the cache
+        self._drawn: int | None = None  # behind that, drawn and not yet run
 
     def __enter__(self) -> Self:
         return self
@@ -133,6 +143,11 @@ class Engine:
         """Show what every pass finds to ``observer`` from now on."""
         self._pass_observer = observer
 
+    def observe_time(self, timeline: Timeline | None) -> None:
+        """Show ``timeline`` from now on when things happen."""
+        self._timeline = timeline
+        self._experts.observe_time(timeline)
+
     @property
     def length(self) -> int:
         """Tokens in the KV cache."""
@@ -147,6 +162,7 @@ class Engine:
         """Forget the sequence; what is cached of the experts stays."""
         self.kv.truncate(0)
         self._tokens.clear()
+        self._drawn = None
 
     def stats(self) -> RunStats:
         """Of the last (or current) generation."""
@@ -186,18 +202,45 @@ class Engine:
         """
         self._require_room(len(prompt), max_new_tokens)
         self.reset()
-        meter = self._meter = Meter(len(prompt), self._transfer.statistics)
-        meter.begin(self._transfer.statistics)
-        token = sampler.draw(self.prefill(prompt))
-        meter.first_token()
+        self._meter = Meter(len(prompt), self._transfer.statistics)
+        self._meter.begin(self._transfer.statistics)
+        token = self._drawn = sampler.draw(self.prefill(prompt))
+        self._meter.first_token()
         yield token
-        for _ in range(max_new_tokens - 1):
+        if token not in stop_ids:
+            yield from self._go_on(max_new_tokens - 1, sampler, stop_ids)
+
+    def resume(
+        self, *, max_new_tokens: int, sampler: Sampler, stop_ids: Collection[int] = ()
+    ) -> Iterator[int]:
+        """Go on with a generation that was stopped, from the cache as it is.
+
+        The tokens are those that it would have drawn, if the sampler is the same one.
+
+        Raises
+        ------
+        RunError
+            When there is nothing to go on with.
+        ContextLengthError
+            When the new tokens exceed the planned context.
+        TransferError, DamagedSegmentError
+            When a segment does not arrive whole.
+        """
+        if self._drawn is None:
+            raise RunError("there is no generation to go on with; expected one before; generate")
+        self._require_room(self.kv.length + 1, max_new_tokens)
+        yield from self._go_on(max_new_tokens, sampler, stop_ids)
+
+    def _go_on(self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[int]:
+        for _ in range(new_tokens):
+            token = self._drawn
+            assert token is not None
+            self._meter.begin(self._transfer.statistics)
+            token = self._drawn = sampler.draw(self.decode(token))
+            self._meter.next_token(self._transfer.statistics)
+            yield token
             if token in stop_ids:
                 return
-            meter.begin(self._transfer.statistics)
-            token = sampler.draw(self.decode(token))
-            meter.next_token(self._transfer.statistics)
-            yield token
 
     def _require_room(self, prompt_tokens: int, new_tokens: int) -> None:
         context = self._placement.context_tokens
@@ -243,10 +286,14 @@ class Engine:
         self.kv.advance(len(run))
         self._tokens.extend(run)
         with torch.inference_mode(), self._refusals_named():
-            if not all_logits:
-                return self.decoder.logits(blocks[-1].hidden[-1:])
-            hidden = torch.cat([block.hidden for block in blocks])
-            return self.decoder.logits(hidden[-len(tokens) :])
+            slices = _Slices(self._timeline, len(self.spec.layers))
+            if all_logits:
+                hidden = torch.cat([block.hidden for block in blocks])[-len(tokens) :]
+            else:
+                hidden = blocks[-1].hidden[-1:]
+            logits = self.decoder.logits(hidden)
+            slices.end("head")
+        return logits
 
     def survey(self, sequences: Sequence[Sequence[int]]) -> None:
         """Run many sequences at once, for what the observer sees of them.
@@ -288,6 +335,7 @@ class Engine:
 
     def _run_layer(self, number: int, stream: list[_Hidden]) -> list[_Hidden]:
         """One layer over all blocks. Empties ``stream``: the residual exists once at a time."""
+        whole = _Slices(self._timeline, number)
         layer = self.decoder.layers[number]
         moe = self.spec.layers[number].moe
         residuals: list[_Hidden] = []
@@ -295,40 +343,68 @@ class Engine:
         stream.reverse()
         while stream:
             start, hidden = stream.pop()
+            slices = _Slices(self._timeline, number)
             if start == 0:
                 self.kv.layers[number].truncate(0)  # a survey passes from one sequence to the next
             residual = layer.attend(hidden, start)
+            slices.end("attention")
             inputs = layer.mlp_norm(residual)
             if moe is None:
                 residuals.append(_Hidden(start, residual + layer.dense(inputs)))
+                slices.end("dense")
                 continue
             residuals.append(_Hidden(start, residual))
             routing = layer.route(inputs)
+            slices.end("route")
             if self._observer is not None:
                 self._observer.routed(number, residual, routing)
-            total = torch.zeros_like(inputs, dtype=torch.float32)
-            blocks.append(Block(inputs, routing, total))
-        if moe is None:
-            return residuals
-        self._add_experts(number, moe, blocks)
-        for (_, residual), block in zip(residuals, blocks, strict=True):
-            shared = layer.shared(block.inputs)
-            if shared is not None:
-                block.total.add_(shared)
-            residual.add_(block.total.to(residual.dtype))
+            blocks.append(Block(inputs, routing))
+        if moe is not None:
+            self._add_experts(number, moe, layer, residuals, blocks)
+        whole.end("layer")
         return residuals
 
-    def _add_experts(self, number: int, moe: MoeSpec, blocks: list[Block]) -> None:
+    def _add_experts(
+        self,
+        number: int,
+        moe: MoeSpec,
+        layer: DecoderLayer,
+        residuals: list[_Hidden],
+        blocks: list[Block],
+    ) -> None:
+        """Add the second half of a layer to the residual stream, in place."""
+        slices = _Slices(self._timeline, number)
         tokens = [row for block in blocks for row in block.routing.ids.tolist()]
-        waited_s, link_bytes = self._experts.wait_s, self._transfer.statistics.bytes
         layer_pass = self._experts.step(number, tokens)
-        add_experts(moe, blocks, layer_pass)
-        report = NO_PASS._replace(
-            tokens=len(tokens),
-            **layer_pass.counts._asdict(),
-            demand_bytes=self._transfer.statistics.bytes - link_bytes,
-            wait_s=self._experts.wait_s - waited_s,
-        )
-        self._meter.count(number, report)
+        slices.end("route")
+        # Behind the demands, before anything else: the link is to have work from now on.
+        if self._look_ahead.looks_from(number):
+            self._look_ahead.look(number, [hidden for _, hidden in residuals])
+            layer_pass.fetch_ahead()
+            slices.end("predict")
+        totals = [layer.begin_sum(block.inputs) for block in blocks]
+        slices.end("shared")
+        add_experts(moe, blocks, totals, layer_pass)
+        for (_, residual), total in zip(residuals, totals, strict=True):
+            residual.add_(total.to(residual.dtype))
+        self._meter.count(number, layer_pass.report())
         if self._pass_observer is not None:
             self._pass_observer.passed(number, tokens, layer_pass.hits)
+
+
+class _Slices:
+    """Cuts the time of a layer into pieces for a timeline, if there is one."""
+
+    __slots__ = ("_began_s", "_layer", "_timeline")
+
+    def __init__(self, timeline: Timeline | None, layer: int) -> None:
+        self._timeline = timeline
+        self._layer = layer
+        self._began_s = perf_counter()
+
+    def end(self, what: str) -> None:
+        """End a piece; the next one begins."""
+        if self._timeline is not None:
+            now_s = perf_counter()
+            self._timeline.computed(what, self._layer, self._began_s, now_s)
+            self._began_s = now_s

@@ -2,6 +2,10 @@
 
 All memory is allocated once, from the transfer that will fill it: the slots, and one ring of
 *frames* that all layers share, each of which holds one expert in flight.
+
+A pass over a layer begins when its routing is known. What was fetched ahead for it is claimed; what
+is missing is demanded, in ascending order of experts, as frames come free; behind the demands go
+the prefetches for the next layer.
 """
 
 from __future__ import annotations
@@ -11,14 +15,17 @@ from collections.abc import Collection, Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
-
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, SharedPool
 from moepack.residency import Access
 from moepack.segments import Part, SegmentId
+from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.ffn import FfnWeights
-from moepack_runtime.slots import LayerSlots, allocate_slots, pieces, segment_weights
+from moepack_runtime.frames import Fetch, Frames
+from moepack_runtime.observers import Timeline
+from moepack_runtime.pass_report import PassReport
+from moepack_runtime.pieces import pieces
+from moepack_runtime.slots import LayerSlots, allocate_slots
 from moepack_runtime.transfer import Ticket, Transfer
 
 
@@ -26,26 +33,8 @@ class Arrival(NamedTuple):
     """One segment that can be computed with."""
 
     expert: int
+    part: Part
     weights: FfnWeights
-
-
-class LayerCounts(NamedTuple):
-    """Of one pass over one layer, summed over (token, expert) activations.
-
-    ``hits``: the cached part (the top, or the whole expert at split 0) was resident; ``ready``:
-    all parts were.
-    """
-
-    activations: int
-    hits: int
-    ready: int
-
-
-class _Fetch(NamedTuple):
-    """An expert in flight: its frame, and a ticket for each part that was missing."""
-
-    frame: int
-    tickets: dict[Part, Ticket]
 
 
 class ExpertMemory:
@@ -80,129 +69,253 @@ class ExpertMemory:
     ) -> None:
         if staging_experts < 1:
             raise ValueError(f"staging of {staging_experts} experts; expected at least one")
-        self._transfer = transfer
-        self._layers, slots_bytes = allocate_slots(spec, layout, placement, pool, transfer)
-        frame_bytes = max(layer.frame_bytes for layer in self._layers.values())
+        self.transfer = transfer
+        self.layers, slots_bytes = allocate_slots(spec, layout, placement, pool, transfer)
+        frame_bytes = max(layer.frame_bytes for layer in self.layers.values())
         memory = transfer.allocate(staging_experts * frame_bytes)
-        self._frames = pieces(memory, frame_bytes)
-        self._free = deque(range(staging_experts))
-        self._frame_views: dict[tuple[int, Part, int], FfnWeights] = {}
-        self.wait_s = 0.0
+        self.frames = Frames(pieces(memory, frame_bytes), transfer)
+        self.ahead = Ahead(self.frames, transfer)
         self.allocated_bytes = staging_experts * frame_bytes + slots_bytes
+        self._timeline: Timeline | None = None
+
+    def observe_time(self, timeline: Timeline | None) -> None:
+        """Show ``timeline`` what crosses the link, what is computed with, what is waited for."""
+        self._timeline = self.frames.timeline = timeline
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Who is shown."""
+        return self._timeline
 
     def warm(self) -> None:
         """Fill every slot with what its cache begins with."""
         tickets = []
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             for part, slots in layer.slots.items():
                 for expert, slot in slots.cache.resident.items():
                     segment = SegmentId(layer.number, expert, part)
-                    tickets.append(self._transfer.start(segment, slots.memory[slot]))
+                    room = slots.pieces[slot].room(layer.shapes[part])
+                    tickets.append(self.transfer.start(segment, room))
         for ticket in tickets:
-            self._transfer.wait(ticket)
+            self.transfer.wait(ticket)
 
     def step(self, layer: int, tokens: Sequence[Sequence[int]]) -> LayerPass:
-        """Begin one pass over a layer: the first fetches start at once.
+        """Begin one pass over a layer: its routing is known, what is missing is asked for.
 
         Parameters
         ----------
         tokens
             For every token of the pass the ids of its experts.
         """
-        return LayerPass(self, self._layers[layer], tokens)
+        return LayerPass(self, self.layers[layer], tokens)
+
+    def is_resident(self, layer: int) -> bool:
+        """Whether a layer has a slot for every part of every expert, so that nothing is missing."""
+        found = self.layers[layer]
+        return not any(found.missing(expert) for expert in range(found.num_experts))
+
+    def guess(self, layer: int, guess: Guess) -> None:
+        """Fetch ahead for the next layer to run, behind what the present one demands."""
+        self.ahead.ask(self.layers[layer], guess)
 
 
 class LayerPass:
-    """One pass over one layer: yields its experts' segments in the order of summation.
-
-    The order (ascending expert, top before bottom) never depends on what is resident or on what
-    arrives first, so neither does the sum.
-    """
+    """One pass over one layer: hands out its segments, and fetches on meanwhile."""
 
     def __init__(
         self, memory: ExpertMemory, layer: LayerSlots, tokens: Sequence[Sequence[int]]
     ) -> None:
         self._memory = memory
+        self._transfer = memory.transfer
+        self._frames = memory.frames
+        self._timeline = memory.timeline
         self._layer = layer
         self._access: dict[Part, Access] = {
             part: slots.cache.step(tokens) for part, slots in layer.slots.items()
         }
         self._needed = sorted({expert for experts in tokens for expert in experts})
-        self._missing = deque(
-            expert
-            for expert in self._needed
-            if any(expert not in access.resident for access in self._access.values())
+        claim = memory.ahead.claim(layer, self._needed)
+        self._fetches = claim.fetches
+        self._wasted_bytes = sum(ticket.stored_bytes for ticket in claim.wasted)
+        self._used_bytes = self._demand_bytes = 0
+        self._wait_s = 0.0
+        self._tokens = tokens
+        self._named = claim.named
+        self._computing: tuple[SegmentId, float] | None = None
+        missing = [e for e in self._needed if self._lacks(e)]
+        self._unready = {expert for expert in missing if not self._is_ready(expert)}
+        self._missing = deque(expert for expert in missing if expert not in self._fetches)
+        for expert, fetch in self._fetches.items():
+            self._demand(expert, fetch)  # a part that had not begun
+        self._fetch_on()
+
+    def _lacks(self, expert: int) -> bool:
+        return any(expert not in access.resident for access in self._access.values())
+
+    def _is_ready(self, expert: int) -> bool:
+        """Whether all that an expert lacked has been brought ahead."""
+        fetch = self._fetches.get(expert)
+        return fetch is not None and all(
+            expert in access.resident
+            or (part in fetch.tickets and self._transfer.is_ready(fetch.tickets[part]))
+            for part, access in self._access.items()
         )
-        self._fetches: dict[int, _Fetch] = {}
-        self.counts = self._count(tokens)
-        self._start_fetches()
 
     @property
     def hits(self) -> Collection[int]:
         """The needed experts whose cached part was resident when the pass began."""
         return self._access[self._layer.key_part].resident.keys()
 
-    def _count(self, tokens: Sequence[Sequence[int]]) -> LayerCounts:
-        cached = self._access[self._layer.key_part].resident
-        missing = set(self._missing)
+    def fetch_ahead(self) -> None:
+        """Let the next layer's prefetches go, as far as this one leaves them frames."""
+        if not self._missing:
+            self._memory.ahead.push()
+
+    def report(self) -> PassReport:
+        """What the pass found and did, once all of it has been handed out."""
+        self._end_slice()
+        cached = self.hits
         activations = hits = ready = 0
-        for experts in tokens:
+        for experts in self._tokens:
             activations += len(experts)
             for expert in experts:
                 hits += expert in cached
-                ready += expert not in missing
-        return LayerCounts(activations, hits, ready)
+                ready += expert not in self._unready
+        named = self._named
+        return PassReport(
+            tokens=len(self._tokens),
+            activations=activations,
+            hits=hits,
+            ready=ready,
+            predicted=0 if named is None else activations,
+            recalled=0 if named is None else sum(e in named for e in self._needed),
+            demand_bytes=self._demand_bytes,
+            ahead_used_bytes=self._used_bytes,
+            ahead_wasted_bytes=self._wasted_bytes,
+            wait_s=self._wait_s,
+        )
 
-    def _start_fetches(self) -> None:
-        memory, layer = self._memory, self._layer
-        while self._missing and memory._free:
+    def _fetch_on(self) -> None:
+        """Demand what is missing as far as there are frames, then fetch ahead."""
+        while self._missing:
+            frame = self._frames.take()
+            if frame is None:
+                return
             expert = self._missing.popleft()
-            frame = memory._free.popleft()
-            tickets: dict[Part, Ticket] = {}
-            for part, access in self._access.items():
-                if expert not in access.resident:
-                    destination = self._frame_slice(frame, part)
-                    segment = SegmentId(layer.number, expert, part)
-                    tickets[part] = memory._transfer.start(segment, destination)
-            self._fetches[expert] = _Fetch(frame, tickets)
+            fetch = self._fetches[expert] = Fetch(expert, frame, {})
+            self._demand(expert, fetch)
+        self._memory.ahead.push()
 
-    def _frame_slice(self, frame: int, part: Part) -> torch.Tensor:
-        start = self._layer.frame_offset[part]
-        return self._memory._frames[frame][start : start + self._layer.shapes[part].stored_bytes]
+    def _demand(self, expert: int, fetch: Fetch) -> None:
+        layer = self._layer
+        for part, access in self._access.items():
+            if expert not in access.resident and part not in fetch.tickets:
+                segment = SegmentId(layer.number, expert, part)
+                fetch.tickets[part] = self._transfer.start(segment, layer.room(fetch.frame, part))
+                fetch.demanded.add(part)
 
-    def _frame_weights(self, frame: int, part: Part) -> FfnWeights:
-        key = (self._layer.number, part, frame)
-        view = self._memory._frame_views.get(key)
-        if view is None:
-            view = segment_weights(self._frame_slice(frame, part), self._layer.shapes[part])
-            self._memory._frame_views[key] = view
-        return view
+    def in_order(self) -> Iterator[Arrival]:
+        """Yield each needed segment once, ascending by expert and top before bottom.
 
-    def __iter__(self) -> Iterator[Arrival]:
-        """Yield each needed segment once; it stays valid until the next one is asked for."""
+        Each stays valid until the next one is asked for.
+        """
         for expert in self._needed:
-            for part, slots in self._layer.slots.items():
-                slot = self._access[part].resident.get(expert)
-                if slot is not None:
-                    yield Arrival(expert, slots.views[slot])
-                else:
-                    fetch = self._fetches[expert]
-                    self._wait(fetch.tickets[part])
-                    yield Arrival(expert, self._frame_weights(fetch.frame, part))
+            if self._lacks(expert) and expert not in self._fetches:
+                self._make_room(expert)
+            for part in self._layer.slots:
+                yield self._arrival(expert, part)
             if expert in self._fetches:
                 self._settle(expert)
 
+    def as_ready(self) -> Iterator[Arrival]:
+        """Yield each needed segment once: what is resident, then the others as they arrive.
+
+        Each stays valid until the next one is asked for.
+        """
+        waiting = 0
+        for expert in self._needed:
+            waiting += self._lacks(expert)
+            for part, access in self._access.items():
+                if expert in access.resident:
+                    yield self._arrival(expert, part)
+        for _ in range(waiting):
+            expert = self._next_arrival()
+            for part in self._fetches[expert].tickets:
+                yield self._arrival(expert, part)
+            self._settle(expert)
+
+    def _next_arrival(self) -> int:
+        """An expert that has arrived, or else the one that was asked for first."""
+        while not self._fetches:
+            # Every frame is still being written to for nobody.
+            came = self._frames.wait()
+            assert came, "no frame is free, and none will be"
+            self._fetch_on()
+        for expert, fetch in self._fetches.items():
+            if all(map(self._transfer.is_ready, fetch.tickets.values())):
+                return expert
+        return next(iter(self._fetches))
+
+    def _make_room(self, expert: int) -> None:
+        """See to it that the next expert of the order is fetched: the frames hold later ones."""
+        assert self._missing[0] == expert, "what is missing is fetched in the order of summation"
+        while expert not in self._fetches:
+            if not self._frames.wait():
+                last = max(self._fetches)
+                fetch = self._fetches.pop(last)
+                lost = self._frames.abandon(fetch)
+                self._wasted_bytes += sum(ticket.stored_bytes for ticket in lost)
+                self._missing = deque(sorted((*self._missing, last)))
+            self._fetch_on()
+
+    def _arrival(self, expert: int, part: Part) -> Arrival:
+        layer = self._layer
+        self._end_slice()
+        slot = self._access[part].resident.get(expert)
+        if slot is not None:
+            weights = layer.slots[part].pieces[slot].weights(layer.shapes[part])
+        else:
+            fetch = self._fetches[expert]
+            self._wait(fetch.tickets[part])
+            weights = layer.weights(fetch.frame, part)
+        if self._timeline is not None:
+            self._computing = SegmentId(layer.number, expert, part), perf_counter()
+        return Arrival(expert, part, weights)
+
+    def _end_slice(self) -> None:
+        """Whatever was handed out last has been computed with."""
+        if self._computing is not None:
+            assert self._timeline is not None
+            segment, began_s = self._computing
+            self._timeline.segment(segment, began_s, perf_counter())
+            self._computing = None
+
     def _wait(self, ticket: Ticket) -> None:
+        if self._transfer.is_ready(ticket):
+            self._transfer.wait(ticket)
+            return
         began_s = perf_counter()
-        self._memory._transfer.wait(ticket)
-        self._memory.wait_s += perf_counter() - began_s
+        self._transfer.wait(ticket)
+        ended_s = perf_counter()
+        self._wait_s += ended_s - began_s
+        if self._timeline is not None:
+            self._timeline.waited(ticket.segment, began_s, ended_s)
 
     def _settle(self, expert: int) -> None:
-        """Copy what is admitted into its slot, give the frame back, fetch on."""
+        """Keep what is admitted, give the frame back, fetch on."""
+        self._end_slice()
         fetch = self._fetches.pop(expert)
-        for part in fetch.tickets:
+        frame = fetch.frame
+        for part, ticket in fetch.tickets.items():
             slot = self._access[part].admitted.get(expert)
             if slot is not None:
-                self._layer.slots[part].memory[slot].copy_(self._frame_slice(fetch.frame, part))
-        self._memory._free.append(fetch.frame)
-        self._start_fetches()
+                frame = self._layer.admit(frame, part, slot)
+            demanded = part in fetch.demanded
+            if demanded:
+                self._demand_bytes += ticket.stored_bytes
+            else:
+                self._used_bytes += ticket.stored_bytes
+            if self._timeline is not None:
+                self._timeline.fetched(ticket, "demand" if demanded else "ahead_used")
+        self._frames.give(frame)
+        self._fetch_on()

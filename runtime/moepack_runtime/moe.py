@@ -1,13 +1,17 @@
-"""The mixture-of-experts half of a layer: route, stream the experts, add the partial sums.
+"""The mixture-of-experts half of a layer: stream the experts, add the partial sums.
 
-Every partial sum (expert x part) is weighted and added in float32, ascending by expert and top
-before bottom, and the sum is rounded once. What was resident plays no role in any of it, so the
-result does not depend on the budget.
+Every partial sum (expert x part) is weighted and added in float32, behind the shared expert,
+ascending by expert and top before bottom, and the sum is rounded once. What was resident or came
+first plays no role in any of it, so the result does not depend on the budget.
+
+The experts of one token are computed as they become ready, and their outputs kept until they can be
+added. Those of several tokens are computed in the order of summation, since their outputs together
+may be larger than the model's hidden states; the link then works ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +19,8 @@ import torch.nn.functional as F
 
 from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import MoeSpec
-from moepack_runtime.experts import Arrival
+from moepack.segments import PARTS, Part
+from moepack_runtime.experts import LayerPass
 from moepack_runtime.ffn import gated_ffn
 from moepack_runtime.router import Routing
 
@@ -29,48 +34,52 @@ class Block(NamedTuple):
         [tokens, hidden], normed: what the experts see.
     routing : Routing
         Expert ids and weights, [tokens, top_k].
-    total : Tensor
-        [tokens, hidden] float32: the sum over experts, added to in place.
     """
 
     inputs: torch.Tensor
     routing: Routing
-    total: torch.Tensor
 
 
-def add_experts(moe: MoeSpec, blocks: Sequence[Block], arrivals: Iterable[Arrival]) -> None:
-    """Add every expert's weighted output to the blocks' totals.
+def add_experts(
+    moe: MoeSpec, blocks: Sequence[Block], totals: Sequence[torch.Tensor], layer_pass: LayerPass
+) -> None:
+    """Add every expert's weighted output to the blocks' sums.
 
     Parameters
     ----------
-    arrivals
-        The segments of all needed experts, in the order of summation.
+    totals
+        Of each block, [tokens, hidden] float32: added to in place.
+    layer_pass
+        The pass over the experts that the blocks use.
     """
     if len(blocks) == 1 and blocks[0].inputs.shape[0] == 1:
-        _add_one_token(moe, blocks[0], arrivals)
+        _add_one_token(moe, blocks[0], totals[0], layer_pass)
         return
     chosen: dict[int, list[_Rows]] = {}
-    for block in blocks:
-        for expert, rows in _rows_by_expert(block, moe.num_experts):
+    for block, total in zip(blocks, totals, strict=True):
+        for expert, rows in _rows_by_expert(block, total, moe.num_experts):
             chosen.setdefault(expert, []).append(rows)
     activation = moe.activation_spec
-    for expert, segment in arrivals:
-        for block, tokens, weights in chosen[expert]:
+    for expert, _, segment in layer_pass.in_order():
+        for inputs, total, tokens, weights in chosen[expert]:
             # The rows that fill up are of token 0, and are dropped.
             padded = F.pad(tokens, (0, -len(tokens) % ROW_MULTIPLE))
-            partial = gated_ffn(block.inputs[padded], segment, activation)[: len(tokens)]
-            block.total.index_add_(0, tokens, partial.float() * weights)
+            partial = gated_ffn(inputs[padded], segment, activation)[: len(tokens)]
+            total.index_add_(0, tokens, partial.float() * weights)
 
 
 class _Rows(NamedTuple):
     """The tokens of a block that chose an expert, and its weight for each, [chosen, 1]."""
 
-    block: Block
+    inputs: torch.Tensor
+    total: torch.Tensor
     tokens: torch.Tensor
     weights: torch.Tensor
 
 
-def _rows_by_expert(block: Block, num_experts: int) -> Iterator[tuple[int, _Rows]]:
+def _rows_by_expert(
+    block: Block, total: torch.Tensor, num_experts: int
+) -> Iterator[tuple[int, _Rows]]:
     """Every expert that the block uses, with its tokens in ascending order."""
     ids = block.routing.ids
     order = ids.flatten().argsort(stable=True)
@@ -80,13 +89,18 @@ def _rows_by_expert(block: Block, num_experts: int) -> Iterator[tuple[int, _Rows
     for expert, count in enumerate(ids.flatten().bincount(minlength=num_experts).tolist()):
         if count:
             end = begin + count
-            yield expert, _Rows(block, tokens[begin:end], weights[begin:end])
+            yield expert, _Rows(block.inputs, total, tokens[begin:end], weights[begin:end])
             begin = end
 
 
-def _add_one_token(moe: MoeSpec, block: Block, arrivals: Iterable[Arrival]) -> None:
+def _add_one_token(moe: MoeSpec, block: Block, total: torch.Tensor, layer_pass: LayerPass) -> None:
     routing, activation = block.routing, moe.activation_spec
-    weights = dict(zip(routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True))
-    for expert, segment in arrivals:
-        partial = gated_ffn(block.inputs, segment, activation)
-        block.total.add_(partial, alpha=weights[expert])
+    partial_sums: dict[tuple[int, Part], torch.Tensor] = {}
+    for expert, part, segment in layer_pass.as_ready():
+        partial_sums[expert, part] = gated_ffn(block.inputs, segment, activation)
+    weights = zip(routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True)
+    for expert, weight in sorted(weights):
+        for part in PARTS:
+            partial = partial_sums.get((expert, part))
+            if partial is not None:
+                total.add_(partial, alpha=weight)
