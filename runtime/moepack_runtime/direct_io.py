@@ -164,35 +164,34 @@ class DirectFile:
         TransferError
             When the file ends before, or the read fails. Nothing is known of the destination then.
         """
-        assert offset_bytes % ALIGNMENT_BYTES == 0, offset_bytes
-        assert destination.nbytes % ALIGNMENT_BYTES == 0, destination.nbytes
-        assert destination.ctypes.data % ALIGNMENT_BYTES == 0, "the destination is not aligned"
-        needed_bytes = destination.nbytes if needed_bytes is None else needed_bytes
-        got_bytes = self._read(destination.data, offset_bytes, needed_bytes)
+        view = destination.data
+        size_bytes = view.nbytes
+        if needed_bytes is None:
+            needed_bytes = size_bytes
+        try:
+            got_bytes = os.preadv(self._descriptor, (view,), offset_bytes)
+            if got_bytes < needed_bytes:
+                got_bytes = self._read_on(view, offset_bytes, got_bytes, needed_bytes)
+        except OSError as failure:
+            raise TransferError(
+                f"{self.path}: {failure.strerror} while reading {size_bytes} bytes at offset "
+                f"{offset_bytes}; check the disk and its log"
+            ) from None
         if got_bytes < needed_bytes:
             raise TransferError(
                 f"{self.path}: the file ends early: at offset {offset_bytes} expected "
                 f"{needed_bytes} bytes, got {got_bytes}; check it with moepack verify"
             )
         if not self.direct:
-            os.posix_fadvise(
-                self._descriptor, offset_bytes, destination.nbytes, os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
 
-    def _read(self, destination: memoryview, offset_bytes: int, needed_bytes: int) -> int:
-        """Bytes read; fewer than needed at the end of the file."""
-        done = 0
+    def _read_on(self, view: memoryview, offset_bytes: int, done: int, needed_bytes: int) -> int:
+        """Go on after a short read of ``done`` bytes; fewer than needed at the end of the file."""
         while done < needed_bytes:
             # A short read may end inside a block, where a direct read cannot go on: read that
             # block again. A read that does not get further than the last one met the end.
             resume = done - done % ALIGNMENT_BYTES
-            try:
-                count = os.preadv(self._descriptor, [destination[resume:]], offset_bytes + resume)
-            except OSError as failure:
-                raise TransferError(
-                    f"{self.path}: {failure.strerror} while reading {len(destination)} bytes "
-                    f"at offset {offset_bytes}; check the disk and its log"
-                ) from None
+            count = os.preadv(self._descriptor, (view[resume:],), offset_bytes + resume)
             if resume + count <= done:
                 break
             done = resume + count

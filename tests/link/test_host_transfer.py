@@ -115,7 +115,7 @@ def test_closing_sees_the_read_in_flight_through_and_drops_the_rest(gate: Gate) 
             gate.transfer.wait(ticket)
     assert gate.store.read == [0]
     assert gate.store.closed
-    assert not any(reader.is_alive() for reader in gate.transfer._readers)
+    assert not any(reader.is_alive() for reader in gate.transfer._carriers)
 
 
 def test_closing_wakes_whoever_waits_elsewhere(gate: Gate) -> None:
@@ -171,7 +171,7 @@ def test_ctrl_c_while_waiting_leaves_a_transfer_that_closes(gate: Gate) -> None:
         gate.transfer.wait(ticket)
     gate.opened.set()
     gate.transfer.close()
-    assert not any(reader.is_alive() for reader in gate.transfer._readers)
+    assert not any(reader.is_alive() for reader in gate.transfer._carriers)
 
 
 def test_busy_time_is_the_time_with_something_outstanding(gate: Gate) -> None:

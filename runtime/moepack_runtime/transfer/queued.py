@@ -1,0 +1,257 @@
+"""What transfers have in common whose segments wait in a queue for one of a few threads."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from time import perf_counter
+
+import torch
+from typing_extensions import override
+
+from moepack.errors import TransferError
+from moepack.segments import SegmentId
+from moepack_runtime.transfer.base import LinkStatistics, Priority, Ticket, Transfer
+
+#: A link that finishes nothing for so long is taken for dead.
+STALL_S = 60.0
+
+
+class QueuedTicket(Ticket):
+    """A segment in the queue, in a carrier's hands, or there.
+
+    Attributes
+    ----------
+    destination : torch.Tensor or None
+        Held until the segment has been carried: memory that may still be written into is never
+        freed.
+    """
+
+    __slots__ = ("arrived", "cancelled", "destination", "done", "error", "priority")
+
+    def __init__(
+        self, segment: SegmentId, stored_bytes: int, destination: torch.Tensor, priority: Priority
+    ) -> None:
+        super().__init__(segment, stored_bytes)
+        self.destination: torch.Tensor | None = destination
+        self.priority = priority
+        self.cancelled = False
+        self.done = False
+        self.error: BaseException | None = None
+        self.arrived = threading.Lock()  # held until it is done
+        self.arrived.acquire()
+
+
+#: Brings one segment to its destination, in a carrier's thread; what it raises, ``wait`` raises.
+Carry = Callable[[QueuedTicket], None]
+
+
+class QueuedTransfer(Transfer):
+    """Segments in a queue, and threads (*carriers*) that each take the most urgent one.
+
+    What a transfer costs the computing thread is mostly the interpreter's lock and the waking of
+    threads, so there is as little Python as possible between the two sides, and no lock around it:
+    each step is one call into C, which no other thread sees half done.
+
+    - The queue is two deques, and being in one *is* being queued: whoever removes a ticket
+      (a carrier, cancelling, closing, promotion) is the only one to have it.
+    - A ticket goes into its deque before a token goes into ``_tokens``, on which idle carriers
+      sleep. So there are never fewer tokens than tickets; a token whose ticket was cancelled
+      sends its carrier back to sleep.
+    - A ticket's own lock is held until it is done: the consumer sleeps on that.
+    - Carriers write down what they have finished; the consumer adds it up when it starts more or
+      asks for statistics.
+
+    ``wait`` may be called from any thread, everything else from one thread alone. A carrier that
+    is stuck (in a read from a dead network mount) cannot be interrupted. When nothing has finished
+    for ``stall_s`` seconds ``wait`` raises; the memory under that ticket is kept, and ``close``
+    waits for the carriers as long again before it gives them up: their threads are daemons and do
+    not keep the process alive.
+
+    Parameters
+    ----------
+    carriers
+        How many segments are in flight at once.
+    name
+        Of the threads.
+    stall_s
+        Seconds without a finished segment after which a wait gives up.
+    """
+
+    def __init__(self, carriers: int, name: str, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._demands: deque[QueuedTicket] = deque()
+        self._prefetches: deque[QueuedTicket] = deque()
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._finished: deque[QueuedTicket] = deque()
+        self._last_end_s = perf_counter()
+        self._closed = False
+        # The consumer's books: what it has not yet found finished, and since when it was so.
+        self._outstanding = 0
+        self._busy_since_s = 0.0
+        self._busy_until_s = 0.0
+        self._bytes = 0
+        self._count = 0
+        self._busy_s = 0.0
+        self._carriers = [
+            threading.Thread(
+                target=self._serve, args=(number,), name=f"moepack-{name}-{number}", daemon=True
+            )
+            for number in range(carriers)
+        ]
+        for carrier in self._carriers:
+            carrier.start()
+
+    @abstractmethod
+    def _carrier(self, number: int) -> Carry:
+        """What carrier ``number`` does with a ticket. Called once, in its thread."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Close what the transfer was made from; the carriers have ended, or were given up."""
+
+    def _enqueue(self, ticket: QueuedTicket) -> None:
+        """Hand a new ticket to the carriers."""
+        if self._closed:
+            raise TransferError(f"{ticket.segment}: the transfer is closed; open the engine again")
+        self._settle()
+        if self._outstanding == 0:
+            self._busy_since_s = perf_counter()
+        self._outstanding += 1
+        self._push(ticket)
+
+    def _push(self, ticket: QueuedTicket) -> None:
+        if ticket.priority is Priority.DEMAND:
+            self._demands.append(ticket)
+        else:
+            self._prefetches.append(ticket)
+        self._tokens.put(None)
+
+    def _unqueue(self, ticket: QueuedTicket) -> bool:
+        """Take a ticket out of the queue; False where a carrier has it."""
+        queue = self._demands if ticket.priority is Priority.DEMAND else self._prefetches
+        try:
+            queue.remove(ticket)
+        except ValueError:
+            return False
+        return True
+
+    @override
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, QueuedTicket)
+        if not ticket.done:
+            self._sleep_on(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+
+    def _sleep_on(self, ticket: QueuedTicket) -> None:
+        assert not ticket.cancelled, f"{ticket.segment}: waiting for a cancelled one"
+        if ticket.priority is not Priority.DEMAND and self._unqueue(ticket):
+            ticket.priority = Priority.DEMAND
+            self._push(ticket)
+        since_s = perf_counter()
+        patience_s = self._stall_s
+        while not ticket.arrived.acquire(timeout=patience_s):
+            # Something else may have arrived meanwhile: this times the link, not this segment.
+            since_s = max(since_s, self._last_end_s)
+            patience_s = since_s + self._stall_s - perf_counter()
+            if patience_s <= 0:
+                raise TransferError(
+                    f"{ticket.segment}: no read has finished for {self._stall_s:g} s; "
+                    "check the disk (or the network) that holds the model"
+                )
+        ticket.arrived.release()  # for whoever else waits
+
+    @override
+    def is_ready(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, QueuedTicket)
+        return ticket.done
+
+    @override
+    def cancel(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, QueuedTicket)
+        if ticket.done or not self._unqueue(ticket):
+            return ticket.cancelled
+        ticket.cancelled = True
+        ticket.destination = None
+        self._settle()
+        self._leave(perf_counter())
+        return True
+
+    def _settle(self) -> None:
+        """Add up what has finished."""
+        finished = self._finished
+        while finished:
+            ticket = finished.popleft()
+            if ticket.error is None:
+                self._bytes += ticket.stored_bytes
+                self._count += 1
+            self._leave(ticket.end_s)
+
+    def _leave(self, now_s: float) -> None:
+        """One segment fewer is outstanding."""
+        self._busy_until_s = max(self._busy_until_s, now_s)
+        self._outstanding -= 1
+        if self._outstanding == 0:
+            self._busy_s += self._busy_until_s - self._busy_since_s
+
+    @property
+    @override
+    def statistics(self) -> LinkStatistics:
+        self._settle()
+        since_s = perf_counter() - self._busy_since_s if self._outstanding else 0.0
+        return LinkStatistics(self._bytes, self._count, self._busy_s + since_s)
+
+    def _serve(self, number: int) -> None:
+        """A carrier: takes the most urgent ticket until the transfer is closed."""
+        carry = self._carrier(number)
+        next_token, finished = self._tokens.get, self._finished
+        while True:
+            next_token()
+            try:
+                ticket = self._demands.popleft()
+            except IndexError:
+                try:
+                    ticket = self._prefetches.popleft()
+                except IndexError:
+                    if self._closed:
+                        return
+                    continue
+            ticket.begin_s = perf_counter()
+            try:
+                carry(ticket)
+            except BaseException as failure:  # noqa: BLE001 raised where it is waited for
+                ticket.error = failure
+            ticket.end_s = self._last_end_s = perf_counter()
+            ticket.destination = None
+            finished.append(ticket)
+            ticket.done = True
+            ticket.arrived.release()
+            del ticket
+
+    @override
+    def close(self) -> None:
+        self._closed = True
+        for queue in (self._demands, self._prefetches):
+            while queue:
+                try:
+                    self._drop(queue.popleft())
+                except IndexError:  # a carrier was faster
+                    break
+        for _ in self._carriers:
+            self._tokens.put(None)
+        deadline_s = perf_counter() + self._stall_s
+        for carrier in self._carriers:
+            carrier.join(max(0.0, deadline_s - perf_counter()))
+        self._release()
+
+    def _drop(self, ticket: QueuedTicket) -> None:
+        ticket.error = TransferError(f"{ticket.segment}: the transfer was closed")
+        ticket.destination = None
+        ticket.end_s = perf_counter()
+        self._finished.append(ticket)
+        ticket.done = True
+        ticket.arrived.release()
