@@ -5,10 +5,25 @@ from __future__ import annotations
 from moepack.budget import layer_segment, memory_breakdown, stored_bytes
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.model_spec import ModelSpec
-from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Plan, Policy
+from moepack.plan import (
+    POLICIES,
+    PREFETCH_MODES,
+    EngineCapabilities,
+    Layout,
+    Placement,
+    Plan,
+    Policy,
+)
 from moepack.units import format_size
 
-CAPABILITIES = EngineCapabilities(policies=POLICIES, devices=("cpu", "cuda"), shared_pool=True)
+CAPABILITIES = EngineCapabilities(
+    policies=POLICIES,
+    devices=("cpu", "cuda"),
+    prefetch=PREFETCH_MODES,
+    max_prefetch_depth=4096,
+    shared_pool=True,
+    as_ready=True,
+)
 
 
 def require_own(plan: Plan) -> None:

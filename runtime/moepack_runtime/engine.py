@@ -7,7 +7,7 @@ the layout's, never the budget's, because the shape of a batch decides the bits 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
 from types import TracebackType
@@ -190,7 +190,7 @@ class Engine:
         max_new_tokens: int,
         sampler: Sampler,
         stop_ids: Collection[int] = (),
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Yield new tokens as they are drawn; a stop token ends the text and is yielded last.
 
         Raises
@@ -212,7 +212,7 @@ class Engine:
 
     def resume(
         self, *, max_new_tokens: int, sampler: Sampler, stop_ids: Collection[int] = ()
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Go on with a generation that was stopped, from the cache as it is.
 
         The tokens are those that it would have drawn, if the sampler is the same one.
@@ -231,7 +231,7 @@ class Engine:
         self._require_room(self.kv.length + 1, max_new_tokens)
         yield from self._go_on(max_new_tokens, sampler, stop_ids)
 
-    def _go_on(self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[int]:
+    def _go_on(self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Generator[int]:
         for _ in range(new_tokens):
             token = self._drawn
             assert token is not None

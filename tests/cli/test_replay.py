@@ -45,14 +45,14 @@ def test_strategies_are_chosen_by_name_for_any_machine(
 ) -> None:
     asked = ("replay", model, "--hardware", "rtx-4090", "--vram", "4M", "--context", "256")
     names = ("--policy", "lcp_prefetch", "--policy", "lru")
-    there = moepack(*asked, *names, "--assume-engine", "full", "--json")
+    there = moepack(*asked, *names, "--json")
     assert there.code == 0, there.err
     found = there.document["strategies"]
     assert list(found) == ["lcp_prefetch", "lru"]
     assert found["lcp_prefetch"]["eligible"]
-    here = moepack(*asked, *names, "--part", "select")
+    here = moepack(*asked, "--policy", "pregated", "--part", "select")
     assert here.code == 0, here.err
-    assert "not to be run: lcp_prefetch: this engine fetches nothing ahead" in here.out
+    assert "not to be run: pregated: the model would have to be trained for it" in here.out
     assert "its select part" in here.out
 
 

@@ -41,8 +41,8 @@ def pooled(checkpoint: Checkpoint, layout: Layout, slots: int) -> Placement:
 def test_every_policy_and_the_pool_are_there_and_nothing_is_fetched_ahead() -> None:
     assert set(CAPABILITIES.policies) == {"lru", "lfu", "lcp", "pinned"}
     assert CAPABILITIES.shared_pool
-    assert not CAPABILITIES.as_ready
-    assert (CAPABILITIES.prefetch, CAPABILITIES.max_prefetch_depth) == (("off",), 0)
+    assert CAPABILITIES.as_ready
+    assert set(CAPABILITIES.prefetch) == {"off", "bottoms", "all"}
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(
@@ -73,14 +73,15 @@ def test_a_plan_that_ranks_other_experts_is_refused(checkpoint: Checkpoint) -> N
         require_fit(checkpoint.spec, layout, dataclasses.replace(place, layers=layers))
 
 
-def test_fetching_ahead_is_refused(checkpoint: Checkpoint) -> None:
+def test_fetching_ahead_is_refused_where_an_engine_does_not(checkpoint: Checkpoint) -> None:
     layout = mixed_layout(checkpoint.spec, (1.0,))
     place = place_all(checkpoint, layout)
     ahead = tuple(
         dataclasses.replace(layer, prefetch="all", prefetch_depth=4) for layer in place.layers
     )
+    require_fit(checkpoint.spec, layout, dataclasses.replace(place, layers=ahead))
     with pytest.raises(CapabilityError, match=r"layer 0 wants 4 experts fetched ahead .*'all'"):
-        require_fit(checkpoint.spec, layout, dataclasses.replace(place, layers=ahead))
+        require_capable(dataclasses.replace(place, layers=ahead), LESSER)
     bottoms = EngineCapabilities(("lru",), ("cpu",), ("off", "bottoms"), max_prefetch_depth=4)
     with pytest.raises(CapabilityError, match="engine has off, bottoms"):
         require_capable(dataclasses.replace(place, layers=ahead), bottoms)

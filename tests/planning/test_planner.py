@@ -204,7 +204,8 @@ def test_every_strategy_of_the_documentation_is_priced(
     spec: ModelSpec, routing: RoutingProfile
 ) -> None:
     budget = least_bytes(spec, routing) + 800 * KIB
-    here = make_plan(request(spec, routing, fast_budget_bytes=budget))
+    on_demand = EngineCapabilities(policies=("lru",), devices=("cpu",))
+    here = make_plan(request(spec, routing, engine=on_demand, fast_budget_bytes=budget))
     there = make_plan(full(spec, routing, fast_budget_bytes=budget))
     names = set(STRATEGIES)
     assert set(here.baselines) == set(there.baselines) == names

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_transfer
+from moepack_runtime.predict import Predictor
 from moepack_runtime.store import CheckMode, CheckpointStore, SegmentStore
 from moepack_runtime.transfer import Transfer
 
@@ -24,13 +25,20 @@ def open_engine(
     store: SegmentStore | None = None,
     twin: Twin = lambda transfer: transfer,
     check: CheckMode = CheckMode.FIRST,
+    predictor: Predictor | None = None,
 ) -> Engine:
     """An engine over a plain checkpoint, or over ``store``, with its transfer wrapped."""
     store = store or CheckpointStore(checkpoint, checkpoint.spec, layout)
     transfer = open_transfer(checkpoint.spec, layout, store, placement.device, check=check)
     try:
         return Engine(
-            checkpoint.spec, layout, placement, store=store, transfer=twin(transfer), check=check
+            checkpoint.spec,
+            layout,
+            placement,
+            store=store,
+            transfer=twin(transfer),
+            check=check,
+            predictor=predictor,
         )
     except BaseException:
         transfer.close()

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from moepack.budget import memory_breakdown
 from moepack.layouts import layer_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement, Policy, SharedPool
+from moepack.plan import (
+    DeviceKind,
+    LayerPlacement,
+    Layout,
+    Placement,
+    Policy,
+    PrefetchMode,
+    SharedPool,
+)
 
 
 def mixed_layout(spec: ModelSpec, ratios: Sequence[float], *, block_tokens: int = 8) -> Layout:
@@ -33,6 +41,8 @@ def placement(
     device: DeviceKind = "cpu",
     policy: Policy = "lru",
     pool: SharedPool | None = None,
+    prefetch: PrefetchMode = "off",
+    depth: int = 0,
 ) -> Placement:
     """Equal slots in every layer, as many as there are experts at most."""
     layers = []
@@ -48,6 +58,8 @@ def placement(
                 bottom_slots=min(bottoms, experts) if cut.split < cut.width else 0,
                 policy=policy,
                 hot=hot,
+                prefetch=prefetch,
+                prefetch_depth=depth,
             )
         )
     memory = memory_breakdown(
