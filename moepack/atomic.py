@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from moepack.errors import DiskFullError, OutputError, ReadOnlyError
 
@@ -20,12 +24,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     DiskFullError, ReadOnlyError, OutputError
         Naming the file.
     """
+    with writing_atomically(path) as out:
+        out.write(data)
+
+
+@contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """The same for what is written in pieces; after an error inside, the old content stays."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with temporary.open("xb") as out:  # with the mode that any new file gets
-                out.write(data)
+                yield out
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(path)
@@ -33,6 +44,24 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+    except OSError as failure:
+        raise output_error(path, failure) from failure
+
+
+def require_writable(path: Path) -> None:
+    """Refuse what :func:`write_atomically` would, before the work whose result it is.
+
+    Raises
+    ------
+    ReadOnlyError, DiskFullError, OutputError
+        Naming the file.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as failure:
         raise output_error(path, failure) from failure
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moepack.atomic import write_atomically
-from moepack.errors import PlanMismatchError, WorkspaceError
+from moepack.atomic import require_writable, write_atomically, writing_atomically
+from moepack.errors import OutputError, PlanMismatchError, WorkspaceError
 from moepack.plan import (
     PLAN_VERSION,
     Layout,
@@ -146,6 +146,31 @@ def test_files_get_the_mode_of_any_new_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "file", b"two")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"two"
+
+
+def test_a_file_that_was_not_finished_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"one")
+
+    def interrupted() -> None:
+        with writing_atomically(path) as out:
+            out.write(b"two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"one"
+
+
+def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "file")
+    assert not (tmp_path / "new" / "file").exists()
+    with pytest.raises(OutputError, match="Is a directory"):
+        require_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="expected a place that can be written"):
+        require_writable(tmp_path / "file" / "below")
 
 
 def test_readers_never_see_half_of_what_writers_write(workspace: Workspace) -> None:

@@ -1,0 +1,50 @@
+"""Progress of loading and of long prompts, as a seam that the command line fills.
+
+The same as the tool's own, which this runtime does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+
+class Progress(Protocol):
+    """Told about one piece of work at a time, from one thread."""
+
+    def start(
+        self, what: str, total: int | None, unit: Literal["bytes", "items"] = "bytes"
+    ) -> None:
+        """A piece of work begins.
+
+        Parameters
+        ----------
+        what
+            For people, a verb and its object.
+        total
+            How many units it takes; None where that is not known.
+        unit
+            What is counted.
+        """
+
+    def advance(self, amount: int) -> None:
+        """``amount`` more units have been done."""
+
+    def done(self) -> None:
+        """The piece of work has ended, well or badly."""
+
+
+class _NoProgress:
+    def start(
+        self, what: str, total: int | None, unit: Literal["bytes", "items"] = "bytes"
+    ) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+
+#: Tells nobody.
+NO_PROGRESS: Progress = _NoProgress()
