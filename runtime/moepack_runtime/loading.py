@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from moepack import machine
-from moepack.budget import layer_segment, slow_bytes
+from moepack.budget import stored_bytes
 from moepack.errors import BudgetTooSmallError
 from moepack.formats import PackedModel, check_plan_fits
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, Layout, Placement, Plan
+from moepack.ram_tier import RamTier, ram_tier
 from moepack.segments import PARTS, SegmentId
 from moepack.units import format_size
 from moepack_runtime.capabilities import require_fit, require_own
@@ -77,10 +78,16 @@ def _open(
     link: tuple[float, float] | None,
     process_base_bytes: int,
 ) -> Engine:
-    require_host_memory(spec, layout, placement, process_base_bytes)
+    tier = require_host_memory(spec, layout, placement, process_base_bytes)
     torch.set_num_threads(placement.threads)  # of the process: torch knows no other
     transfer = open_transfer(
-        spec, layout, store, placement.device, check=check, readers=placement.readers
+        spec,
+        layout,
+        store,
+        placement.device,
+        check=check,
+        readers=placement.readers,
+        tier=tier,
     )
     try:
         if link is not None:
@@ -107,27 +114,31 @@ def open_transfer(
     *,
     check: CheckMode = CheckMode.FIRST,
     readers: int = DEFAULT_READERS,
+    tier: RamTier | None = None,
 ) -> Transfer:
     """The link of a kind of device: disk to RAM, or pinned RAM to VRAM.
+
+    Parameters
+    ----------
+    tier
+        What pinned RAM holds of a device's slow tier, and how the rest gets past it; None: it
+        holds everything.
 
     Raises
     ------
     DeviceError, OutOfMemoryError, TransferError, DamagedSegmentError
-        On CUDA, where every segment is read into pinned RAM here.
+        On CUDA, where the segments that RAM holds are read into it here.
     """
     disk = HostTransfer(store, check=check, readers=readers)
     if device == "cpu":
         return disk
-    from moepack_runtime.transfer.cuda import CudaTransfer, PinnedSegments
+    from moepack_runtime.transfer.cuda import CudaTransfer
+    from moepack_runtime.transfer.pinned import PinnedSegments
 
-    stored_bytes = {
-        SegmentId(cut.layer, expert, part): shape.stored_bytes
-        for cut in layout.layers
-        for part in PARTS
-        if (shape := layer_segment(spec, cut, part)) is not None
-        for expert in range(spec.moe(cut.layer).num_experts)
-    }
-    pinned = PinnedSegments(disk, stored_bytes)
+    if tier is None:
+        tier = RamTier(_all_segments(spec, layout))
+    bounces = tier.copiers if tier.bounce_bytes else 0
+    pinned = PinnedSegments(disk, tier.held, bounces=bounces, bounce_bytes=tier.bounce_bytes)
     try:
         return CudaTransfer(pinned, torch.device(device))
     except BaseException:
@@ -135,10 +146,25 @@ def open_transfer(
         raise
 
 
+def _all_segments(spec: ModelSpec, layout: Layout) -> dict[SegmentId, int]:
+    return {
+        SegmentId(cut.layer, expert, part): size_bytes
+        for cut in layout.layers
+        for part in PARTS
+        if (size_bytes := stored_bytes(spec, cut, part))
+        for expert in range(spec.moe(cut.layer).num_experts)
+    }
+
+
 def require_host_memory(
     spec: ModelSpec, layout: Layout, placement: Placement, process_base_bytes: int
-) -> None:
+) -> RamTier | None:
     """Refuse what the host cannot hold: the system would not refuse, it would kill.
+
+    Returns
+    -------
+    RamTier or None
+        What of the slow tier pinned RAM holds; None where there is no device.
 
     Raises
     ------
@@ -148,10 +174,13 @@ def require_host_memory(
     limit_bytes = machine.ram_bytes()
     if placement.ram_budget_bytes is not None:
         limit_bytes = min(limit_bytes, placement.ram_budget_bytes)
+    tier = None
     if placement.device == "cpu":
         held, held_bytes = "the fast tier", placement.memory.total_bytes
     else:
-        held, held_bytes = "the pinned slow tier", slow_bytes(spec, layout)
+        left_bytes = limit_bytes - process_base_bytes
+        tier = ram_tier(spec, layout, placement.layers, left_bytes, readers=placement.readers)
+        held, held_bytes = "the pinned slow tier", tier.total_bytes
     missing_bytes = process_base_bytes + held_bytes - limit_bytes
     if missing_bytes > 0:
         raise BudgetTooSmallError(
@@ -160,3 +189,4 @@ def require_host_memory(
             f"{missing_bytes} bytes are missing; plan again with a smaller --vram or larger --ram",
             missing_bytes=missing_bytes,
         )
+    return tier

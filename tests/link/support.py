@@ -17,7 +17,7 @@ from moepack_runtime.transfer import (
     ThrottledTransfer,
     Transfer,
 )
-from moepack_runtime.transfer.cuda import PinnedSegments
+from moepack_runtime.transfer.pinned import PinnedSegments
 
 from moepack.segments import SegmentId, SegmentShape, align_up
 

@@ -2,165 +2,225 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import ClassVar
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import perf_counter, sleep
 
 import pytest
 import torch
-from moepack_runtime.transfer import CudaTransfer, HostTransfer
-from moepack_runtime.transfer.cuda import PinnedSegments
+from moepack_runtime.store import SegmentStore
+from moepack_runtime.transfer import CudaTransfer, HostTransfer, Priority, Ticket
+from moepack_runtime.transfer.pinned import PinnedSegments
 
 from moepack.errors import DeviceError, OutOfMemoryError, TransferError
+from moepack.ram_tier import COPIERS
 from moepack.segments import SegmentId
+from tests.link import test_transfer_contract as contract
+from tests.link.fake_cuda import FakeDevice
 from tests.link.support import STORED_BYTES, PatternStore, content, segment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    return FakeDevice(monkeypatch)
+
+
+def pin(store: SegmentStore, held: Iterable[int], *, bounces: int = 0) -> PinnedSegments:
+    sizes = {segment(number): STORED_BYTES for number in held}
+    return PinnedSegments(HostTransfer(store), sizes, bounces=bounces, bounce_bytes=STORED_BYTES)
+
+
+def fail(segment_id: SegmentId) -> None:
+    if segment_id == segment(1):
+        raise TransferError(f"{segment_id}: broken")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_a_named_error_and_closes_what_was_handed_over() -> None:
     store = PatternStore()
     with pytest.raises(DeviceError, match="no CUDA device that torch can use"):
-        PinnedSegments(HostTransfer(store), {segment(0): STORED_BYTES})
+        pin(store, [0])
     assert store.closed
 
 
-class FakeRuntime:
-    """Counts what is pinned, and refuses when told to."""
-
-    def __init__(self, result: int) -> None:
-        self.result = result
-        self.pinned: set[int] = set()
-
-    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
-        assert size_bytes == 2 * STORED_BYTES
-        assert flags == 0
-        if self.result == 0:
-            self.pinned.add(address)
-        return self.result
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.pinned.remove(address)
-        return 0
-
-
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
-    runtime = FakeRuntime(0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    return runtime
-
-
-SIZES = {segment(number): STORED_BYTES for number in range(2)}
-
-
-def test_pinned_segments_hold_their_bytes_until_they_are_closed(runtime: FakeRuntime) -> None:
+def test_pinned_segments_hold_their_bytes_until_they_are_closed(device: FakeDevice) -> None:
     store = PatternStore()
-    pinned = PinnedSegments(HostTransfer(store), SIZES)
+    pinned = pin(store, range(2), bounces=3)
     for number in range(2):
         assert (pinned.segments[segment(number)].numpy() == content(number)).all()
-    assert len(runtime.pinned) == 1
+    assert list(device.runtime.pinned.values()) == [5 * STORED_BYTES]
+    assert pinned.size_bytes == 5 * STORED_BYTES
     assert not store.closed
     pinned.close()
     pinned.close()
-    assert runtime.pinned == set()
+    assert not device.runtime.pinned
     assert store.closed
 
 
-def test_memory_that_cannot_be_pinned_is_a_named_error(runtime: FakeRuntime) -> None:
-    runtime.result = 2
+def test_memory_that_cannot_be_pinned_is_a_named_error(device: FakeDevice) -> None:
+    device.runtime.result = 2
     with pytest.raises(OutOfMemoryError, match=r"CUDA refused to pin 16\.00 KiB"):
-        PinnedSegments(HostTransfer(PatternStore()), SIZES)
-    assert runtime.pinned == set()
+        pin(PatternStore(), range(2))
 
 
-def test_a_segment_that_cannot_be_read_leaves_nothing_pinned(runtime: FakeRuntime) -> None:
-    def fail(segment_id: SegmentId) -> None:
-        raise TransferError(f"{segment_id}: broken")
-
+def test_a_segment_that_cannot_be_read_leaves_nothing_pinned(device: FakeDevice) -> None:
     with pytest.raises(TransferError, match="broken"):
-        PinnedSegments(HostTransfer(PatternStore(fail)), SIZES)
-    assert runtime.pinned == set()
+        pin(PatternStore(fail), range(2))
+    assert not device.runtime.pinned
 
 
-class FakeEvent:
-    """Has always happened; copies on a GPU that is the processor are done at once."""
+class Link:
+    """A transfer whose copies, and whose consumer, a test holds up."""
 
-    def __init__(self, *, enable_timing: bool) -> None:
-        assert enable_timing
-        self.stream: FakeStream | None = None
+    def __init__(self, *, bounces: int = 0, held: int = 20, stall_s: float = 30.0) -> None:
+        self.store = PatternStore()
+        pinned = pin(self.store, range(held), bounces=bounces)
+        self.transfer = CudaTransfer(pinned, CPU, stall_s=stall_s)
+        self.places: dict[int, torch.Tensor] = {}
 
-    def record(self, stream: FakeStream) -> None:
-        self.stream = stream
-        stream.log.append(f"{stream.name} records")
+    def start(self, number: int, priority: Priority = Priority.DEMAND) -> Ticket:
+        self.places[number] = self.transfer.allocate(STORED_BYTES).zero_()
+        return self.transfer.start(segment(number), self.places[number], priority)
 
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        assert end.stream is self.stream
-        return 2.0  # milliseconds
+    def holds(self, number: int) -> bool:
+        return bool((self.places[number].numpy() == content(number)).all())
 
 
-class FakeStream:
-    """Writes down what it is told."""
-
-    log: ClassVar[list[str]] = []
-
-    def __init__(self, device: torch.device, name: str = "copies") -> None:
-        self.device = device
-        self.name = name
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event: FakeEvent) -> None:
-        assert event.stream is not None
-        self.log.append(f"{self.name} waits for {event.stream.name}")
-
-    def synchronize(self) -> None:
-        self.log.append(f"{self.name} is waited for")
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline_s = perf_counter() + 10.0
+    while not holds() and perf_counter() < deadline_s:
+        sleep(1e-3)
+    return holds()
 
 
-def test_copies_wait_for_the_consumer_and_the_consumer_for_copies(
-    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_waits_until_the_consumer_has_read_what_was_there(device: FakeDevice) -> None:
+    link = Link()
+    with link.transfer:
+        device.consumer.passing.clear()
+        ticket = link.start(1)
+        sleep(0.02)
+        assert not link.places[1].any()
+        assert not link.transfer.is_ready(ticket)
+        device.consumer.passing.set()
+        link.transfer.wait(ticket)
+        assert link.holds(1)
+
+
+def test_a_copy_is_there_when_the_device_says_so_and_not_before(device: FakeDevice) -> None:
+    link = Link()
+    with link.transfer:
+        device.copies.passing.clear()
+        ticket = link.start(1)
+        assert eventually(lambda: link.holds(1))
+        assert not link.transfer.is_ready(ticket)
+        device.copies.passing.set()
+        link.transfer.wait(ticket)
+        assert link.transfer.is_ready(ticket)
+        assert 0.0 < ticket.begin_s <= ticket.end_s <= perf_counter()
+        assert link.transfer.statistics[:2] == (STORED_BYTES, 1)
+
+
+def test_two_copies_are_in_flight_and_the_rest_can_be_reordered_or_dropped(
+    device: FakeDevice,
 ) -> None:
-    cpu = torch.device("cpu")
-    log = FakeStream.log = []
-    consumer = FakeStream(cpu, "consumer")
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: consumer)
-    transfer = CudaTransfer(PinnedSegments(HostTransfer(PatternStore()), SIZES), cpu)
-    place = transfer.allocate(STORED_BYTES)
-    ticket = transfer.start(segment(1), place)
-    assert log == ["copies waits for consumer", "copies records", "copies records"]
-    transfer.wait(ticket)
-    assert log[3:] == ["consumer waits for copies"]
-    assert (place.numpy() == content(1)).all()
-    assert transfer.is_ready(ticket)
-    assert not transfer.cancel(ticket)
-    assert transfer.statistics == (STORED_BYTES, 1, 2e-3)
-    transfer.close()
-    assert log[4:] == ["copies is waited for"]
-    assert runtime.pinned == set()
+    link = Link()
+    with link.transfer:
+        device.copies.passing.clear()
+        begun = [link.start(number) for number in range(COPIERS)]
+        assert eventually(lambda: device.copies.recorded == COPIERS)
+        early = [link.start(number, Priority.PREFETCH) for number in (10, 11, 12)]
+        demand = link.start(13)
+        sleep(0.02)
+        assert device.copies.recorded == COPIERS
+        assert not any(map(link.transfer.cancel, begun))
+        assert link.transfer.cancel(early[1])
+        device.copies.passing.set()
+        for ticket in (*begun, early[0], early[2], demand):
+            link.transfer.wait(ticket)
+        assert demand.begin_s <= early[0].begin_s <= early[2].begin_s
+        assert not link.places[11].any()
+        assert set(device.of_thread.values()) == {device.copies}
+
+
+def test_closing_ends_the_copiers_and_unpins(device: FakeDevice) -> None:
+    link = Link()
+    ticket = link.start(1)
+    link.transfer.wait(ticket)
+    link.transfer.close()
+    assert not device.runtime.pinned
+    assert link.store.closed
+    assert not [thread for thread in threading.enumerate() if "moepack-" in thread.name]
     with pytest.raises(TransferError, match="the transfer is closed"):
-        transfer.start(segment(0), place)
-    with pytest.raises(TransferError, match="the transfer is closed"):
-        transfer.wait(ticket)
+        link.start(0)
 
 
-def test_a_device_that_failed_leaves_nothing_pinned(
-    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class FailedStream(FakeStream):
-        def synchronize(self) -> None:
-            raise RuntimeError("CUDA error: unspecified launch failure")
+def test_a_device_that_failed_is_named_and_leaves_nothing_pinned(device: FakeDevice) -> None:
+    link = Link()
+    device.copies.failure = "CUDA error: unspecified launch failure\nand more"
+    ticket = link.start(1)
+    with pytest.raises(TransferError, match=r"expert 1, top .* \(CUDA error: unspecified launch f"):
+        link.transfer.wait(ticket)
+    link.transfer.close()
+    assert not device.runtime.pinned
+    assert link.store.closed
 
-    monkeypatch.setattr(torch.cuda, "Stream", FailedStream)
-    store = PatternStore()
-    transfer = CudaTransfer(PinnedSegments(HostTransfer(store), SIZES), torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="unspecified launch failure"):
-        transfer.close()
-    assert runtime.pinned == set()
-    assert store.closed
+
+def test_a_device_that_hangs_is_named_and_its_memory_stays_pinned(device: FakeDevice) -> None:
+    link = Link(stall_s=0.1)
+    device.copies.passing.clear()
+    ticket = link.start(1)
+    with pytest.raises(TransferError, match=r"no copy has finished for 0\.1 s; check the device"):
+        link.transfer.wait(ticket)
+    link.transfer.close()
+    assert device.runtime.pinned
+    device.copies.passing.set()
+
+
+def three_tiers(store: SegmentStore) -> CudaTransfer:
+    """RAM holds the first 300 segments of a thousand."""
+    return CudaTransfer(pin(store, range(300), bounces=3), CPU)
+
+
+def everything(store: SegmentStore) -> CudaTransfer:
+    return CudaTransfer(pin(store, range(1000)), CPU)
+
+
+@pytest.mark.parametrize("make", [everything, three_tiers])
+def test_the_contract_holds(device: FakeDevice, make: contract.Make, tmp_path: Path) -> None:
+    contract.test_a_thousand_segments_in_random_order_are_each_the_right_one(make, tmp_path)
+    contract.test_waiting_again_returns_and_changes_nothing(make)
+    contract.test_a_cancelled_segment_gives_its_destination_back(make)
+
+
+def test_what_ram_holds_is_read_once_and_the_rest_each_time(device: FakeDevice) -> None:
+    link = Link(held=2, bounces=2)
+    with link.transfer:
+        assert sorted(link.store.read) == [0, 1]
+        for _ in range(2):
+            for ticket in [link.start(number) for number in range(4)]:
+                link.transfer.wait(ticket)
+            assert all(map(link.holds, range(4)))
+        assert sorted(link.store.read) == [0, 1, 2, 2, 3, 3]
+
+
+def test_ram_may_hold_nothing(device: FakeDevice) -> None:
+    link = Link(held=0, bounces=2)
+    with link.transfer:
+        link.transfer.wait(link.start(5))
+        assert link.holds(5)
+
+
+def test_a_read_that_fails_on_the_way_is_raised_where_it_is_waited_for(device: FakeDevice) -> None:
+    link = Link(held=1, bounces=2)
+    link.store.before_read = fail
+    with link.transfer:
+        tickets = [link.start(number) for number in range(3)]
+        with pytest.raises(TransferError, match="broken"):
+            link.transfer.wait(tickets[1])
+        link.transfer.wait(tickets[2])
+        link.transfer.wait(link.start(3))
+        assert link.holds(2)
+        assert link.holds(3)

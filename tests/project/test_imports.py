@@ -24,6 +24,7 @@ SHARED = {
     "segments",
     "plan",
     "budget",
+    "ram_tier",
     "formats",
     "manifest",
     "machine",

@@ -55,11 +55,32 @@ class HostTransfer(QueuedTransfer):
         destination: torch.Tensor,
         priority: Priority = Priority.DEMAND,
     ) -> Ticket:
-        stored_bytes = self._store.shape(segment).stored_bytes
+        stored_bytes = self.stored_bytes(segment)
         assert destination.nbytes >= stored_bytes, (segment, destination.nbytes, stored_bytes)
         ticket = QueuedTicket(segment, stored_bytes, destination, priority)
         self._enqueue(ticket)
         return ticket
+
+    def stored_bytes(self, segment: SegmentId) -> int:
+        """What a segment takes."""
+        return self._store.shape(segment).stored_bytes
+
+    def read(self, segment: SegmentId, destination: torch.Tensor) -> torch.Tensor:
+        """Read a segment past the queue, in the calling thread: for threads of other transfers.
+
+        Returns
+        -------
+        torch.Tensor
+            As much of the destination as it takes.
+
+        Raises
+        ------
+        TransferError, DamagedSegmentError
+            When it does not arrive.
+        """
+        view = destination[: self.stored_bytes(segment)]
+        self._store.read_into(segment, view.numpy(), self._check)
+        return view
 
     @override
     def _carrier(self, number: int) -> Carry:

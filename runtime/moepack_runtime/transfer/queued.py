@@ -81,6 +81,10 @@ class QueuedTransfer(Transfer):
         Seconds without a finished segment after which a wait gives up.
     """
 
+    #: What carriers do, and what is to blame when they do not: for the message.
+    _task = "read"
+    _suspect = "the disk (or the network) that holds the model"
+
     def __init__(self, carriers: int, name: str, stall_s: float) -> None:
         self._stall_s = stall_s
         self._demands: deque[QueuedTicket] = deque()
@@ -160,8 +164,8 @@ class QueuedTransfer(Transfer):
             patience_s = since_s + self._stall_s - perf_counter()
             if patience_s <= 0:
                 raise TransferError(
-                    f"{ticket.segment}: no read has finished for {self._stall_s:g} s; "
-                    "check the disk (or the network) that holds the model"
+                    f"{ticket.segment}: no {self._task} has finished for {self._stall_s:g} s; "
+                    f"check {self._suspect}"
                 )
         ticket.arrived.release()  # for whoever else waits
 

@@ -1,0 +1,110 @@
+"""Three tiers: which segments RAM holds for a device, when it is too small for all of them.
+
+What is not held is read from the disk each time, into memory of the copier that brings it to the
+device. Pure arithmetic: the planner prices what the runtime does because both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+from moepack.budget import stored_bytes
+from moepack.model_spec import ModelSpec
+from moepack.plan import LayerPlacement, Layout
+from moepack.segments import PARTS, Part, SegmentId
+
+#: Copies to the device in flight at once: one crosses, the next is ready to.
+COPIERS = 2
+
+
+class RamTier(NamedTuple):
+    """What pinned RAM holds.
+
+    Attributes
+    ----------
+    held : mapping
+        Segment -> its stored bytes, hottest first.
+    copiers : int
+        That bring segments to the device.
+    bounce_bytes : int
+        What each copier reads a segment into that is not held; 0 where all are.
+    """
+
+    held: Mapping[SegmentId, int]
+    copiers: int = COPIERS
+    bounce_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is pinned."""
+        return sum(self.held.values()) + self.copiers * self.bounce_bytes
+
+
+def ram_tier(
+    spec: ModelSpec,
+    layout: Layout,
+    layers: Sequence[LayerPlacement],
+    ram_bytes: int,
+    *,
+    readers: int = COPIERS,
+) -> RamTier:
+    """What so many bytes of RAM hold: everything, or the head of the ranking beside the bounces.
+
+    More RAM never holds less, and the whole of it is taken up to the first segment that does not
+    fit. Where not even the bounces fit, nothing is held and ``total_bytes`` exceeds ``ram_bytes``.
+
+    Parameters
+    ----------
+    layers
+        Of the placement, in the order of the layout's.
+    ram_bytes
+        What may be pinned.
+    readers
+        Reads that the disk does at once best: as many copiers there are, where some read.
+    """
+    ranked = list(_ranking(spec, layout, layers))
+    if sum(size_bytes for _, size_bytes in ranked) <= ram_bytes:
+        return RamTier(dict(ranked))
+    copiers = max(COPIERS, readers)
+    bounce_bytes = max(size_bytes for _, size_bytes in ranked)
+    left_bytes = ram_bytes - copiers * bounce_bytes
+    held = {}
+    for segment, size_bytes in ranked:
+        left_bytes -= size_bytes
+        if left_bytes < 0:
+            break
+        held[segment] = size_bytes
+    return RamTier(held, copiers, bounce_bytes)
+
+
+def _ranking(
+    spec: ModelSpec, layout: Layout, layers: Sequence[LayerPlacement]
+) -> Iterator[tuple[SegmentId, int]]:
+    """Every segment and its stored bytes: by place in the hot rankings, layer by layer.
+
+    What never leaves the device comes last: RAM would hold it for nothing.
+    """
+    last = []
+    cuts = list(zip(layout.layers, layers, strict=True))
+    sizes = {
+        cut.layer: [(part, stored_bytes(spec, cut, part)) for part in PARTS] for cut, _ in cuts
+    }
+    for place, experts in enumerate(zip_longest(*(placed.hot for _, placed in cuts))):
+        for (cut, placed), expert in zip(cuts, experts, strict=True):
+            if expert is None:
+                continue  # the layer has fewer experts
+            for part, size_bytes in sizes[cut.layer]:
+                if size_bytes:
+                    found = SegmentId(cut.layer, expert, part), size_bytes
+                    if _stays(placed, part, place):
+                        last.append(found)
+                    else:
+                        yield found
+    yield from last
+
+
+def _stays(placed: LayerPlacement, part: Part, place: int) -> bool:
+    slots = placed.top_slots if part == "top" else placed.bottom_slots
+    return placed.policy == "pinned" and place < slots

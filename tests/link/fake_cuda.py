@@ -1,0 +1,85 @@
+"""A device that is the processor: its copies are done at once, its streams can be held up."""
+
+from __future__ import annotations
+
+import threading
+from typing import ClassVar
+
+import pytest
+import torch
+
+
+class FakeRuntime:
+    """Knows what is pinned, and refuses when told to."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.result = result
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        assert flags == 0
+        if self.result == 0:
+            self.pinned[address] = size_bytes
+        return self.result
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+class FakeStream:
+    """Work on it has passed, unless a test holds it up; and it may have failed."""
+
+    made: ClassVar[list[FakeStream]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.passing = threading.Event()
+        self.passing.set()
+        self.failure = ""
+        self.recorded = 0
+        FakeStream.made.append(self)
+
+
+class FakeEvent:
+    """Has happened as soon as the stream passes that it was last recorded on."""
+
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking, "spinning takes a core"
+        self._stream: FakeStream | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        if stream.failure:
+            raise RuntimeError(stream.failure)
+        stream.recorded += 1
+        self._stream = stream
+
+    def synchronize(self) -> None:
+        assert self._stream is not None
+        self._stream.passing.wait(30.0)
+
+
+class FakeDevice:
+    """All of it, in the place of torch's own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runtime = FakeRuntime()
+        self.consumer = FakeStream(torch.device("cpu"))
+        self.of_thread: dict[int, FakeStream] = {}
+        monkeypatch.setattr(FakeStream, "made", [])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self.runtime)
+        monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "set_stream", self._set_stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.consumer)
+
+    def _set_stream(self, stream: FakeStream) -> None:
+        self.of_thread[threading.get_ident()] = stream
+
+    @property
+    def copies(self) -> FakeStream:
+        """The one stream that a transfer has made."""
+        (stream,) = FakeStream.made
+        return stream
