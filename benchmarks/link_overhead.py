@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from moepack_runtime.direct_io import DirectFile
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import HostTransfer, Priority, Transfer
 
@@ -73,6 +74,7 @@ class FileStore(SegmentStore):
         self,
         check: CheckMode = CheckMode.FIRST,  # noqa: ARG002
         device: torch.device | None = None,  # noqa: ARG002
+        progress: Progress = NO_PROGRESS,  # noqa: ARG002
     ) -> dict[str, torch.Tensor]:
         """There is none."""
         return {}

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from moepack.segments import SegmentId
 from moepack_runtime.observers import Purpose, Timeline
-from moepack_runtime.progress import NO_PROGRESS, Progress
+from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.transfer import Ticket
 
 #: Events that a trace holds at most: about a thousand tokens of 48 layers.
@@ -127,16 +127,14 @@ class ChromeTrace(Timeline):
             _slices(fetched, [_LINK + track for track in link], zero_ns),
             _bytes_in_flight(fetched, zero_ns),
         )
-        progress.start("write the trace (events)", len(self) + 2 * len(fetched), "items")
-        try:
-            out.write(f'{{"otherData":{{"dropped_events":{self.dropped}}},'.encode())
-            out.write(b'"displayTimeUnit":"ms","traceEvents":[\n' + ",\n".join(few).encode())
+        out.write(f'{{"otherData":{{"dropped_events":{self.dropped}}},'.encode())
+        out.write(b'"displayTimeUnit":"ms","traceEvents":[\n' + ",\n".join(few).encode())
+        total = len(self) + 2 * len(fetched)
+        with working(progress, "write the trace (events)", total, "items"):
             while chunk := list(islice(many, _CHUNK)):
                 out.write(b",\n" + ",\n".join(chunk).encode())
                 progress.advance(len(chunk))
-            out.write(b"\n]}\n")
-        finally:
-            progress.done()
+        out.write(b"\n]}\n")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from moepack_runtime.model import Decoder, DecoderLayer
 from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.predict import NextRouter, Predictor
+from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
@@ -57,6 +58,8 @@ class Engine:
         Whether the trunk is compared with its checksums; the transfer has its own.
     predictor
         Guesses the next layer's experts where the plan fetches ahead; default: its router.
+    progress
+        Of the loading.
 
     Raises
     ------
@@ -79,6 +82,7 @@ class Engine:
         check: CheckMode = CheckMode.FIRST,
         predictor: Predictor | None = None,
         process_base_bytes: int = 0,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
         require_fit(spec, layout, placement)
         self.spec = spec
@@ -96,7 +100,7 @@ class Engine:
                 block_tokens=self._block_tokens,
                 device=self.device,
             )
-            self.decoder = Decoder(spec, store.load_trunk(check, self.device), self.kv)
+            self.decoder = Decoder(spec, store.load_trunk(check, self.device, progress), self.kv)
             self._experts = ExpertMemory(
                 spec,
                 layout,
@@ -105,7 +109,7 @@ class Engine:
                 transfer=transfer,
                 pool=placement.pool,
             )
-            self._experts.warm()
+            self._experts.warm(progress)
         self._look_ahead = LookAhead(
             spec, placement, self._experts, predictor or NextRouter(self.decoder.layers)
         )
@@ -190,8 +194,14 @@ class Engine:
         max_new_tokens: int,
         sampler: Sampler,
         stop_ids: Collection[int] = (),
+        progress: Progress = NO_PROGRESS,
     ) -> Generator[int]:
         """Yield new tokens as they are drawn; a stop token ends the text and is yielded last.
+
+        Parameters
+        ----------
+        progress
+            Of the prompt.
 
         Raises
         ------
@@ -204,7 +214,7 @@ class Engine:
         self.reset()
         self._meter = Meter(len(prompt), self._transfer.statistics)
         self._meter.begin(self._transfer.statistics)
-        token = self._drawn = sampler.draw(self.prefill(prompt))
+        token = self._drawn = sampler.draw(self.prefill(prompt, progress))
         self._meter.first_token()
         yield token
         if token not in stop_ids:
@@ -231,7 +241,9 @@ class Engine:
         self._require_room(self.kv.length + 1, max_new_tokens)
         yield from self._go_on(max_new_tokens, sampler, stop_ids)
 
-    def _go_on(self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Generator[int]:
+    def _go_on(
+        self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]
+    ) -> Generator[int]:
         for _ in range(new_tokens):
             token = self._drawn
             assert token is not None
@@ -252,7 +264,7 @@ class Engine:
                 f"context of {context}; plan with --context {prompt_tokens + new_tokens} or more"
             )
 
-    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+    def prefill(self, tokens: Sequence[int], progress: Progress = NO_PROGRESS) -> torch.Tensor:
         """Run tokens behind what is in the cache.
 
         Returns
@@ -260,13 +272,19 @@ class Engine:
         Tensor
             float32 [vocab]: the logits after the last token.
         """
-        return self.forward(tokens)[-1]
+        return self.forward(tokens, progress=progress)[-1]
 
     def decode(self, token: int) -> torch.Tensor:
         """Run one token. Returns the logits after it, float32 [vocab]."""
         return self.forward([token])[-1]
 
-    def forward(self, tokens: Sequence[int], *, all_logits: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: Sequence[int],
+        *,
+        all_logits: bool = False,
+        progress: Progress = NO_PROGRESS,
+    ) -> torch.Tensor:
         """Run tokens behind what is in the cache, layer by layer.
 
         Returns
@@ -282,7 +300,7 @@ class Engine:
             # Beyond this length every position has another angle, those in the cache included.
             run, start = [*self._tokens, *tokens], 0
             self.reset()
-        blocks = self._run([(start, run)])
+        blocks = self._run([(start, run)], progress)
         self.kv.advance(len(run))
         self._tokens.extend(run)
         with torch.inference_mode(), self._refusals_named():
@@ -309,15 +327,19 @@ class Engine:
         self.reset()
 
     @torch.inference_mode()
-    def _run(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
+    def _run(
+        self, sequences: Sequence[tuple[int, Sequence[int]]], progress: Progress = NO_PROGRESS
+    ) -> list[_Hidden]:
         """All layers over all blocks of (first position, tokens); the residual stream of each."""
         if self._broken:
             raise RunError("the engine failed in an earlier step; open it again")
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
         with self._refusals_named():
             stream = self._embed(sequences)
-            for layer in range(len(self.spec.layers)):
-                stream = self._run_layer(layer, stream)
+            with working(progress, "run the prompt (layers)", len(self.spec.layers), "items"):
+                for layer in range(len(self.spec.layers)):
+                    stream = self._run_layer(layer, stream)
+                    progress.advance(1)
         self._broken = False
         return stream
 

@@ -25,6 +25,7 @@ from moepack_runtime.frames import Fetch, Frames
 from moepack_runtime.observers import Timeline
 from moepack_runtime.pass_report import PassReport
 from moepack_runtime.pieces import pieces
+from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.slots import LayerSlots, allocate_slots
 from moepack_runtime.transfer import Ticket, Transfer
 
@@ -87,7 +88,7 @@ class ExpertMemory:
         """Who is shown."""
         return self._timeline
 
-    def warm(self) -> None:
+    def warm(self, progress: Progress = NO_PROGRESS) -> None:
         """Fill every slot with what its cache begins with."""
         tickets = []
         for layer in self.layers.values():
@@ -96,8 +97,11 @@ class ExpertMemory:
                     segment = SegmentId(layer.number, expert, part)
                     room = slots.pieces[slot].room(layer.shapes[part])
                     tickets.append(self.transfer.start(segment, room))
-        for ticket in tickets:
-            self.transfer.wait(ticket)
+        total_bytes = sum(ticket.stored_bytes for ticket in tickets)
+        with working(progress, "fill the slots", total_bytes):
+            for ticket in tickets:
+                self.transfer.wait(ticket)
+                progress.advance(ticket.stored_bytes)
 
     def step(self, layer: int, tokens: Sequence[Sequence[int]]) -> LayerPass:
         """Begin one pass over a layer: its routing is known, what is missing is asked for.

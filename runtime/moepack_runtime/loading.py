@@ -16,6 +16,7 @@ from moepack.units import format_size
 from moepack_runtime.capabilities import require_fit, require_own
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import forget_peak_resident, resident_bytes
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
 from moepack_runtime.transfer.host import DEFAULT_READERS
@@ -27,6 +28,7 @@ def open_packed(
     *,
     check: CheckMode = CheckMode.FIRST,
     link: tuple[float, float] | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Engine:
     """Open an engine over a packed folder, under a plan.
 
@@ -34,6 +36,8 @@ def open_packed(
     ----------
     link
         (bytes per second, latency in seconds): throttle the link to this.
+    progress
+        Of the trunk, and of the experts that the fast tier begins with.
 
     Raises
     ------
@@ -50,7 +54,9 @@ def open_packed(
     check_plan_fits(plan, packed.manifest, str(packed.folder))
     require_fit(spec, plan.layout, plan.placement)
     store = PackStore(packed)
-    return _open(spec, plan.layout, plan.placement, store, check, link, process_base_bytes)
+    return _open(
+        spec, plan.layout, plan.placement, store, check, link, process_base_bytes, progress
+    )
 
 
 def open_checkpoint(
@@ -77,6 +83,7 @@ def _open(
     check: CheckMode,
     link: tuple[float, float] | None,
     process_base_bytes: int,
+    progress: Progress = NO_PROGRESS,
 ) -> Engine:
     tier = require_host_memory(spec, layout, placement, process_base_bytes)
     torch.set_num_threads(placement.threads)  # of the process: torch knows no other
@@ -100,6 +107,7 @@ def _open(
             transfer=transfer,
             check=check,
             process_base_bytes=process_base_bytes,
+            progress=progress,
         )
     except BaseException:
         transfer.close()

@@ -5,15 +5,17 @@ The same as the tool's own, which this runtime does not know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
+
+Unit = Literal["bytes", "items"]
 
 
 class Progress(Protocol):
     """Told about one piece of work at a time, from one thread."""
 
-    def start(
-        self, what: str, total: int | None, unit: Literal["bytes", "items"] = "bytes"
-    ) -> None:
+    def start(self, what: str, total: int | None, unit: Unit = "bytes") -> None:
         """A piece of work begins.
 
         Parameters
@@ -34,9 +36,7 @@ class Progress(Protocol):
 
 
 class _NoProgress:
-    def start(
-        self, what: str, total: int | None, unit: Literal["bytes", "items"] = "bytes"
-    ) -> None:
+    def start(self, what: str, total: int | None, unit: Unit = "bytes") -> None:
         pass
 
     def advance(self, amount: int) -> None:
@@ -48,3 +48,15 @@ class _NoProgress:
 
 #: Tells nobody.
 NO_PROGRESS: Progress = _NoProgress()
+
+
+@contextmanager
+def working(
+    progress: Progress, what: str, total: int | None, unit: Unit = "bytes"
+) -> Iterator[Progress]:
+    """One piece of work, which ends with the block."""
+    progress.start(what, total, unit)
+    try:
+        yield progress
+    finally:
+        progress.done()

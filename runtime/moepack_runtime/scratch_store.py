@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from moepack.segments import SegmentId, SegmentShape, cut_expert
 from moepack_runtime.direct_io import Buffer, DirectFile
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, ExpertSource, SegmentStore
 
 
@@ -55,7 +56,10 @@ class ScratchStore(SegmentStore):
 
     @override
     def load_trunk(
-        self, check: CheckMode = CheckMode.FIRST, device: torch.device | None = None
+        self,
+        check: CheckMode = CheckMode.FIRST,
+        device: torch.device | None = None,
+        progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         return {}
 

@@ -8,6 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +33,7 @@ from moepack.segments import (
 )
 from moepack.units import MIB
 from moepack_runtime.direct_io import Buffer, DirectFile, allocate
+from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.weights import TORCH_DTYPE
 
 # Of the memory through which the trunk is read.
@@ -83,7 +85,10 @@ class SegmentStore(ABC):
 
     @abstractmethod
     def load_trunk(
-        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+        self,
+        check: CheckMode = CheckMode.FIRST,
+        device: torch.device = _CPU,
+        progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         """Every trunk tensor under its canonical name, in one block of the device's memory.
 
@@ -119,6 +124,10 @@ def _allocate_trunk(
         flat = memory[offset_bytes : offset_bytes + info.size_bytes]
         yield info, flat, flat.view(TORCH_DTYPE[info.dtype]).view(info.shape)
         offset_bytes += align_up(info.size_bytes, TRUNK_ALIGNMENT_BYTES)
+
+
+def _loading_trunk(progress: Progress, spec: ModelSpec) -> AbstractContextManager[Progress]:
+    return working(progress, "load the trunk", sum(info.size_bytes for info in spec.trunk))
 
 
 class PackStore(SegmentStore):
@@ -188,19 +197,28 @@ class PackStore(SegmentStore):
 
     @override
     def load_trunk(
-        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+        self,
+        check: CheckMode = CheckMode.FIRST,
+        device: torch.device = _CPU,
+        progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
         step = allocate(_TRUNK_STEP_BYTES)
-        for (info, flat, tensor), entry in zip(
-            _allocate_trunk(self._packed.spec, device), self._packed.trunk, strict=True
-        ):
-            self._read_trunk_tensor(entry, flat, step, check)
-            tensors[info.name] = tensor
+        with _loading_trunk(progress, self._packed.spec):
+            for (info, flat, tensor), entry in zip(
+                _allocate_trunk(self._packed.spec, device), self._packed.trunk, strict=True
+            ):
+                self._read_trunk_tensor(entry, flat, step, check, progress)
+                tensors[info.name] = tensor
         return tensors
 
     def _read_trunk_tensor(
-        self, entry: TrunkTensor, destination: torch.Tensor, step: torch.Tensor, check: CheckMode
+        self,
+        entry: TrunkTensor,
+        destination: torch.Tensor,
+        step: torch.Tensor,
+        check: CheckMode,
+        progress: Progress,
     ) -> None:
         checksum = 0
         buffer: Buffer = step.numpy()
@@ -212,6 +230,7 @@ class PackStore(SegmentStore):
             destination[done : done + count].copy_(step[:count])
             if check is not CheckMode.NEVER:
                 checksum = zlib.crc32(buffer[:count].data, checksum)
+            progress.advance(count)
         if check is not CheckMode.NEVER and checksum != entry.crc32:
             raise DamagedSegmentError(
                 f"trunk tensor {entry.name}: its bytes in {self._packed.trunk_path} do not match "
@@ -289,19 +308,24 @@ class CheckpointStore(SegmentStore):
 
     @override
     def load_trunk(
-        self, check: CheckMode = CheckMode.FIRST, device: torch.device = _CPU
+        self,
+        check: CheckMode = CheckMode.FIRST,
+        device: torch.device = _CPU,
+        progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
         step = allocate(_TRUNK_STEP_BYTES)
-        for info, flat, tensor in _allocate_trunk(self._spec, device):
-            bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
-            source = bits.reshape(-1).view(np.uint8)
-            # Through memory of ours: torch takes no array that may only be read.
-            for done in range(0, info.size_bytes, step.nbytes):
-                count = min(step.nbytes, info.size_bytes - done)
-                step.numpy()[:count] = source[done : done + count]
-                flat[done : done + count].copy_(step[:count])
-            tensors[info.name] = tensor
+        with _loading_trunk(progress, self._spec):
+            for info, flat, tensor in _allocate_trunk(self._spec, device):
+                bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
+                source = bits.reshape(-1).view(np.uint8)
+                # Through memory of ours: torch takes no array that may only be read.
+                for done in range(0, info.size_bytes, step.nbytes):
+                    count = min(step.nbytes, info.size_bytes - done)
+                    step.numpy()[:count] = source[done : done + count]
+                    flat[done : done + count].copy_(step[:count])
+                    progress.advance(count)
+                tensors[info.name] = tensor
         return tensors
 
     @override

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from moepack_runtime.direct_io import Buffer, DirectFile
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import (
     CudaTransfer,
@@ -61,6 +62,7 @@ class PatternStore(SegmentStore):
         self,
         check: CheckMode = CheckMode.FIRST,  # noqa: ARG002
         device: torch.device | None = None,  # noqa: ARG002
+        progress: Progress = NO_PROGRESS,  # noqa: ARG002
     ) -> dict[str, torch.Tensor]:
         return {}
 

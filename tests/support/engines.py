@@ -8,6 +8,7 @@ import torch
 from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_transfer
 from moepack_runtime.predict import Predictor
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, CheckpointStore, SegmentStore
 from moepack_runtime.transfer import Transfer
 
@@ -26,6 +27,7 @@ def open_engine(
     twin: Twin = lambda transfer: transfer,
     check: CheckMode = CheckMode.FIRST,
     predictor: Predictor | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Engine:
     """An engine over a plain checkpoint, or over ``store``, with its transfer wrapped."""
     store = store or CheckpointStore(checkpoint, checkpoint.spec, layout)
@@ -39,6 +41,7 @@ def open_engine(
             transfer=twin(transfer),
             check=check,
             predictor=predictor,
+            progress=progress,
         )
     except BaseException:
         transfer.close()
