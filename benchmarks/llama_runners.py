@@ -1,0 +1,143 @@
+"""llama.cpp and ik_llama.cpp among the programs that are compared."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gguf_text import text_of, tokens_of
+from benchmarks.peer_process import Watched
+from benchmarks.peer_runners import Generation, Measured, Runner, measured_of
+
+
+@dataclass(frozen=True)
+class LlamaRunner(Runner):
+    """llama.cpp or ik_llama.cpp: its program that goes on from a prompt.
+
+    Attributes
+    ----------
+    gguf : Path
+        The file, or the block device over it.
+    extra : tuple of str
+        Options that make it this variant.
+    """
+
+    binary: Path = Path()
+    gguf: Path = Path()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The GGUF."""
+        return (self.gguf,)
+
+    def command(
+        self, generation: Generation, threads: int, limit_bytes: int, scratch: Path
+    ) -> list[str]:
+        """See :class:`Runner`."""
+        del limit_bytes  # it asks for no limit
+        prompt = scratch / "prompt.txt"
+        prompt.write_text(text_of(generation.prompt), encoding="utf-8")
+        count = str(threads)
+        context = len(generation.prompt) + generation.new_tokens + 64
+        sampling = ["--temp", str(generation.temperature), "--samplers", "temperature"]
+        return [
+            *(str(self.binary), "-m", str(self.gguf), "-f", str(prompt)),
+            *("-n", str(generation.new_tokens), "-c", str(context), "-t", count, "-tb", count),
+            *("--seed", "0", "--ignore-eos", "--no-display-prompt", "--simple-io"),
+            *sampling,
+            *self.extra,
+        ]
+
+    def count_tokens(self, piece: str) -> int:
+        """See :class:`Runner`."""
+        return len(tokens_of(piece))
+
+    def measured(self, generation: Generation, watched: Watched) -> Measured | None:
+        """See :class:`Runner`."""
+        times = parse_timings(watched.messages + watched.output)
+        if times is None or watched.first is None:
+            return None
+        tokens = tuple(tokens_of(watched.output))
+        return measured_of(generation, watched, times.prefill_s, times.decode_s, tokens)
+
+
+class Timings(NamedTuple):
+    """What llama.cpp says of a run."""
+
+    prompt_tokens: int
+    prefill_s: float
+    decoded: int
+    decode_s: float
+
+
+_TIMING = re.compile(
+    r"(?P<prompt>prompt )?eval time\s*=\s*(?P<ms>[\d.]+) ms\s*/\s*(?P<count>\d+) (?:tokens|runs)"
+)
+
+
+def parse_timings(messages: str) -> Timings | None:
+    """The timings that llama.cpp and ik_llama.cpp print at their end; None where there are none."""
+    prompt: tuple[int, float] | None = None
+    decode: tuple[int, float] | None = None
+    for found in _TIMING.finditer(messages):
+        each = int(found["count"]), float(found["ms"]) / 1e3
+        if found["prompt"]:
+            prompt = each
+        else:
+            decode = each
+    return None if prompt is None or decode is None else Timings(*prompt, *decode)
+
+
+def find_binary(path: Path | None, names: Sequence[str]) -> Path | None:
+    """A program: itself, or in the folder that was named, or in its ``bin`` or ``build/bin``."""
+    if path is None or path.is_file():
+        return path
+    for folder in (path, path / "bin", path / "build" / "bin"):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def llama_runners(
+    name: str, binary: Path | None, gguf: Path, device: Path | str, threads: tuple[int, ...]
+) -> list[Runner]:
+    """The variants of llama.cpp, or of what came from it, that this binary can run.
+
+    Parameters
+    ----------
+    device
+        A block device over the GGUF that reads little ahead, or why there is none.
+    """
+    if binary is None:
+        return [LlamaRunner(name, threads, "no binary was given, or it is not there")]
+    known = subprocess.run([str(binary), "--help"], capture_output=True, text=True, check=False)
+    options = known.stdout + known.stderr
+    common = [option for option in ("--no-repack", "-no-cnv") if option in options]
+    plain = LlamaRunner(f"{name}, mmap", threads, "", binary, gguf, tuple(common))
+    found: list[Runner] = [plain]
+
+    def variant(what: str, *extra: str, over: Path = gguf, absent: str = "") -> None:
+        made = replace(plain, name=f"{name}, {what}", absent=absent, gguf=over)
+        found.append(replace(made, extra=(*common, *extra)))
+
+    if isinstance(device, Path):
+        variant("mmap, 128 KiB ahead", over=device)
+    else:
+        variant("mmap, 128 KiB ahead", absent=device)
+    if "--load-mode" in options and "dio" in options:
+        variant("direct I/O", "--load-mode", "dio")
+    elif "--direct-io" in options:
+        variant("direct I/O", "--direct-io", "--no-mmap")
+    else:
+        variant("direct I/O", absent="this version has none")
+    if "--prefetch-experts" in options:
+        variant("--prefetch-experts", "--prefetch-experts")
+        if isinstance(device, Path):
+            variant("--prefetch-experts, 128 KiB ahead", "--prefetch-experts", over=device)
+    return found

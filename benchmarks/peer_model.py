@@ -1,0 +1,170 @@
+"""One model for all programs: moepack's plan and pack for a limit, and the GGUF.
+
+moepack is used as anybody would use it, by its commands, in a workspace of its own in the scratch
+folder. What it has measured and packed there is kept for the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.peer_runners import SPARE_BYTES
+from moepack.budget import stored_bytes
+from moepack.checkpoint import Checkpoint
+from moepack.errors import MoepackError
+from moepack.hardware import load_hardware
+from moepack.layouts import uniform_layout
+from moepack.plan import load_plan
+from moepack.workspace import ModelFolder, Workspace
+
+#: The process takes more than was measured of a bare one: modules that only a run needs.
+SLACK_BYTES = 32 << 20
+
+#: In a plan's replay, what no engine could be: everything there, or the future known.
+_BOUNDS = frozenset({"resident", "belady"})
+
+
+class NotPreparedError(MoepackError):
+    """A step before the measurement failed."""
+
+
+class Bar(NamedTuple):
+    """The speed of a link that carries exactly what the best online policy misses.
+
+    Attributes
+    ----------
+    policy : str
+        The strategy that misses the fewest bytes in the replay of the recorded routing.
+    bandwidth_bytes_per_s : float
+        Of the disk as profiled, at the size of an expert.
+    """
+
+    policy: str
+    missed_bytes_per_token: float
+    bandwidth_bytes_per_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None where nothing is missed."""
+        missed = self.missed_bytes_per_token
+        return self.bandwidth_bytes_per_s / missed if missed else None
+
+
+class Prepared(NamedTuple):
+    """moepack, ready for one limit."""
+
+    pack: Path
+    plan: Path
+    threads: int
+    bar: Bar
+    document: dict[str, Any]
+
+
+class PeerModel:
+    """A checkpoint, profiled; plans, packs and the GGUF are made when they are asked for."""
+
+    def __init__(self, model: Path, scratch: Path) -> None:
+        self.checkpoint = Checkpoint.open(model)
+        self.spec = self.checkpoint.spec
+        self.folder = model
+        self._scratch = scratch
+        self._workspace = Workspace(scratch / "moepack")
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all weights."""
+        return self.spec.experts_bytes + self.spec.trunk_bytes
+
+    @property
+    def process_base_bytes(self) -> int:
+        """Of a process that has loaded torch and nothing else, as profiled."""
+        return load_hardware(self._workspace.hardware_path).process_base_bytes
+
+    def profile(self) -> None:
+        """Measure the machine and the model, unless that has been done in this scratch folder.
+
+        Raises
+        ------
+        NotPreparedError
+            With what moepack said.
+        """
+        known = self._known()
+        if known is None or not known.routing_path.exists():
+            self._moepack("profile", str(self.folder))
+
+    def prepare(self, limit_bytes: int, *, prompt_tokens: int, new_tokens: int) -> Prepared:
+        """Plan for a control group of this size, and pack.
+
+        Raises
+        ------
+        NotPreparedError
+            With what moepack said: the limit may be too small.
+        """
+        ram_bytes = limit_bytes - SPARE_BYTES
+        vram_bytes = ram_bytes - self.process_base_bytes - SLACK_BYTES
+        if vram_bytes <= 0:
+            raise NotPreparedError(
+                f"a limit of {limit_bytes} bytes leaves nothing for the model beside a process of "
+                f"{self.process_base_bytes}"
+            )
+        lengths = ("--prompt", str(prompt_tokens), "--new", str(new_tokens))
+        context = ("--context", str(prompt_tokens + new_tokens))
+        budgets = ("--vram", str(vram_bytes), "--ram", str(ram_bytes))
+        asked = (str(self.folder), *budgets, *lengths, *context, "--json")
+        document = json.loads(self._moepack("plan", *asked))
+        self._moepack("pack", str(self.folder))
+        known = self._known()
+        assert known is not None
+        plan = self._scratch / f"plan-{limit_bytes}.json"
+        shutil.copyfile(known.plan_path, plan)
+        threads = load_plan(plan).placement.threads
+        return Prepared(known.pack_folder(), plan, threads, self._bar(document), document)
+
+    def gguf(self, given: Path | None) -> Path:
+        """The GGUF of these weights: the one that was given, or one made in the scratch folder.
+
+        Raises
+        ------
+        CheckpointError
+            When the given one is another's, or none can be written.
+        """
+        from benchmarks.gguf_export import export, require_ours
+
+        path = given or self._scratch / f"{self.checkpoint.weights_digest[:16]}.gguf"
+        if given is None and not path.exists():
+            export(self.checkpoint, path)
+        require_ours(path, self.checkpoint)
+        return path
+
+    def _known(self) -> ModelFolder | None:
+        return self._workspace.find_source(str(self.folder.resolve()))
+
+    def _bar(self, document: dict[str, Any]) -> Bar:
+        missed = {
+            name: float(baseline["link_bytes_per_token"])
+            for name, baseline in document["baselines"].items()
+            if name not in _BOUNDS
+        }
+        policy = min(missed, key=lambda name: missed[name])
+        cut = uniform_layout(self.spec, 1.0).layers[0]
+        expert_bytes = stored_bytes(self.spec, cut, "top")
+        link = load_hardware(self._workspace.hardware_path).link_seconds
+        return Bar(policy, missed[policy], expert_bytes / link(expert_bytes))
+
+    def _moepack(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "moepack", *arguments],
+            env={**os.environ, "MOEPACK_HOME": str(self._workspace.root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise NotPreparedError(f"moepack {arguments[0]}: {done.stderr.strip()}")
+        return done.stdout

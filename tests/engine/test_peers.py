@@ -1,0 +1,211 @@
+"""What the benchmark of peers is made of: each part apart, without the peers themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from benchmarks.control_group import ControlGroup, Interface, NoControlGroupError
+from benchmarks.gguf_text import text_of, tokens_of
+from benchmarks.llama_runners import find_binary, llama_runners, parse_timings
+from benchmarks.peer_model import Bar
+from benchmarks.peer_process import run_watched
+from benchmarks.peer_report import Row, judge, row_of, sentence, table
+from benchmarks.peer_runners import Measured
+from moepack.checkpoint import Checkpoint
+from moepack.errors import CheckpointError
+from moepack.units import MIB
+from tests.support.tiny_models import TINY_MODELS, TinyModel, randomise
+
+#: The end of what llama-completion printed here.
+LLAMA_CPP_SAYS = """
+common_perf_print:    sampling time =       3.10 ms
+common_perf_print:        load time =     741.22 ms
+common_perf_print: prompt eval time =     102.44 ms /    32 tokens (    3.20 ms per token,   312.4)
+common_perf_print:        eval time =     145.70 ms /     7 runs   (   20.81 ms per token,    48.0)
+common_perf_print:       total time =     260.11 ms /    39 tokens
+"""
+
+MEASURED = Measured(1.0, 10.0, 4.0, 1000, 100.0, 5000, 4000)
+
+
+def saved(tiny: TinyModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
+    model = transformers.AutoModelForCausalLM.from_config(tiny.config(), dtype=torch.float32)
+    randomise(model, seed=3)
+    model.to(dtype).save_pretrained(folder)
+    return Checkpoint.open(folder)
+
+
+def tiny_of(family: str, **changes: object) -> TinyModel:
+    found = next(tiny for tiny in TINY_MODELS if tiny.key == f"{family}-plain")
+    return dataclasses.replace(found, changes={**found.changes, **changes})
+
+
+@pytest.mark.parametrize(
+    "tiny",
+    [tiny_of("olmoe"), tiny_of("qwen2_moe", mlp_only_layers=[]), tiny_of("qwen3_moe")],
+    ids=lambda tiny: tiny.family,
+)
+def test_a_gguf_holds_the_very_weights(tiny: TinyModel, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from benchmarks.gguf_export import export, require_ours
+
+    checkpoint = saved(tiny, tmp_path / "model")
+    out = tmp_path / "model.gguf"
+    export(checkpoint, out)
+    reader = gguf.GGUFReader(out)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert out.stat().st_size % 4096 == 0
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+    elements = sum(int(np.prod(tensor.shape)) for tensor in reader.tensors)
+    assert elements == checkpoint.spec.total_parameters
+    for layer in checkpoint.spec.moe_layers:
+        for expert in range(checkpoint.spec.moe(layer).num_experts):
+            weights = checkpoint.expert(layer, expert)
+            for projection in ("gate", "up", "down"):
+                stacked = tensors[f"blk.{layer}.ffn_{projection}_exps.weight"].data
+                found = stacked[expert].view(np.uint16)
+                np.testing.assert_array_equal(found, weights[f"{projection}.weight"])
+    router = checkpoint.trunk_tensor("layers.1.router.weight").astype(np.uint32) << 16
+    np.testing.assert_array_equal(
+        tensors["blk.1.ffn_gate_inp.weight"].data, router.view(np.float32)
+    )
+    embedding = tensors["token_embd.weight"].data.view(np.uint16)
+    np.testing.assert_array_equal(embedding, checkpoint.trunk_tensor("embed.weight"))
+    words = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert words[:3] == list(text_of([0, 1, 2]))
+    assert len(words) == checkpoint.spec.vocab_size
+    require_ours(out, checkpoint)
+    other = saved(tiny_of("olmoe", vocab_size=64), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"weights_digest is .*, expected"):
+        require_ours(out, other)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "reason"),
+    [
+        (tiny_of("qwen2_moe"), "layer 0 has no routed experts"),
+        (tiny_of("olmoe", clip_qkv=0.9), "layer 0 clamps its queries"),
+        (tiny_of("qwen3_moe", norm_topk_prob=False), "normalises its weights otherwise"),
+        (tiny_of("mixtral"), "is mixtral"),
+    ],
+    ids=["dense", "clamped", "normalised", "family"],
+)
+def test_a_graph_that_llama_cpp_lacks_is_refused(
+    tiny: TinyModel, reason: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    from benchmarks.gguf_export import export
+
+    with pytest.raises(CheckpointError, match=reason):
+        export(saved(tiny, tmp_path / "model"), tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_text_and_tokens_are_each_others_inverse() -> None:
+    tokens = [0, 5, 151_935, 5, 7]
+    assert tokens_of(text_of(tokens)) == tokens
+    assert tokens_of(f"> {text_of(tokens)} [end of text]\n") == tokens
+
+
+def test_timings_are_read_from_what_llama_cpp_prints() -> None:
+    found = parse_timings(LLAMA_CPP_SAYS)
+    assert found is not None
+    assert found == pytest.approx((32, 0.10244, 7, 0.1457))
+    assert parse_timings("error: failed to load the model") is None
+
+
+def test_a_peer_that_is_absent_is_told_with_the_reason(tmp_path: Path) -> None:
+    assert find_binary(tmp_path, ("llama-cli",)) is None
+    program = tmp_path / "build" / "bin" / "llama-cli"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho '--prefetch-experts --no-repack'\n")
+    program.chmod(0o755)
+    assert find_binary(tmp_path, ("llama-cli",)) == program
+    (absent,) = llama_runners("ik", None, tmp_path, "no device", (1, 2))
+    assert absent.absent
+    there = {each.name: each for each in llama_runners("ik", program, tmp_path, "none", (1, 2))}
+    assert there["ik, direct I/O"].absent
+    assert there["ik, mmap, 128 KiB ahead"].absent == "none"
+    assert not there["ik, mmap"].absent
+    assert not there["ik, --prefetch-experts"].absent
+
+
+def test_the_interface_of_control_groups_is_found(tmp_path: Path) -> None:
+    with pytest.raises(NoControlGroupError, match="no memory controller"):
+        Interface.find(tmp_path)
+    (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
+    assert Interface.find(tmp_path).limit == "memory.max"
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").touch()
+    first = Interface.find(tmp_path)
+    assert (first.root, first.peak) == (tmp_path / "memory", "memory.max_usage_in_bytes")
+
+
+def test_a_process_is_held_to_the_limit_and_counted(tmp_path: Path) -> None:
+    try:
+        ControlGroup("test", 64 * MIB).close()
+    except NoControlGroupError as failure:
+        pytest.skip(str(failure))
+
+    def run(allocated_bytes: int) -> str:
+        code = f"held = b'x' * {allocated_bytes}; print('*' * 3, flush=True)"
+        watched = run_watched(
+            [sys.executable, "-c", code],
+            limit_bytes=64 * MIB,
+            messages=tmp_path / "messages.txt",
+            timeout_s=60,
+            count_tokens=lambda piece: piece.count("*"),
+        )
+        assert watched.peak_group_bytes is None or watched.peak_group_bytes <= 64 * MIB
+        assert watched.tokens == (0 if watched.failure else 3)
+        assert (watched.first is None) == bool(watched.failure)
+        return watched.failure
+
+    assert run(1 * MIB) == ""
+    assert run(128 * MIB) == "killed for want of memory"
+
+
+def test_the_faster_number_of_threads_counts() -> None:
+    slow, fast = (MEASURED._replace(decode_tokens_per_s=speed) for speed in (2.0, 3.0))
+    row = row_of("peer", {1: [slow], 2: [fast, fast._replace(decode_tokens_per_s=5.0)]}, "")
+    assert (row.threads, row.rounds, row.decode_tokens_per_s) == (2, 2, 4.0)
+    assert (row.slowest, row.fastest) == (3.0, 5.0)
+    assert row_of("peer", {}, "killed").failure == "killed"
+
+
+@pytest.mark.parametrize(
+    ("own_decode", "own_prefill", "missed", "ratio", "passed"),
+    [
+        (5.0, 20.0, 100.0, 1.0, True),  # 2.5 times the peer's 2 is the lower bar
+        (4.9, 20.0, 100.0, 0.98, False),
+        (4.9, 20.0, 250.0, 4.9 / 3.6, True),  # 0.9 * 1000 / 250 is
+        (5.0, 19.0, 100.0, 1.0, False),
+    ],
+)
+def test_the_bar_is_the_lower_of_two(
+    own_decode: float, own_prefill: float, missed: float, ratio: float, passed: bool
+) -> None:
+    of_peer = MEASURED._replace(decode_tokens_per_s=2.0, prefill_tokens_per_s=20.0)
+    of_own = MEASURED._replace(decode_tokens_per_s=own_decode, prefill_tokens_per_s=own_prefill)
+    rows = [
+        row_of("moepack", {1: [of_own]}, ""),
+        row_of("peer", {1: [of_peer]}, ""),
+        Row("another", "killed"),
+    ]
+    bar = Bar("lru", missed, 1000.0)
+    verdict = judge(rows, bar)
+    assert verdict.best_peer == "peer"
+    assert verdict.decode_ratio == pytest.approx(ratio)
+    assert verdict.passed == passed
+    assert sentence(verdict, bar, rows, judged=True).endswith("pass" if passed else "FAIL")
+    assert len({line.count("|") for line in table(rows)}) == 1
+    json.dumps(verdict._asdict())
