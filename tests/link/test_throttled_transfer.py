@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 from time import perf_counter, sleep
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -140,6 +143,69 @@ def test_cancelling_frees_the_link(link: ThrottledTransfer, clock: Clock) -> Non
         assert arrival_s(link, last, clock) == 2 * SERVICE_S
         assert bool((place == 3).all())
         assert link.statistics.reads == 2
+
+
+def test_a_ticket_tells_when_the_link_had_it(link: ThrottledTransfer, clock: Clock) -> None:
+    with link:
+        tickets = [start(link, n)[0] for n in range(2)]
+        for ticket in tickets:
+            link.wait(ticket)
+        times = [(round(t.begin_s - 100.0, 9), round(t.end_s - 100.0, 9)) for t in tickets]
+        assert times == [(0.0, SERVICE_S), (SERVICE_S, 2 * SERVICE_S)]
+
+
+class Asked(NamedTuple):
+    """One segment of the simulation below: when it was asked for, and when nobody wanted it."""
+
+    at_s: float
+    priority: Priority
+    unwanted_s: float = math.inf
+
+
+def simulate(asked: list[Asked]) -> dict[int, float]:
+    """When each segment gets the link, of those that do before nobody wants them."""
+    begins: dict[int, float] = {}
+    free_s = 0.0
+    while True:
+        left = [number for number in range(len(asked)) if number not in begins]
+        turns = {number: max(free_s, asked[number].at_s) for number in left}
+        left = [number for number in left if asked[number].unwanted_s > turns[number]]
+        if not left:
+            return begins
+        turn_s = min(turns[number] for number in left)
+        there = [number for number in left if turns[number] == turn_s]
+        first = min(there, key=lambda number: (asked[number].priority, number))
+        begins[first] = turn_s
+        free_s = turn_s + SERVICE_S
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_link_goes_as_a_simulation_of_it(clock: Clock, seed: int) -> None:
+    """The rules of the replay: demands first, a queued prefetch may be dropped, others finish."""
+    chance = random.Random(seed)
+    asked: list[Asked] = []
+    tickets: list[Ticket] = []
+    dropped = set()
+    with make(PatternStore()) as link:
+        for _ in range(150):
+            clock.now_s += chance.expovariate(1.5 / SERVICE_S)
+            if chance.random() < 0.6:
+                priority = chance.choice(list(Priority))
+                tickets.append(start(link, len(asked), priority)[0])
+                asked.append(Asked(clock.now_s, priority))
+            else:
+                number = chance.randrange(max(0, len(asked) - 6), len(asked)) if asked else 0
+                if asked and asked[number].unwanted_s == math.inf:
+                    asked[number] = asked[number]._replace(unwanted_s=clock.now_s)
+                    if link.cancel(tickets[number]):
+                        dropped.add(number)
+        expected = simulate(asked)
+        assert dropped
+        assert set(range(len(asked))) - dropped == expected.keys()
+        for number in sorted(expected, key=lambda number: (asked[number].priority, number)):
+            link.wait(tickets[number])
+            assert tickets[number].begin_s == pytest.approx(expected[number], abs=1e-9)
+            assert tickets[number].end_s == pytest.approx(expected[number] + SERVICE_S, abs=1e-9)
 
 
 def test_statistics_are_those_of_the_calculated_link(clock: Clock) -> None:

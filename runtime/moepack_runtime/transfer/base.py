@@ -141,7 +141,10 @@ class Transfer(ABC):
 
     @abstractmethod
     def is_ready(self, ticket: Ticket) -> bool:
-        """Whether :meth:`wait` would return, or raise, without waiting."""
+        """Whether :meth:`wait` would return, or raise, without waiting.
+
+        False may also mean that it is not known: only waiting brings a segment for certain.
+        """
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:

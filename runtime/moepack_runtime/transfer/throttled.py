@@ -20,7 +20,7 @@ _SPIN_S = 200e-6
 
 
 class _ThrottledTicket(Ticket):
-    __slots__ = ("arrival_s", "begin_s", "cancelled", "inner", "priority", "start_s")
+    __slots__ = ("cancelled", "inner", "priority", "start_s")
 
     def __init__(self, inner: Ticket, priority: Priority, start_s: float) -> None:
         super().__init__(inner.segment, inner.stored_bytes)
@@ -28,7 +28,7 @@ class _ThrottledTicket(Ticket):
         self.priority = priority
         self.start_s = start_s
         self.begin_s = math.inf  # until its turn on the link has come
-        self.arrival_s = math.inf
+        self.end_s = math.inf
         self.cancelled = False
 
 
@@ -39,7 +39,8 @@ class ThrottledTransfer(Transfer):
     bytes / rate_bytes_per_s``. It is a calculation, not a thread: whenever it is asked, it works
     out what such a link would have done by now, and a wait sleeps until the calculated arrival.
 
-    ``cancel`` waits for the inner transfer where that is already past cancelling.
+    ``cancel`` waits for the inner transfer where that is already past cancelling. A ticket's times
+    are those of the calculated link.
 
     Parameters
     ----------
@@ -88,21 +89,21 @@ class ThrottledTransfer(Transfer):
         """Give the link to everybody whose turn has come by ``now_s``; count what has arrived."""
         while self._queue and self._free_s <= now_s:
             self._carry_next()
-        while self._carrying and self._carrying[0].arrival_s <= now_s:
+        while self._carrying and self._carrying[0].end_s <= now_s:
             ticket = self._carrying.popleft()
             self._carried = LinkStatistics(
                 self._carried.bytes + ticket.stored_bytes,
                 self._carried.reads + 1,
-                self._carried.busy_s + ticket.arrival_s - ticket.begin_s,
+                self._carried.busy_s + ticket.end_s - ticket.begin_s,
             )
 
     def _carry_next(self) -> None:
         ticket = heapq.heappop(self._queue)[2]
-        if ticket.cancelled or ticket.arrival_s < math.inf:
+        if ticket.cancelled or ticket.end_s < math.inf:
             return
         ticket.begin_s = max(self._free_s, ticket.start_s)
         service_s = self._latency_s + ticket.stored_bytes / self._rate_bytes_per_s
-        ticket.arrival_s = self._free_s = ticket.begin_s + service_s
+        ticket.end_s = self._free_s = ticket.begin_s + service_s
         self._carrying.append(ticket)
 
     @override
@@ -110,28 +111,28 @@ class ThrottledTransfer(Transfer):
         assert isinstance(ticket, _ThrottledTicket)
         assert not ticket.cancelled, f"{ticket.segment}: waiting for a cancelled one"
         self._advance(perf_counter())
-        if ticket.arrival_s == math.inf:
+        if ticket.end_s == math.inf:
             if ticket.priority is not Priority.DEMAND:
                 ticket.priority = Priority.DEMAND
                 self._push(ticket)
             # Nobody can start anything while the consumer waits: the order is settled.
-            while ticket.arrival_s == math.inf:
+            while ticket.end_s == math.inf:
                 self._carry_next()
         self._inner.wait(ticket.inner)
-        _sleep_until(ticket.arrival_s)
+        _sleep_until(ticket.end_s)
 
     @override
     def is_ready(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, _ThrottledTicket)
         now_s = perf_counter()
         self._advance(now_s)
-        return ticket.arrival_s <= now_s and self._inner.is_ready(ticket.inner)
+        return ticket.end_s <= now_s and self._inner.is_ready(ticket.inner)
 
     @override
     def cancel(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, _ThrottledTicket)
         self._advance(perf_counter())
-        if ticket.cancelled or ticket.arrival_s < math.inf:
+        if ticket.cancelled or ticket.end_s < math.inf:
             return ticket.cancelled
         if not self._inner.cancel(ticket.inner):
             # The bytes are on their way in truth though not on the link: see them land.
