@@ -109,6 +109,21 @@ class Access(NamedTuple):
     admitted: dict[int, int]
 
 
+class Resized(NamedTuple):
+    """What another number of slots changes.
+
+    Attributes
+    ----------
+    moved : dict
+        Slot -> the slot, of those that go, whose expert it holds from now on.
+    admitted : dict
+        Expert -> slot, of those that come, that it is to be loaded into.
+    """
+
+    moved: dict[int, int]
+    admitted: dict[int, int]
+
+
 class LayerCache(Protocol):
     """What one layer sees of its slots, or of those that all layers share."""
 
@@ -156,11 +171,7 @@ class ExpertCache:
         layers: int = 1,
     ) -> None:
         require_half_life("a cache", policy, half_life_tokens)
-        if not 0 <= capacity <= len(hot) or sorted(hot) != list(range(len(hot))):
-            raise ValueError(
-                f"capacity {capacity} with a hot ranking of {len(hot)}: expected a permutation of "
-                "all experts, and no more slots than experts"
-            )
+        _require_ranking(capacity, hot, len(hot))
         self.policy = policy
         self.capacity = capacity
         self._half_life_tokens = half_life_tokens
@@ -204,6 +215,48 @@ class ExpertCache:
         if len(order) <= self.capacity:
             return Access(hits, self._admit_all(order, hits))
         return Access(hits, self._admit_some(order, hits))
+
+    def resize(self, capacity: int, hot: Sequence[int]) -> Resized:
+        """Have another number of slots, between two passes. What has been counted stays.
+
+        What is last in the order leaves; what is first in it of the others comes. ``pinned`` orders
+        by the hot ranking alone. Slots go from the end and come at the end.
+
+        Parameters
+        ----------
+        capacity : int
+            0 to the number of experts.
+        hot
+            Every expert, hottest first: the ranking from now on.
+        """
+        _require_ranking(capacity, hot, len(self._uses))
+        for place, expert in enumerate(hot):
+            self._place[expert] = place
+        slots = self._slot_of
+        order = sorted(hot, key=self._lasting_rank, reverse=True)
+        staying = [expert for expert in order if expert in slots][:capacity]
+        coming = [expert for expert in order if expert not in slots]
+        freed = set(range(min(capacity, self.capacity))) - {slots[expert] for expert in staying}
+        moved = {}
+        self._slot_of = {}
+        for expert in staying:
+            slot = slots[expert]
+            if slot >= capacity:
+                slot = freed.pop()
+                moved[slot] = slots[expert]
+            self._slot_of[expert] = slot
+        admitted = dict(zip(coming, range(self.capacity, capacity), strict=False))
+        self._slot_of.update(admitted)
+        self.capacity = capacity
+        if self.policy != "pinned":
+            self._rebuild()
+        return Resized(moved, admitted)
+
+    def _lasting_rank(self, expert: int) -> tuple[float, int]:
+        """The order for as long as the number of slots lasts."""
+        if self.policy == "pinned":
+            return (-1 - self._place[expert], -expert)
+        return self._rank(expert)
 
     def _rank(self, expert: int) -> tuple[float, int]:
         """The order of experts apart from the pass; the smallest goes first."""
@@ -259,6 +312,14 @@ class ExpertCache:
                 admitted[expert] = slots[expert] = slots.pop(victims.pop())
         self._rebuild()
         return admitted
+
+
+def _require_ranking(capacity: int, hot: Sequence[int], experts: int) -> None:
+    if not 0 <= capacity <= experts or sorted(hot) != list(range(experts)):
+        raise ValueError(
+            f"capacity {capacity} with a hot ranking of {len(hot)}: expected a permutation of "
+            "all experts, and no more slots than experts"
+        )
 
 
 class SharedCache:

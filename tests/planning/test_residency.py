@@ -79,6 +79,14 @@ class ObviousCache:
                 self.slots[admitted[expert]] = expert
         return Access({e: before.index(e) for e in sorted(used) if e in before}, admitted)
 
+    def after_resizing(self, capacity: int, hot: Sequence[int]) -> set[int]:
+        """Who is there with another number of slots; ``hot`` is the ranking from now on."""
+        self._hot = list(hot)
+        ranking = sorted(hot, key=self._order, reverse=True) if self._policy != "pinned" else hot
+        first = [expert for expert in ranking if expert in self.slots]
+        others = [expert for expert in ranking if expert not in self.slots]
+        return set([*first, *others][:capacity])
+
     def _order(self, expert: int) -> tuple[bool, float, int]:
         """Used at all; then the policy's own measure; then the lower id."""
         uses = [when for when, token in enumerate(self._history) if expert in token]
@@ -230,6 +238,70 @@ def test_slots_are_never_shared_and_never_more_than_the_capacity(
                 contents[access.admitted[expert]] = expert
         assert {slot: expert for expert, slot in cache.resident.items()} == contents
         assert len(contents) == capacity
+
+
+sizes = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), min_size=1, max_size=5)
+
+
+@given(routings(), policies, half_lives, st.integers(0, 9), st.integers(1, 4), sizes, st.data())
+def test_a_cache_of_another_size_keeps_its_first_and_goes_on_by_the_rules(
+    routing: tuple[int, list[list[int]]],
+    policy: Policy,
+    half_life: float,
+    capacity: int,
+    batch: int,
+    sizes: list[tuple[int, int]],
+    data: st.DataObject,
+) -> None:
+    experts, tokens = routing
+    hot = data.draw(st.permutations(range(experts)))
+    capacity = min(capacity, experts)
+    cache = ExpertCache(capacity, hot, policy, half_life_tokens=half_life_of(policy, half_life))
+    obvious = ObviousCache(capacity, hot, policy, half_life=half_life)
+    passes = iter([tokens[start : start + batch] for start in range(0, len(tokens), batch)])
+    for size, steps in sizes:
+        for passed in itertools.islice(passes, steps):
+            assert cache.step(passed) == obvious.step(passed)
+        hot = data.draw(st.permutations(range(experts)))
+        wanted = min(size, experts)
+        contents = {slot: expert for expert, slot in cache.resident.items()}
+        resized = cache.resize(wanted, hot)
+        # What the runtime does: slots go and come at the end.
+        for slot, source in resized.moved.items():
+            assert slot < wanted <= source
+            contents[slot] = contents[source]
+        contents = {slot: contents[slot] for slot in contents if slot < wanted}
+        for expert, slot in resized.admitted.items():
+            assert slot not in contents
+            contents[slot] = expert
+        assert {slot: expert for expert, slot in cache.resident.items()} == contents
+        assert sorted(contents) == list(range(wanted))
+        assert set(contents.values()) == obvious.after_resizing(wanted, hot)
+        obvious.slots = [contents[slot] for slot in range(wanted)]
+
+
+@given(routings(), st.sampled_from(("lru", "pinned")), st.data())
+def test_a_cache_of_another_size_holds_what_one_of_that_size_always_held(
+    routing: tuple[int, list[list[int]]], policy: Policy, data: st.DataObject
+) -> None:
+    experts, tokens = routing
+    hot = data.draw(st.permutations(range(experts)))
+    before, after = (data.draw(st.integers(len(tokens[0]), experts)) for _ in range(2))
+    cache, always = ExpertCache(before, hot, policy), ExpertCache(after, hot, policy)
+    for token in tokens:
+        cache.step([token])
+        always.step([token])
+    cache.resize(after, hot)
+    assert cache.resident.keys() == always.resident.keys()
+
+
+def test_a_cache_refuses_a_size_that_it_cannot_have() -> None:
+    cache = ExpertCache(1, [1, 0])
+    with pytest.raises(ValueError, match="no more slots than experts"):
+        cache.resize(3, [1, 0])
+    with pytest.raises(ValueError, match="permutation of all experts"):
+        cache.resize(1, [1, 0, 2])
+    assert cache.resident == {1: 0}
 
 
 def test_a_full_cache_admits_every_expert_of_a_token_it_can_hold() -> None:
