@@ -6,8 +6,14 @@ from typing import Annotated
 
 import typer
 
-from moepack.cli.generation import drift_of, open_session, run_document
-from moepack.cli.options import JsonOption, LinkOption, PackOption
+from moepack.cli.generation import (
+    drift_of,
+    link_efficiency,
+    open_session,
+    run_document,
+    traced,
+)
+from moepack.cli.options import JsonOption, LinkOption, PackOption, TraceOption
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import DriftError
@@ -33,23 +39,28 @@ def bench(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail when a measurement lies outside the band.")
     ] = False,
+    trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure, and compare with what was predicted."""
-    from moepack.report.run import bench_view
+    from moepack.report.run import run_view
 
     workspace = Workspace.locate()
-    session = open_session(workspace, model, check="first", link=link)
-    with session.engine:
-        plan = session.plan
-        prompt_tokens = prompt or plan.placement.prompt_tokens
-        new_tokens = new or plan.placement.new_tokens
-        prompts = shipped_prompts(session.tokenizer, prompt_tokens)
-        note(
-            f"{len(prompts)} texts, {prompt_tokens} tokens of each as prompt, {new_tokens} new "
-            "tokens drawn at temperature 1 (seed 0)"
-        )
-        measured, tokens = measure(session.engine, prompts, new_tokens, progress=TerminalProgress())
+    with traced(trace) as timeline:
+        session = open_session(workspace, model, check="first", link=link)
+        with session.engine:
+            plan = session.plan
+            prompt_tokens = prompt or plan.placement.prompt_tokens
+            new_tokens = new or plan.placement.new_tokens
+            prompts = shipped_prompts(session.tokenizer, prompt_tokens)
+            note(
+                f"{len(prompts)} texts, {prompt_tokens} tokens of each as prompt, {new_tokens} new "
+                "tokens drawn at temperature 1 (seed 0)"
+            )
+            session.engine.observe_time(timeline)
+            measured, tokens = measure(
+                session.engine, prompts, new_tokens, progress=TerminalProgress()
+            )
     text = session.tokenizer.decode(tokens)
     drifts = drift_of(plan, measured)
     if "ttft_s" not in drifts:
@@ -57,7 +68,12 @@ def bench(
     emit(
         run_document(workspace, plan, measured, tokens=tokens, text=text),
         as_json=json,
-        view=lambda: bench_view(measured, drifts, plan.prediction.band),
+        view=lambda: run_view(
+            measured,
+            drifts,
+            plan.prediction.band,
+            link_efficiency(workspace, plan, measured),
+        ),
     )
     outside = [metric for metric, drift in drifts.items() if not drift.in_band]
     if strict and outside:

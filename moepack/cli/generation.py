@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from moepack import records
+from moepack.atomic import require_writable, writing_atomically
 from moepack.cli.models import open_pack, plan_to_run
 from moepack.cli.options import Link
 from moepack.cli.output import note
+from moepack.cli.progress import TerminalProgress
 from moepack.drift import Drift, compare
 from moepack.errors import CheckpointError, PackError, PlanMismatchError
 from moepack.units import format_duration, format_rate
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moepack_runtime.chrome_trace import ChromeTrace
     from moepack_runtime.engine import Engine
     from moepack_runtime.stats import RunStats
     from moepack_runtime.tokenizer import Tokenizer
@@ -75,7 +82,9 @@ def open_session(
             f"the link is throttled to {format_rate(rate_bytes_per_s)} and "
             f"{format_duration(latency_s)}, as planned"
         )
-    engine = open_packed(packed, plan, check=CheckMode(check), link=plan.link)
+    engine = open_packed(
+        packed, plan, check=CheckMode(check), link=plan.link, progress=TerminalProgress()
+    )
     return Session(plan, engine, tokenizer, stop_ids)
 
 
@@ -100,6 +109,41 @@ def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:
         except CheckpointError as failure:
             raise PackError(f"{failure}, or pack again") from None
     return frozenset(stops)
+
+
+@contextmanager
+def traced(path: Path | None) -> Iterator[ChromeTrace | None]:
+    """A timeline for an engine to fill, which is written after the block.
+
+    However the block ends: after an error or an interrupt with what there is by then. Put the
+    engine inside: while the trace is written it needs the memory that the engine gives back.
+
+    Parameters
+    ----------
+    path
+        None: there is no timeline.
+
+    Raises
+    ------
+    OutputError
+        Before the block, where the file could not be written.
+    """
+    if path is None:
+        yield None
+        return
+    require_writable(path)
+    from moepack_runtime.chrome_trace import ChromeTrace
+
+    trace = ChromeTrace()
+    try:
+        yield trace
+    finally:
+        if len(trace):
+            with writing_atomically(path) as out:
+                trace.write(out, TerminalProgress())
+            note(f"trace written to {path}: {len(trace):,} events, for ui.perfetto.dev")
+            if trace.dropped:
+                note(f"the trace was full: {trace.dropped:,} later events are not in it")
 
 
 def drift_of(plan: Plan, stats: RunStats) -> dict[str, Drift]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from moepack.progress import Unit
-from moepack.units import format_duration, format_size
+from moepack.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -42,9 +42,17 @@ class Work:
         return text
 
     def describe(self, now_s: float) -> str:
-        """The same, and ``, 12 s left`` where that can be told."""
+        """The same, and ``, 1.00 MiB/s, 12 s left`` as far as that can be told."""
+        text = self.done() + self.rate(now_s)
         left_s = self.left_s(now_s)
-        return self.done() if left_s is None else f"{self.done()}, {format_duration(left_s)} left"
+        return text if left_s is None else f"{text}, {format_duration(left_s)} left"
+
+    def rate(self, now_s: float) -> str:
+        """``, 1.00 MiB/s`` of bytes."""
+        elapsed_s = now_s - self.began_s
+        if self.unit != "bytes" or elapsed_s <= 0:
+            return ""
+        return f", {format_rate(self.amount / elapsed_s)}"
 
     def left_s(self, now_s: float) -> float | None:
         """Seconds to the end at the present pace; None where that cannot be told."""
@@ -102,7 +110,8 @@ class _Lines:
             self._write(f"{work.what}: {work.describe(now_s)}")
 
     def finish(self, work: Work, now_s: float) -> None:
-        self._write(f"{work.what}: {work.done()} in {format_duration(now_s - work.began_s)}")
+        seconds = format_duration(now_s - work.began_s)
+        self._write(f"{work.what}: {work.done()} in {seconds}{work.rate(now_s)}")
 
     def _write(self, line: str) -> None:
         self._stream.write(f"{line}\n")

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepack.cli.generation import Session, drift_of, open_session, run_document
-from moepack.cli.options import CheckOption, JsonOption, PackOption
+from moepack.cli.generation import (
+    Session,
+    drift_of,
+    link_efficiency,
+    open_session,
+    run_document,
+    traced,
+)
+from moepack.cli.options import CheckOption, JsonOption, PackOption, TraceOption
 from moepack.cli.output import emit, note, show_beside
+from moepack.cli.progress import TerminalProgress
 from moepack.errors import ContextLengthError
 from moepack.workspace import Workspace
 
@@ -46,6 +54,7 @@ def run(
     stats: Annotated[
         bool, typer.Option("--stats", help="Say afterwards what was measured.")
     ] = False,
+    trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write on from a prompt, to plan."""
@@ -57,22 +66,24 @@ def run(
     except ValueError as failure:
         raise typer.BadParameter(str(failure)) from None
     workspace = Workspace.locate()
-    session = open_session(workspace, model, check=check)
-    with session.engine:
-        ids = _encode(session, prompt)
-        tokens, text = _generate(
-            session, ids, _new_tokens(session, len(ids), max_new_tokens), params, quiet=json
-        )
-        measured = session.engine.stats()
+    with traced(trace) as timeline:
+        session = open_session(workspace, model, check=check)
+        with session.engine:
+            session.engine.observe_time(timeline)
+            ids = _encode(session, prompt)
+            tokens, text = _generate(
+                session, ids, _new_tokens(session, len(ids), max_new_tokens), params, quiet=json
+            )
+            measured = session.engine.stats()
     if json:
         document = run_document(workspace, session.plan, measured, tokens=tokens, text=text)
         emit(document, as_json=True)
     if stats:
-        from moepack.report.run import drift_view, stats_view
+        from moepack.report.run import run_view
 
         drifts = drift_of(session.plan, measured)
-        show_beside(stats_view(measured))
-        show_beside(drift_view(drifts, session.plan.prediction.band))
+        efficiency = link_efficiency(workspace, session.plan, measured)
+        show_beside(run_view(measured, drifts, session.plan.prediction.band, efficiency))
         if "ttft_s" not in drifts:
             note(
                 "the first token is not compared: planned for "
@@ -133,7 +144,11 @@ def _generate(
 
     try:
         for token in session.engine.generate(
-            ids, max_new_tokens=new_tokens, sampler=Sampler(params), stop_ids=session.stop_ids
+            ids,
+            max_new_tokens=new_tokens,
+            sampler=Sampler(params),
+            stop_ids=session.stop_ids,
+            progress=TerminalProgress(),
         ):
             tokens.append(token)
             say(stream.push(token))

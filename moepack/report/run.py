@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -10,12 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from moepack.drift import Drift
+from moepack.report.layers import bar
 from moepack.report.tables import columns, facts, figure
 from moepack.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
-    from moepack_runtime.stats import RunStats
+    from moepack_runtime.stats import LayerStats, RunStats
+#: More layers than this share rows.
+MOST_ROWS = 16
 
+_BAR = 24
 
 #: Name and way of printing of each metric of :data:`moepack.drift.METRICS`.
 _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -42,32 +47,95 @@ def drift_view(drifts: Mapping[str, Drift], band: float) -> Table:
     )
 
 
-def stats_view(stats: RunStats) -> RenderableType:
-    """What a generation measured beyond what was predicted."""
-    rows = [
-        (
-            "tokens",
-            (
-                f"{stats.prompt_tokens} in the prompt at {figure(stats.prefill_tokens_per_s)} "
-                f"tokens/s, {stats.new_tokens} new"
-            ),
-        ),
-        (
-            "memory",
-            (
-                f"{format_size(stats.peak_fast_bytes)} of the fast tier, and "
-                f"{format_size(stats.process_base_bytes)} for the process itself"
-            ),
-        ),
-    ]
-    if stats.wait_s is not None:
-        rows.insert(1, ("waited", f"{format_duration(stats.wait_s)} for the link while decoding"))
+def run_view(
+    stats: RunStats, drifts: Mapping[str, Drift], band: float, efficiency: float | None
+) -> RenderableType:
+    """A measurement: what was predicted of it, what else there is, and its layers.
+
+    Parameters
+    ----------
+    efficiency
+        Rate of the link over what it gives at that size, where that is known.
+    """
+    parts: list[RenderableType] = [drift_view(drifts, band), "", facts(_facts(stats, efficiency))]
+    if stats.layers:
+        parts += ["", _layers_table(stats.layers)]
+    return Group(*parts)
+
+
+def _facts(stats: RunStats, efficiency: float | None) -> Iterator[tuple[str, str]]:
+    prompt = f"{stats.prompt_tokens} in the prompt, {format_duration(stats.ttft_s)} for it"
+    rate = f"{figure(stats.prefill_tokens_per_s)} tokens/s"
+    yield "tokens", f"{prompt} ({rate}); {stats.new_tokens} new"
+    if stats.link_bytes_per_token is not None:
+        yield "link", _bytes_text(stats)
+        yield "", _link_text(stats, efficiency)
+    if stats.wait_s is not None and stats.tpot_s is not None:
+        wait_s = stats.wait_s / (stats.new_tokens - 1)
+        share = wait_s / stats.tpot_s
+        yield "waited", f"{format_duration(wait_s)} a token for the link, {share:.0%} of its time"
+    if stats.recall is not None:
+        yield "predicted", f"{stats.recall:.1%} of the experts that were needed"
+    process = f"{format_size(stats.process_base_bytes)} of it before the model"
+    if stats.peak_process_bytes is not None:
+        process = f"the process at most {format_size(stats.peak_process_bytes)}, {process}"
+    else:
+        process = f"the process itself {format_size(stats.process_base_bytes)}"
+    yield "memory", f"{format_size(stats.peak_fast_bytes)} of the fast tier; {process}"
+
+
+def _bytes_text(stats: RunStats) -> str:
+    """``1.50 MiB a token: 1.00 MiB on demand, 512.00 KiB ahead, 0 B in vain``."""
+    assert stats.link_bytes_per_token is not None
+    parts = (
+        (stats.demand_bytes_per_token, "on demand"),
+        (stats.ahead_used_bytes_per_token, "ahead"),
+        (stats.ahead_wasted_bytes_per_token, "in vain"),
+    )
+    told = [f"{format_size(size)} {name}" for size, name in parts if size is not None]
+    return f"{format_size(stats.link_bytes_per_token)} a token: {', '.join(told)}"
+
+
+def _link_text(stats: RunStats, efficiency: float | None) -> str:
+    """How much of the time the link had work, and how fast it was then."""
+    told = []
+    if stats.link_busy_fraction is not None:
+        told.append(f"busy {stats.link_busy_fraction:.0%} of the time")
     if stats.link_bytes_per_s is not None and stats.mean_read_bytes is not None:
-        rate, size = format_rate(stats.link_bytes_per_s), format_size(stats.mean_read_bytes)
-        rows.insert(1, ("link", f"{rate} while it had work, {size} a transfer"))
-    return facts(rows)
+        told.append(f"{format_rate(stats.link_bytes_per_s)} then")
+        told.append(f"{format_size(stats.mean_read_bytes)} a transfer")
+    if efficiency is not None:
+        told.append(f"{efficiency:.0%} of what it gives at that size")
+    return ", ".join(told)
 
 
-def bench_view(stats: RunStats, drifts: Mapping[str, Drift], band: float) -> RenderableType:
-    """The table of a bench."""
-    return Group(drift_view(drifts, band), "", stats_view(stats))
+def _layers_table(layers: Sequence[LayerStats]) -> Table:
+    """A row for every layer, or the means of neighbours where there are many."""
+    together = -(-len(layers) // MOST_ROWS)
+    bands = [layers[at : at + together] for at in range(0, len(layers), together)]
+    waits = [_mean(layer.wait_s_per_token for layer in band) for band in bands]
+    longest = max((wait_s for wait_s in waits if wait_s is not None), default=0.0)
+
+    def row(band: Sequence[LayerStats], wait_s: float | None) -> tuple[str, ...]:
+        first, last = band[0].layer, band[-1].layer
+        recall = _mean(layer.recall for layer in band)
+        return (
+            str(first) if first == last else f"{first} to {last}",
+            f"{fmean(layer.hit_rate for layer in band):.0%}",
+            f"{fmean(layer.ready_rate for layer in band):.0%}",
+            "-" if recall is None else f"{recall:.0%}",
+            "-" if wait_s is None else format_duration(wait_s),
+            bar(wait_s / longest, 0.0, _BAR) if wait_s and longest else "",
+        )
+
+    return columns(
+        ("layers", "hit", "ready", "predicted", "waited", ""),
+        map(row, bands, waits),
+        texts=("",),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None

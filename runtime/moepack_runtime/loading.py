@@ -95,6 +95,7 @@ def _open(
         check=check,
         readers=placement.readers,
         tier=tier,
+        progress=progress,
     )
     try:
         if link is not None:
@@ -123,6 +124,7 @@ def open_transfer(
     check: CheckMode = CheckMode.FIRST,
     readers: int = DEFAULT_READERS,
     tier: RamTier | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Transfer:
     """The link of a kind of device: disk to RAM, or pinned RAM to VRAM.
 
@@ -146,7 +148,9 @@ def open_transfer(
     if tier is None:
         tier = RamTier(_all_segments(spec, layout))
     bounces = tier.copiers if tier.bounce_bytes else 0
-    pinned = PinnedSegments(disk, tier.held, bounces=bounces, bounce_bytes=tier.bounce_bytes)
+    pinned = PinnedSegments(
+        disk, tier.held, bounces=bounces, bounce_bytes=tier.bounce_bytes, progress=progress
+    )
     try:
         return CudaTransfer(pinned, torch.device(device))
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,9 @@ def test_run_and_bench_answer_with_the_documented_keys(
             "demand",
             "link_busy_fraction",
             "link_efficiency",
+            "wait_s",
+            "layers",
+            "peak_process_bytes",
             "peak_fast_bytes",
             "process_base_bytes",
             "prediction",
@@ -162,6 +166,13 @@ def test_run_and_bench_answer_with_the_documented_keys(
         }
         assert document["peak_fast_bytes"] <= 4 * 2**20
         assert document["drift"].keys() >= {"tpot_s", "hit_rate"}
+        assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2]
+        waits_s = sum(layer["wait_s_per_token"] for layer in document["layers"])
+        assert waits_s == pytest.approx(document["wait_s"] / 3)
+        parts = ("demand", "prefetch_used", "prefetch_wasted")
+        assert document["link_bytes_per_token"] == pytest.approx(
+            sum(document.get(part, 0) for part in parts)
+        )
         for drift in document["drift"].values():
             assert drift.keys() >= {"predicted", "measured", "in_band"}
         assert no_nulls(document)
@@ -232,7 +243,43 @@ def test_stats_go_beside_the_text(packed: Path, moepack: Moepack) -> None:
     bare = moepack("run", "abc", "--max-new-tokens", "4")
     with_stats = moepack("run", "abc", "--max-new-tokens", "4", "--stats")
     assert with_stats.out == bare.out
-    assert "predicted" in with_stats.err
+    for word in ("predicted", "each token", "ready rate", "on demand", "busy", "waited", "layers"):
+        assert word in with_stats.err
+
+
+def test_what_a_single_token_does_not_have_is_absent(packed: Path, moepack: Moepack) -> None:
+    document = moepack("run", "abc", "--max-new-tokens", "1", "--stats", "--json").document
+    assert document.keys() >= {"ttft_s", "prefill_tokens_per_s", "peak_fast_bytes"}
+    assert document.keys().isdisjoint(
+        {"tpot_s", "tokens_per_s", "hit_rate", "demand", "wait_s", "layers", "recall"}
+    )
+    assert no_nulls(document)
+
+
+def test_a_trace_is_written_beside_the_text(
+    packed: Path, texts: list[Path], moepack: Moepack, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "trace.json"
+    bare = moepack("run", "abc", "--max-new-tokens", "4")
+    traced = moepack("run", "abc", "--max-new-tokens", "4", "--trace", path)
+    assert traced.out == bare.out
+    assert f"trace written to {path}" in traced.err
+    names = [event["name"] for event in json.loads(path.read_bytes())["traceEvents"]]
+    assert [name for name in names if name.startswith("pass ")] == [f"pass {n}" for n in range(4)]
+    assert sum(name.startswith("layer ") for name in names) == 4 * 3
+    bench = moepack("bench", "--prompt", "16", "--new", "2", "--trace", path, "--json")
+    assert bench.document["tokens"]
+    assert json.loads(path.read_bytes())["traceEvents"]
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_loads(
+    packed: Path, moepack: Moepack, tmp_path: Path
+) -> None:
+    refused = moepack("run", "abc", "--trace", tmp_path)
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == (
+        f"OutputError: {tmp_path}: Is a directory; expected a place that can be written\n"
+    )
 
 
 def test_a_plan_written_out_is_not_current(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import statistics
@@ -65,6 +66,22 @@ def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(packed: Path) 
         told = process.stderr.read().decode()
     assert process.returncode == 130
     assert told == "interrupted\n"
+
+
+def test_ctrl_c_leaves_a_whole_trace_of_what_there_was(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    command = [*MOEPACK, "run", "abc", "--max-new-tokens", "250", "--trace", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read().decode().splitlines()
+    assert process.returncode == 130
+    assert told[0].startswith(f"trace written to {path}: ")
+    assert told[1:] == ["interrupted"]
+    assert json.loads(path.read_bytes())["traceEvents"]
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["trace.json"]
 
 
 def test_a_reader_that_leaves_causes_no_complaint(packed: Path) -> None:

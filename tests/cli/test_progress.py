@@ -42,16 +42,19 @@ def test_short_work_says_nothing(stream: io.StringIO) -> None:
 def test_a_file_gets_a_line_every_ten_seconds_and_one_at_the_end() -> None:
     lines = work(io.StringIO(), seconds=24, total=24 << 20).splitlines()
     assert lines == [
-        "copy weights: 2.00 MiB of 24.00 MiB (8%), 22 s left",
-        "copy weights: 12.00 MiB of 24.00 MiB (50%), 12 s left",
-        "copy weights: 22.00 MiB of 24.00 MiB (92%), 2 s left",
-        "copy weights: 24.00 MiB of 24.00 MiB (100%) in 24 s",
+        "copy weights: 2.00 MiB of 24.00 MiB (8%), 1.00 MiB/s, 22 s left",
+        "copy weights: 12.00 MiB of 24.00 MiB (50%), 1.00 MiB/s, 12 s left",
+        "copy weights: 22.00 MiB of 24.00 MiB (92%), 1.00 MiB/s, 2 s left",
+        "copy weights: 24.00 MiB of 24.00 MiB (100%) in 24 s, 1.00 MiB/s",
     ]
 
 
 def test_work_of_unknown_size_counts_without_an_estimate() -> None:
     lines = work(io.StringIO(), seconds=3).splitlines()
-    assert lines == ["copy weights: 2.00 MiB", "copy weights: 3.00 MiB in 3 s"]
+    assert lines == [
+        "copy weights: 2.00 MiB, 1.00 MiB/s",
+        "copy weights: 3.00 MiB in 3 s, 1.00 MiB/s",
+    ]
 
 
 def test_a_terminal_gets_a_bar_that_goes_away() -> None:

@@ -11,6 +11,7 @@ from moepack.errors import DeviceError, OutOfMemoryError
 from moepack.segments import SegmentId
 from moepack.units import format_size
 from moepack_runtime.direct_io import allocate
+from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.transfer.host import HostTransfer
 
 
@@ -55,6 +56,7 @@ class PinnedSegments:
         *,
         bounces: int = 0,
         bounce_bytes: int = 0,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
         self._disk = disk
         self._memory: torch.Tensor | None = None
@@ -65,7 +67,7 @@ class PinnedSegments:
             require_cuda()
             self._memory = _pinned(self.size_bytes)
             self._cut(self._memory, held, bounces, bounce_bytes)
-            self._load()
+            self._load(progress)
         except BaseException:
             self.close()
             raise
@@ -85,10 +87,13 @@ class PinnedSegments:
             self.bounces.append(memory[offset_bytes : offset_bytes + bounce_bytes])
             offset_bytes += bounce_bytes
 
-    def _load(self) -> None:
+    def _load(self, progress: Progress) -> None:
         tickets = [self._disk.start(segment, place) for segment, place in self.segments.items()]
-        for ticket in tickets:
-            self._disk.wait(ticket)
+        total_bytes = sum(ticket.stored_bytes for ticket in tickets)
+        with working(progress, "fill the pinned memory", total_bytes):
+            for ticket in tickets:
+                self._disk.wait(ticket)
+                progress.advance(ticket.stored_bytes)
 
     def stored_bytes(self, segment: SegmentId) -> int:
         """What a segment takes, held or not."""
