@@ -161,6 +161,31 @@ def decode_passes(
         From :func:`activations`, made :func:`perfect` for any oracle.
     """
     held, held_ahead = _held(tables, found, placement, segments, oracle)
+    named = found.valid
+    if oracle == "none":
+        named = tables.trace.predicted[found.tokens] != NO_PREDICTION
+    return passes_with(found, named, placement, segments, held, held_ahead)
+
+
+def passes_with(
+    found: Activations,
+    named: Flags,
+    placement: Placement,
+    segments: Segments,
+    held: Flags,
+    held_ahead: Flags,
+) -> DecodePasses:
+    """The same where it is known what is resident.
+
+    Parameters
+    ----------
+    named : bool [T, L, R]
+        Which predictions exist.
+    held : bool [T, L, K, G]
+        The parts of the activated experts that are resident, in the order of consumption.
+    held_ahead : bool [T, L, R, G]
+        Those of the predicted experts.
+    """
     parts = segments.link_s.shape[1]
     valid = np.repeat(found.valid, parts, axis=2)  # [T, L, K * G]
     flat = valid.shape
@@ -171,11 +196,7 @@ def decode_passes(
         compute_s += (fetch_s > 0) * segments.transfer_s[:, None]
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
-    asked = np.arange(depth) < depths[:, None]  # [L, D]
-    if oracle == "none":
-        asked = asked & (tables.trace.predicted[found.tokens][:, :, :depth] != NO_PREDICTION)
-    else:
-        asked = asked & found.valid[:, :, :depth]
+    asked = (np.arange(depth) < depths[:, None]) & named[:, :, :depth]
     ahead_s = ahead_seconds(placement, segments, asked, held_ahead[:, :, :depth])
     # A segment is brought by its expert's rank, if that rank really asks for it.
     none = depth * parts

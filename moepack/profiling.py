@@ -44,7 +44,7 @@ DEFAULT_TOKENS = 32768
 CHUNK_TOKENS = 16384
 
 
-class _Recorder:
+class RoutingRecorder:
     """Keeps what the routers decide, and what each would have guessed a layer earlier."""
 
     def __init__(self, engine: Engine) -> None:
@@ -223,7 +223,7 @@ def record_routing(
             f"the calibration texts hold {total} tokens; expected some hundreds at least: "
             "name longer ones with --text"
         )
-    recorder = _Recorder(engine)
+    recorder = RoutingRecorder(engine)
     engine.observe(recorder)
     progress.start("record the routing (tokens)", total, "items")
     try:

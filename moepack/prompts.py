@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,21 @@ def prompts_of(
         tokens = np.resize(tokens, prompt_tokens)
     prompts = min(MAX_PROMPTS, len(tokens) // prompt_tokens)
     starts = np.linspace(0, len(tokens) - prompt_tokens, prompts).astype(int)
-    blocks = block_lengths(prompt_tokens, block_tokens)
+    return prompts_at(
+        tables, [tokens[start : start + prompt_tokens] for start in starts], block_tokens
+    )
+
+
+def prompts_at(
+    tables: RoutingTables, prompts: Sequence[npt.NDArray[np.intp]], block_tokens: int
+) -> Prompts:
+    """What some prompts of one length use, each given by its tokens in the trace."""
+    blocks = block_lengths(len(prompts[0]), block_tokens)
     widest = max(shape.num_experts for shape in tables.layers)
-    counts = np.zeros((prompts, len(tables.layers), len(blocks), widest), dtype=np.int64)
-    predicted = np.zeros((prompts, len(tables.layers), widest), dtype=np.bool_)
+    counts = np.zeros((len(prompts), len(tables.layers), len(blocks), widest), dtype=np.int64)
+    predicted = np.zeros((len(prompts), len(tables.layers), widest), dtype=np.bool_)
     bounds = np.cumsum((0, *blocks))
-    for prompt, start in enumerate(starts):
-        taken = tokens[start : start + prompt_tokens]
+    for prompt, taken in enumerate(prompts):
         for index, shape in enumerate(tables.layers):
             ids = tables.trace.ids[taken, index, : shape.top_k]
             for block in range(len(blocks)):
@@ -93,14 +102,21 @@ def prompt_passes(
     placement: Placement,
     segments: Segments,
     oracle: Oracle,
+    held: npt.NDArray[np.bool_] | None = None,
 ) -> PromptPasses:
-    """What prompts have to compute and to fetch, with the caches as they are at the start.
+    """What prompts have to compute and to fetch.
 
     An engine that fetches ahead asks for what the predictions for all tokens of the prompt name.
+
+    Parameters
+    ----------
+    held : bool [L, N, G] or None
+        What is resident when they begin; None: what the caches start with.
     """
     used = prompts.counts.sum(axis=2) > 0  # [W, L, N]
     parts = segments.link_s.shape[1]
-    held = _held_at_start(tables, placement, segments, used.shape[2])  # [L, N, G]
+    if held is None:
+        held = _held_at_start(tables, placement, segments, used.shape[2])
     fetch_s = np.where(used[..., None] & ~held, segments.link_s[:, None, :], 0.0)
     expert_s = np.zeros(used.shape)
     longest = int(prompts.counts.max())

@@ -21,7 +21,7 @@ import numpy as np
 
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.decoding import Decoding, Replayed, advance_lanes, independent
+from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
 from moepack.passes import (
@@ -33,9 +33,9 @@ from moepack.passes import (
     segments_of,
 )
 from moepack.plan import Layout, Placement
+from moepack.prefilling import prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
-from moepack.timeline import Clock, Work
 from moepack.trace import RoutingPart
 
 
@@ -120,25 +120,11 @@ class Replayer:
             self._compute, self._tables, prompts, layout, placement, segments, oracle
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks)
-        lanes, layers, columns = passes.fetch_s.shape
-        parts = segments.link_s.shape[1]
-        frames = placement.staging_experts
-        if not passes.ahead_s.any():
-            work = independent(fixed, passes.compute_s, passes.fetch_s)
-            done = advance_lanes(Clock.start(lanes * layers), work, as_ready, frames, parts)
-            return float(done.clock.now_s.sum() / lanes) + fixed.tail_s
-        clock = Clock.start(lanes)
-        for index in range(layers):
-            # The first layer's experts are not known before its own routing.
-            ahead_s = passes.ahead_s[:, index] * (index > 0)
-            asked = (passes.fetch_s[:, index] > 0) & (ahead_s > 0)
-            work = Work(
-                fixed.before_s[index],
-                fixed.after_s[index],
-                passes.compute_s[:, index],
-                passes.fetch_s[:, index],
-                ahead_s,
-                np.where(asked, np.arange(columns), columns),
-            )
-            clock = advance_lanes(clock, work, as_ready, frames, parts).clock
-        return float(clock.now_s.mean()) + fixed.tail_s
+        clock = prefill(
+            passes,
+            fixed,
+            as_ready=as_ready,
+            frames=placement.staging_experts,
+            parts=segments.link_s.shape[1],
+        )
+        return float(clock.now_s.mean())

@@ -1,0 +1,239 @@
+"""The replay of a plan on the routing of a run: what exactly these tokens should have taken.
+
+A forecast is for routing like that of the texts that were recorded; this is for the generations
+that were measured. Their caches are stepped as the engine steps them, pass by pass, from one
+generation to the next, by the rules of :mod:`moepack.residency` themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.compute import ComputeProfile
+from moepack.cost import LinkSeconds
+from moepack.decoding import Decoding, Replayed
+from moepack.fixed_times import fixed_times
+from moepack.model_spec import ModelSpec
+from moepack.passes import activations, passes_with, segments_of
+from moepack.plan import Layout, Placement
+from moepack.prefilling import prefill
+from moepack.prompts import prompt_passes, prompts_at
+from moepack.residency import ExpertCache, LayerCache, SharedCache
+from moepack.routing import make_profile
+from moepack.routing_tables import RoutingTables
+from moepack.timeline import Flags
+from moepack.trace import NO_PREDICTION, LayerShape, Trace
+
+if TYPE_CHECKING:
+    from moepack_runtime.engine import Engine
+
+
+def record_run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Trace:
+    """What :func:`moepack.measuring.measure` runs, as a trace, its warm-up as the first sequence.
+
+    One sequence for each generation: its prompt is *fit*, what was decoded behind it is *test*. The
+    last token that is drawn goes through no layer. Observing takes time, and changes nothing of
+    what is computed: so a run is measured first and recorded then.
+    """
+    from moepack.measuring import draw, warm_up
+    from moepack.profiling import RoutingRecorder
+
+    recorder = RoutingRecorder(engine)
+    engine.observe(recorder)
+    lengths = [(len(prompts[-1]), 1), *((len(prompt), new_tokens - 1) for prompt in prompts)]
+    try:
+        warm_up(engine, prompts)
+        for prompt in prompts:
+            for _ in draw(engine, prompt, new_tokens):
+                pass
+    finally:
+        engine.observe(None)
+    sequence = np.repeat(np.arange(len(lengths), dtype=np.uint32), [sum(pair) for pair in lengths])
+    part = np.concatenate([np.repeat(np.array([0, 2], np.uint8), pair) for pair in lengths])
+    return recorder.trace(sequence, part)
+
+
+def replay_run(
+    spec: ModelSpec,
+    compute: ComputeProfile,
+    link: LinkSeconds,
+    layout: Layout,
+    placement: Placement,
+    run: Trace,
+) -> list[Replayed]:
+    """Replay generations one after the other, with the caches as each leaves them to the next.
+
+    Parameters
+    ----------
+    link
+        Seconds of one transfer of so many bytes; see :func:`moepack.cost.throttled`.
+    run
+        From :func:`record_run`: one sequence for each generation, its prompt *fit* and what was
+        decoded *test*. The caches are as planned before the first of them.
+
+    Returns
+    -------
+    list of Replayed
+        Of each generation that decoded anything, in their order.
+    """
+    shapes = [
+        LayerShape(number, spec.moe(number).num_experts, spec.moe(number).top_k)
+        for number in spec.moe_layers
+    ]
+    profile = make_profile(
+        run,
+        model_name=spec.name,
+        model_digest=spec.digest,
+        recorded_utc="",
+        how="recorded from a run",
+        sources=(),
+        layers=tuple(shapes),
+    )
+    replayer = _RunReplayer(spec, compute, link, layout, placement, RoutingTables(profile))
+    found = []
+    for number in np.unique(run.sequence):
+        rows = np.flatnonzero(run.sequence == number)
+        decoded = rows[run.part[rows] != 0]
+        if len(decoded):
+            found.append(replayer.generation(rows[run.part[rows] == 0], decoded))
+        else:
+            replayer.caches.step(rows)
+    return found
+
+
+def mean_of(replays: Sequence[Replayed]) -> Replayed:
+    """What generations of one length took on average, as :func:`moepack.measuring.average` does."""
+    values = (np.mean(np.array(field), axis=0) for field in zip(*replays, strict=True))
+    mean = Replayed(*values)
+    return mean._replace(events=sum(each.events for each in replays))
+
+
+class _RunReplayer:
+    """Replays generations of one run under one placement, in their order."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        compute: ComputeProfile,
+        link: LinkSeconds,
+        layout: Layout,
+        placement: Placement,
+        tables: RoutingTables,
+    ) -> None:
+        self._spec = spec
+        self._compute = compute
+        self._layout = layout
+        self._placement = placement
+        self._tables = tables
+        self._segments = segments_of(spec, compute, layout, link)
+        self.caches = _Caches(tables, placement, self._segments.stored_bytes)
+
+    def generation(self, prompt: npt.NDArray[np.intp], decoded: npt.NDArray[np.intp]) -> Replayed:
+        """One generation, given by its tokens in the trace."""
+        tables, segments, frames = self._tables, self._segments, self._placement.staging_experts
+        prompts = prompts_at(tables, [prompt], self._layout.prefill_block_tokens)
+        passes = prompt_passes(
+            self._compute,
+            tables,
+            prompts,
+            self._layout,
+            self._placement,
+            segments,
+            "none",
+            held=self.caches.all_held(),
+        )
+        fixed = fixed_times(self._spec, self._compute, prompts.blocks)
+        parts = segments.link_s.shape[1]
+        clock = prefill(passes, fixed, as_ready=False, frames=frames, parts=parts)
+        self.caches.step(prompt)
+        found = activations(tables, decoded)
+        held, held_ahead = self.caches.decode(decoded)
+        held = np.take_along_axis(held, found.order[..., None], axis=2)
+        named = tables.trace.predicted[decoded] != NO_PREDICTION
+        run = Decoding(
+            passes_with(found, named, self._placement, segments, held, held_ahead),
+            found,
+            fixed_times(self._spec, self._compute, (1,)),
+            segments,
+            as_ready=True,
+            frames=frames,
+        )
+        return run.replayed(float(clock.now_s[0]))
+
+
+class _Caches:
+    """The caches of a placement, stepped as an engine steps them."""
+
+    def __init__(
+        self, tables: RoutingTables, placement: Placement, stored_bytes: npt.NDArray[np.int64]
+    ) -> None:
+        self._tables = tables
+        self._parts = stored_bytes.shape[1]
+        # One for each of a layer's segments; None where there is no such segment.
+        self._layers: list[tuple[LayerCache | None, ...]] = []
+        hot = [place.hot for place in placement.layers]
+        if placement.pool is not None:
+            pool = SharedCache(placement.pool.slots, hot, placement.pool.policy)
+            self._layers = [(pool.layer(index),) for index in range(len(hot))]
+            return
+        for index, place in enumerate(placement.layers):
+            slots = [place.top_slots, place.bottom_slots]
+            if self._parts == 1:
+                slots = [sum(slots)]
+            caches = tuple(
+                ExpertCache(count, place.hot, place.policy, half_life_tokens=place.half_life_tokens)
+                if stored_bytes[index, part]
+                else None
+                for part, count in enumerate(slots)
+            )
+            self._layers.append(caches)
+
+    def all_held(self) -> Flags:
+        """What is resident now, bool [L, N, G]."""
+        widest = max(shape.num_experts for shape in self._tables.layers)
+        held = np.ones((len(self._layers), widest, self._parts), dtype=np.bool_)
+        for index, caches in enumerate(self._layers):
+            for part, cache in enumerate(caches):
+                if cache is not None:
+                    held[index, :, part] = False
+                    held[index, list(cache.resident), part] = True
+        return held
+
+    def step(self, tokens: npt.NDArray[np.intp]) -> None:
+        """One pass of all these tokens."""
+        for index, (caches, shape) in enumerate(
+            zip(self._layers, self._tables.layers, strict=True)
+        ):
+            ids = self._tables.trace.ids[tokens, index, : shape.top_k].tolist()
+            for cache in caches:
+                if cache is not None:
+                    cache.step(ids)
+
+    def decode(self, tokens: npt.NDArray[np.intp]) -> tuple[Flags, Flags]:
+        """One pass for each token, each layer behind the other.
+
+        Returns
+        -------
+        activated : bool [T, L, K, G]
+            Which were resident when the token came to the layer, in the trace's order.
+        predicted : bool [T, L, R, G]
+        """
+        trace = self._tables.trace
+        activated = np.ones((*trace.ids[tokens].shape, self._parts), dtype=np.bool_)
+        predicted = np.ones((*trace.predicted[tokens].shape, self._parts), dtype=np.bool_)
+        for row, token in enumerate(tokens):
+            for index, (caches, shape) in enumerate(
+                zip(self._layers, self._tables.layers, strict=True)
+            ):
+                ids = trace.ids[token, index].tolist()
+                guesses = trace.predicted[token, index].tolist()
+                for part, cache in enumerate(caches):
+                    if cache is not None:
+                        activated[row, index, :, part] = list(map(cache.holds, ids))
+                        predicted[row, index, :, part] = list(map(cache.holds, guesses))
+                        cache.step([ids[: shape.top_k]])
+        return activated, predicted

@@ -1,0 +1,70 @@
+"""A run, recorded again and replayed: the caches of the engine, from one text to the next."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from moepack_runtime.tokenizer import Tokenizer
+
+from moepack.checkpoint import Checkpoint
+from moepack.hardware import find_hardware
+from moepack.measuring import measure, shipped_prompts
+from moepack.plan import SharedPool
+from moepack.replayed_run import mean_of, record_run, replay_run
+from moepack.roofline import derive_compute
+from moepack.shipped import shipped_model
+from moepack.trace import Trace
+from tests.support.engines import open_engine
+from tests.support.plans import mixed_layout, placement
+
+NEW_TOKENS = 24
+PLANS: list[tuple[float, dict[str, Any]]] = [
+    (1.0, {"tops": 9, "bottoms": 0}),
+    (1.0, {"tops": 3, "bottoms": 0, "policy": "lcp"}),
+    (0.5, {"tops": 32, "bottoms": 7, "policy": "lfu"}),
+    (1.0, {"tops": 0, "bottoms": 0, "pool": SharedPool(60, "lcp")}),
+    (1.0, {"tops": 9, "bottoms": 0, "prefetch": "all", "depth": 4}),
+    (0.5, {"tops": 15, "bottoms": 0, "prefetch": "bottoms", "depth": 4}),
+    (0.0, {"tops": 0, "bottoms": 9, "prefetch": "all", "depth": 8}),
+]
+
+
+@functools.cache
+def checkpoint() -> Checkpoint:
+    return Checkpoint.open(shipped_model())
+
+
+@functools.cache
+def prompts() -> list[list[int]]:
+    return shipped_prompts(Tokenizer.load(shipped_model()), 40)
+
+
+@functools.cache
+def recorded(ratio: float) -> Trace:
+    """Of one layout, under any of its plans: they all compute the same."""
+    layout = mixed_layout(checkpoint().spec, (ratio,), block_tokens=16)
+    place = placement(checkpoint().spec, layout, tops=99, bottoms=99, staging=1, context=128)
+    with open_engine(checkpoint(), layout, place) as engine:
+        return record_run(engine, prompts(), NEW_TOKENS)
+
+
+@pytest.mark.parametrize(("ratio", "options"), PLANS)
+def test_what_a_run_hit_and_fetched_is_found_again(ratio: float, options: dict[str, Any]) -> None:
+    spec = checkpoint().spec
+    layout = mixed_layout(spec, (ratio,), block_tokens=16)
+    place = placement(spec, layout, staging=8, context=128, coldest_first=True, **options)
+    with open_engine(checkpoint(), layout, place) as engine:
+        stats, _ = measure(engine, prompts(), NEW_TOKENS)
+    hardware = find_hardware("cpu-nvme4")
+    compute = derive_compute(spec, hardware)
+    warm_up, *found = replay_run(
+        spec, compute, hardware.link_seconds, layout, place, recorded(ratio)
+    )
+    assert warm_up.events == len(spec.moe_layers)
+    told = mean_of(found)
+    assert told.hit_rate == pytest.approx(stats.hit_rate)
+    assert told.demand_bytes + told.ahead_used_bytes == pytest.approx(
+        (stats.demand_bytes_per_token or 0) + (stats.ahead_used_bytes_per_token or 0)
+    )
