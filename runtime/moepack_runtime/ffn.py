@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec
+from moepack_runtime.products import is_one_row, without_onednn
 
 
 class FfnWeights(NamedTuple):
@@ -52,6 +53,13 @@ def gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) 
     Tensor
         [tokens, hidden] in the dtype of ``x``: for a slice of the neurons a partial sum.
     """
+    if is_one_row(x):
+        with without_onednn:
+            return _gated_ffn(x, weights, activation)
+    return _gated_ffn(x, weights, activation)
+
+
+def _gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) -> torch.Tensor:
     if weights.gate_up is not None:
         both = F.linear(x, weights.gate_up, weights.gate_up_bias)
         gate, up = both.chunk(2, -1)

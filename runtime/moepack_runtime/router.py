@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import MoeSpec
+from moepack_runtime.products import linear
 from moepack_runtime.weights import Weights
 
 #: Keeps a sum of sigmoids from being zero, as in the transformers library.
@@ -43,7 +44,7 @@ class Router:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] to float32 [tokens, experts]."""
         if not self._spec.float32:
-            return F.linear(x, self._weight, self._bias).float()
+            return linear(x, self._weight, self._bias).float()
         bias = None if self._bias is None else self._bias.float()
         return F.linear(x.float(), self._weight.float(), bias)
 
