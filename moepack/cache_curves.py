@@ -110,16 +110,27 @@ def predicted_cached(
     return curves
 
 
-def cross_fitted_hit_curves(trace: Trace, layers: Sequence[LayerShape], policy: Policy) -> Curves:
+def cross_fitted_hit_curves(
+    trace: Trace,
+    layers: Sequence[LayerShape],
+    policy: Policy,
+    half_lives: Sequence[float] = (),
+) -> Curves:
     """Hit rates on *fit* that compare policies fairly, float64 [L, N_max + 1].
 
     A cache starts from a ranking of *fit*; were it scored on the same tokens, ``pinned`` would
     shine. So the ranking is learnt from the first half of each text's *fit* tokens, and the second
     halves are scored; the caches see all tokens of *fit* in order. See :func:`hit_curves`.
+
+    Parameters
+    ----------
+    half_lives
+        Of each layer, in tokens, where the policy is ``lfu_decay``.
     """
     halves = trace.halved_fit()
     hot = hot_rankings(halves, layers)
-    return hit_curves(stack_ranks(halves, layers, hot, policy), halves, layers, "select")
+    ranks = stack_ranks(halves, layers, hot, policy, half_lives)
+    return hit_curves(ranks, halves, layers, "select")
 
 
 def _small_cache_rates(
@@ -149,6 +160,7 @@ def _small_cache_rates(
         np.array([ranks.hot[row] for row in rows]),
         ranks.policy,
         np.repeat(slots[:, None], len(rows), axis=1),
+        [ranks.half_lives[row] for row in rows] if ranks.half_lives else [],
     )
     known = np.maximum(1, (predicted != NO_PREDICTION).sum(axis=0))
     return hits.mean(axis=(1, 3)), held.sum(axis=1) / known

@@ -10,13 +10,14 @@ same for every policy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moepack.plan import Policy
-from moepack.residency import LCP_PER_TOKEN
+from moepack.residency import LCP_PER_TOKEN, decay, growth
 
 Codes = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -70,9 +71,10 @@ def policy_order(
     hot: npt.NDArray[np.integer],
     policy: Policy,
     *,
+    half_lives: Sequence[float] = (),
     tokens_per_tick: int = 1,
 ) -> ExpertOrder:
-    """The order of ``lru``, ``lfu`` or ``lcp``, under the rules of :mod:`moepack.residency`.
+    """The order of a policy that goes by use, under the rules of :mod:`moepack.residency`.
 
     Parameters
     ----------
@@ -80,6 +82,8 @@ def policy_order(
         Distinct experts of each token.
     hot : int [layers, N]
         Every expert, hottest first.
+    half_lives
+        Of each layer, in tokens, where the policy is ``lfu_decay``.
     tokens_per_tick
         Steps that the cache counts as one token: 1, or the number of layers for a shared pool.
     """
@@ -92,6 +96,10 @@ def policy_order(
         clock = uses.activation // ids.shape[2]
         ticks = clock if tokens_per_tick == 1 else clock / tokens_per_tick
         keys = logarithms[_nth_use(uses)] + ticks * LCP_PER_TOKEN
+    elif policy == "lfu_decay":
+        assert len(half_lives) == len(hot), "a policy that decays, without half-lives"
+        by_layer = _decaying_keys(ids, experts, half_lives).transpose(1, 0, 2)
+        keys = np.take_along_axis(by_layer.reshape(len(by_layer), -1), uses.activation, axis=1)
     else:
         keys = _narrow(uses.activation // ids.shape[2])
     after = _dense(keys, experts + 1, _code_dtype(ids, experts))
@@ -141,6 +149,28 @@ def _nth_use(uses: _Uses) -> npt.NDArray[np.intp]:
     place = np.arange(uses.activation.shape[1])
     began = np.maximum.accumulate(np.where(uses.first, place, 0), axis=1)
     return place - began + 1
+
+
+def _decaying_keys(
+    ids: npt.NDArray[np.uint16], experts: int, half_lives: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """:func:`moepack.residency.access_key` after each activation, [tokens, layers, K]."""
+    tokens, layers, _ = ids.shape
+    known = {half_life: place for place, half_life in enumerate(dict.fromkeys(half_lives))}
+    kind = np.array([known[half_life] for half_life in half_lives])
+    # [kinds, tokens], and [kinds, tokens, 2]
+    left = np.array([[decay(age, each) for age in range(tokens)] for each in known])
+    grown = np.array([[growth(token, each) for token in range(tokens)] for each in known])
+    score, last = np.zeros((layers, experts)), np.zeros((layers, experts), dtype=np.intp)
+    row, kinds = np.arange(layers)[:, None], kind[:, None]
+    scores = np.empty(ids.shape)
+    for now, used in enumerate(ids.astype(np.intp)):
+        kept = score[row, used] * left[kinds, now - last[row, used]]
+        scores[now] = score[row, used] = kept + 1.0
+        last[row, used] = now
+    doubled, rest = grown[kind].transpose(2, 1, 0)  # [tokens, layers]
+    mantissa, exponent = np.frexp(scores * rest[:, :, None])
+    return np.asarray(doubled[:, :, None] + exponent + 2.0 * mantissa)
 
 
 def _narrow(keys: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

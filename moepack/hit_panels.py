@@ -26,6 +26,7 @@ class Chosen(NamedTuple):
     share: float
     hit_rate: float
     policy: str
+    half_life_tokens: float | None = None
 
 
 class HitPanel(NamedTuple):
@@ -82,4 +83,5 @@ def hit_panels(plan: Plan, tables: RoutingTables, bands: Sequence[range]) -> tup
 def _chosen(cut: LayerLayout, place: LayerPlacement, curves: dict[str, Curves], row: int) -> Chosen:
     slots = place.top_slots if cut.split else place.bottom_slots
     hit_rate = float(curves[place.policy][row, slots])
-    return Chosen(place.layer, slots / len(place.hot), hit_rate, place.policy)
+    share = slots / len(place.hot)
+    return Chosen(place.layer, share, hit_rate, place.policy, place.half_life_tokens)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moepack.budget import fixed_bytes
-from moepack.cost import Array, LayerTimes, LinkSeconds, distinct_experts
+from moepack.cost import LayerTimes, LinkSeconds, distinct_experts
 from moepack.fixed_times import fixed_times
 from moepack.layer_problem import Cuts, LayerProblem, PromptTimes, cut_options, kept_cut
 from moepack.layer_tables import Choice, LayerTable, tabulate
@@ -16,7 +16,7 @@ from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout, uniform_layout
 from moepack.optimiser import Optimum, fixed_point_split, optimise
 from moepack.passes import expert_curve
 from moepack.placements import free_bytes, placement
-from moepack.plan import EngineCapabilities, LayerPlacement, Layout, Policy
+from moepack.plan import EngineCapabilities, LayerPlacement, Layout
 from moepack.plan_request import PlanRequest
 from moepack.prompts import block_lengths
 from moepack.routing_tables import RoutingTables
@@ -141,7 +141,10 @@ class Optimised:
         request, tables = self._request, self._tables
         shape, entry = tables.layers[index], request.compute.layer(tables.layers[index].layer)
         whole, split = expert_curve(entry, cut=False), expert_curve(entry, cut=True)
-        curves = {policy: self._curve(index, policy) for policy in engine.policies}
+        curves = {
+            policy: tables.fit_curves(policy)[index, : shape.num_experts + 1]
+            for policy in engine.policies
+        }
         shares = tables.shares[index]
         hot = np.array(tables.hot[index])
         used = distinct_experts(shares, request.prompt_tokens, shape.top_k)[hot]
@@ -181,19 +184,6 @@ class Optimised:
             },
         )
 
-    def _curve(self, index: int, policy: Policy) -> Array:
-        """Hit rate over slots on *fit*.
-
-        A cache of fewer slots than a token uses holds some of the last token's experts, whatever
-        its policy: all that learn count as the first of them there, which spares replays.
-        """
-        shape, learning = self._tables.layers[index], ("lru", "lfu", "lcp")
-        curve = self._tables.fit_curves(policy)[index, : shape.num_experts + 1].copy()
-        first = next((each for each in self._request.engine.policies if each in learning), policy)
-        if policy in learning:
-            curve[: shape.top_k] = self._tables.fit_curves(first)[index, : shape.top_k]
-        return curve
-
     def _gap_s(self, index: int) -> float:
         """Compute between the experts of the layer before and this layer's routing."""
         tail_s = self._token.tail_s if index == 0 else 0.0
@@ -209,8 +199,7 @@ class Optimised:
             PREFILL_BLOCK_TOKENS,
         )
         layers = [
-            _place(choice, hot)
-            for choice, hot in zip(optimum.choices, self._tables.hot, strict=True)
+            _place(index, choice, self._tables) for index, choice in enumerate(optimum.choices)
         ]
         made = placement(request, layout, layers, staging_experts=staging)
         return Contender(name, layout, made, computes_as_ready(request, made))
@@ -241,14 +230,15 @@ def _spare_bytes(request: PlanRequest, tables: Sequence[LayerTable], staging: in
     return request.fast_budget_bytes - fixed - staging * frame_bytes
 
 
-def _place(choice: Choice, hot: tuple[int, ...]) -> LayerPlacement:
+def _place(index: int, choice: Choice, tables: RoutingTables) -> LayerPlacement:
     return LayerPlacement(
         layer=choice.layer,
         budget_bytes=choice.budget_bytes,
         top_slots=choice.tops,
         bottom_slots=choice.bottoms,
         policy=choice.policy,
-        hot=hot,
+        hot=tables.hot[index],
         prefetch=choice.prefetch,
         prefetch_depth=choice.depth,
+        half_life_tokens=tables.half_life(index, choice.policy),
     )

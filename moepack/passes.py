@@ -16,7 +16,7 @@ from moepack.compute import ComputeProfile, Curve, LayerCompute
 from moepack.cost import LinkSeconds
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, Placement
-from moepack.routing_tables import RoutingTables
+from moepack.routing_tables import Cache, RoutingTables
 from moepack.segments import PARTS
 from moepack.timeline import Columns, Flags, Seconds
 from moepack.trace import NO_PREDICTION
@@ -272,14 +272,14 @@ def _held(
         _slots(place, parts, cut=bool(cut))
         for place, cut in zip(placement.layers, segments.interior, strict=True)
     ]
-    tables.step(
-        (index, placement.layers[index].policy, count)
-        for index, several in enumerate(counts)
-        for count in several
-    )
-    for index, place in enumerate(placement.layers):
-        for part, count in enumerate(counts[index]):
-            activated, predicted = tables.held(index, place.policy, count)
+    caches = [
+        [Cache(index, place.policy, count, place.half_life_tokens) for count in counts[index]]
+        for index, place in enumerate(placement.layers)
+    ]
+    tables.prepare(cache for several in caches for cache in several)
+    for index, several in enumerate(caches):
+        for part, cache in enumerate(several):
+            activated, predicted = tables.held(cache)
             mine = np.take_along_axis(activated[tokens], order[:, index], axis=1)
             held[:, index, :, part] = mine
             ahead[:, index, :, part] = predicted[tokens] if oracle == "none" else mine

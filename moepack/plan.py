@@ -14,7 +14,7 @@ from moepack import records
 from moepack.errors import PlanError
 from moepack.records import record
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 #: No machine has more; a file that says so is damaged.
 MAX_THREADS = 4096
@@ -23,7 +23,7 @@ DeviceKind = Literal["cpu", "cuda"]
 
 #: Which expert leaves a full cache; the rules are in :mod:`moepack.residency`.
 Policy = Literal["lru", "lfu", "lcp", "lfu_decay", "pinned"]
-POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")
+POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "lfu_decay", "pinned")
 
 #: Those that know no layers.
 POOL_POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "pinned")

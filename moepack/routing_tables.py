@@ -6,8 +6,10 @@ from the two, each computed when it is first asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ from moepack.cache_curves import (
     predicted_cached,
     prediction_accuracy,
 )
+from moepack.half_lives import fitted_half_lives
 from moepack.plan import Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
@@ -29,6 +32,15 @@ from moepack.trace import ROUTING_PARTS, LayerShape, RoutingPart, Trace, activat
 
 #: For each layer every expert, hottest first.
 Rankings = tuple[tuple[int, ...], ...]
+
+
+class Cache(NamedTuple):
+    """Slots of one layer and who stays in them; ``row`` counts the layers with experts."""
+
+    row: int
+    policy: Policy
+    slots: int
+    half_life_tokens: float | None = None
 
 
 class RoutingTables:
@@ -53,7 +65,8 @@ class RoutingTables:
         self._ranks: dict[Policy, StackRanks] = {}
         self._fit_curves: dict[Policy, Curves] = {}
         self._fit_cached: dict[Policy, Curves] = {}
-        self._stepped: dict[tuple[int, Policy, int], tuple[Flags, Flags]] = {}
+        self._stepped: dict[Cache, tuple[Flags, Flags]] = {}
+        self._decaying: dict[tuple[int, float], tuple[Ranks, Ranks]] = {}
         self._pools: dict[SharedPool, tuple[Flags, Flags]] = {}
 
     def starting(self, hot: Rankings) -> RoutingTables:
@@ -88,10 +101,25 @@ class RoutingTables:
         ]
         return tuple(count / count.sum() for count in counts)
 
+    @cached_property
+    def half_lives(self) -> tuple[float, ...]:
+        """Of each layer, for ``lfu_decay``; see :func:`moepack.half_lives.fitted_half_lives`."""
+        return fitted_half_lives(self.trace, self.layers)
+
+    def half_life(self, index: int, policy: Policy) -> float | None:
+        """What a policy needs beside its name in a layer."""
+        return self.half_lives[index] if policy == "lfu_decay" else None
+
+    def _half_lives(self, policy: Policy) -> tuple[float, ...]:
+        return self.half_lives if policy == "lfu_decay" else ()
+
     def ranks(self, policy: Policy) -> StackRanks:
         """Stack positions under a policy; see :func:`moepack.stack_ranks.stack_ranks`."""
         if policy not in self._ranks:
-            self._ranks[policy] = stack_ranks(self.trace, self.layers, self.hot, policy)
+            self._ranks[policy] = stack_ranks(
+                self.trace, self.layers, self.hot, policy, self._half_lives(policy)
+            )
+            self._keep_decaying(self._ranks[policy], range(len(self.layers)))
         return self._ranks[policy]
 
     def fit_curves(self, policy: Policy) -> Curves:
@@ -100,7 +128,9 @@ class RoutingTables:
         See :func:`moepack.cache_curves.cross_fitted_hit_curves`.
         """
         if policy not in self._fit_curves:
-            self._fit_curves[policy] = cross_fitted_hit_curves(self.trace, self.layers, policy)
+            self._fit_curves[policy] = cross_fitted_hit_curves(
+                self.trace, self.layers, policy, self._half_lives(policy)
+            )
         return self._fit_curves[policy]
 
     @cached_property
@@ -116,7 +146,7 @@ class RoutingTables:
             )
         return self._fit_cached[policy]
 
-    def held(self, index: int, policy: Policy, slots: int) -> tuple[Flags, Flags]:
+    def held(self, cache: Cache) -> tuple[Flags, Flags]:
         """Which activations, and which predicted experts, a layer's cache of a size holds.
 
         Returns
@@ -124,47 +154,81 @@ class RoutingTables:
         bool [T, K], bool [T, 2K]
             Of a prediction that does not exist: False.
         """
-        if not self._is_small(index, policy, slots):
-            ranks = self.ranks(policy)
-            return ranks.ids[:, index] < slots, ranks.predicted[:, index] < slots
-        if (index, policy, slots) not in self._stepped:
-            self.step([(index, policy, slots)])
-        return self._stepped[index, policy, slots]
+        if self._is_small(cache):
+            if cache not in self._stepped:
+                self.prepare([cache])
+            return self._stepped[cache]
+        if cache.half_life_tokens is None:
+            ranks = self.ranks(cache.policy)
+            ids, predicted = ranks.ids[:, cache.row], ranks.predicted[:, cache.row]
+        else:
+            key = cache.row, cache.half_life_tokens
+            if key not in self._decaying:
+                self.prepare([cache])
+            ids, predicted = self._decaying[key]
+        return ids < cache.slots, predicted < cache.slots
 
-    def step(self, caches: Iterable[tuple[int, Policy, int]]) -> None:
-        """Prepare :meth:`held` for many caches (layer, policy, slots) at once.
+    def prepare(self, caches: Iterable[Cache]) -> None:
+        """Make :meth:`held` ready for many caches at once.
 
-        Those of fewer slots than a token uses experts have to be stepped, which takes about as long
-        for one as for many.
+        Those of fewer slots than a token uses experts have to be stepped, and those whose counts
+        decay differ from layer to layer: either takes about as long for one as for many.
         """
-        missing = [
-            cache
-            for cache in dict.fromkeys(caches)
-            if self._is_small(*cache) and cache not in self._stepped
-        ]
+        asked = list(dict.fromkeys(caches))
+        self._step([each for each in asked if self._is_small(each) and each not in self._stepped])
+        self._rank_decaying(
+            dict.fromkeys(
+                (each.row, each.half_life_tokens)
+                for each in asked
+                if each.half_life_tokens is not None and not self._is_small(each)
+            )
+        )
+
+    def _rank_decaying(self, asked: Iterable[tuple[int, float]]) -> None:
+        missing = [each for each in asked if each not in self._decaying]
         if not missing:
             return
-        rows = [index for index, _, _ in missing]
-        trace = self.trace
-        some = Trace(
-            trace.ids[:, rows],
-            trace.weights[:, rows],
-            trace.predicted[:, rows],
-            trace.sequence,
-            trace.part,
-        )
-        hits, ahead = stepped_hits(
-            some,
-            [self.layers[index] for index in rows],
-            [self.hot[index] for index in rows],
-            [policy for _, policy, _ in missing],
-            [slots for _, _, slots in missing],
-        )
-        for place, cache in enumerate(missing):
-            self._stepped[cache] = hits[:, place], ahead[:, place]
+        rows = [index for index, _ in missing]
+        layers, hot = self._of(rows)
+        half_lives = [half_life for _, half_life in missing]
+        ranks = stack_ranks(self._some(rows), layers, hot, "lfu_decay", half_lives)
+        self._keep_decaying(ranks, rows)
 
-    def _is_small(self, index: int, policy: Policy, slots: int) -> bool:
-        return 0 < slots < self.layers[index].top_k and policy != "pinned"
+    def _keep_decaying(self, ranks: StackRanks, rows: Sequence[int]) -> None:
+        for place, (index, half_life) in enumerate(zip(rows, ranks.half_lives, strict=False)):
+            self._decaying[index, half_life] = ranks.ids[:, place], ranks.predicted[:, place]
+
+    def _step(self, missing: Sequence[Cache]) -> None:
+        if not missing:
+            return
+        rows = [each.row for each in missing]
+        layers, hot = self._of(rows)
+        hits, ahead = stepped_hits(
+            self._some(rows),
+            layers,
+            hot,
+            [each.policy for each in missing],
+            [each.slots for each in missing],
+            [each.half_life_tokens for each in missing],
+        )
+        for place, each in enumerate(missing):
+            self._stepped[each] = hits[:, place], ahead[:, place]
+
+    def _of(self, rows: Sequence[int]) -> tuple[list[LayerShape], list[tuple[int, ...]]]:
+        return [self.layers[row] for row in rows], [self.hot[row] for row in rows]
+
+    def _some(self, rows: Sequence[int]) -> Trace:
+        """The trace of some layers; one may be there several times."""
+        trace = self.trace
+        return replace(
+            trace,
+            ids=trace.ids[:, rows],
+            weights=trace.weights[:, rows],
+            predicted=trace.predicted[:, rows],
+        )
+
+    def _is_small(self, cache: Cache) -> bool:
+        return 0 < cache.slots < self.layers[cache.row].top_k and cache.policy != "pinned"
 
     def pooled(self, pool: SharedPool) -> tuple[Flags, Flags]:
         """The same for slots that all layers share, bool [T, L, K] and bool [T, L, 2K]."""

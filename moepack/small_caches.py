@@ -28,6 +28,7 @@ def stepped_hits(
     hot: Hot,
     policies: Sequence[Policy],
     capacities: Sequence[int],
+    half_lives: Sequence[float | None] | None = None,
 ) -> tuple[Mask, Mask]:
     """Which activated, and which predicted, experts such caches hold when a token arrives.
 
@@ -37,6 +38,8 @@ def stepped_hits(
     ----------
     hot, policies, capacities
         Of each layer: its ranking, policy, and slots.
+    half_lives
+        Of each layer, in tokens, where its policy is ``lfu_decay``.
 
     Returns
     -------
@@ -60,12 +63,14 @@ def stepped_hits(
     for shape, alike in layers_by_shape(layers):
         for policy in dict.fromkeys(policies[row] for row in alike):
             rows = [row for row in alike if policies[row] == policy]
+            each = [half_lives[row] for row in rows] if half_lives else []
             hits, guessed = small_cache_hits(
                 trace.ids[:, rows, : shape.top_k],
                 trace.predicted[:, rows],
                 np.array([hot[row] for row in rows]),
                 policy,
                 np.array([[capacities[row] for row in rows]]),
+                [half_life for half_life in each if half_life is not None],
             )
             activated[:, rows, : shape.top_k] = hits[0]
             predicted[:, rows] = guessed[0]
@@ -78,6 +83,7 @@ def small_cache_hits(
     hot: npt.NDArray[np.integer],
     policy: Policy,
     capacities: npt.NDArray[np.integer],
+    half_lives: Sequence[float] = (),
 ) -> tuple[Mask, Mask]:
     """Several such caches for each of some layers of one shape.
 
@@ -88,6 +94,8 @@ def small_cache_hits(
     hot : int [layers, N]
     capacities : int [caches, layers]
         Each less than K.
+    half_lives
+        Of each layer, in tokens, where the policy is ``lfu_decay``.
 
     Returns
     -------
@@ -105,7 +113,8 @@ def small_cache_hits(
         holdable[1:] = holdable[0]
         kept[:, 1:] = kept[:, :1]
     else:
-        codes = np.take_along_axis(policy_order(ids, hot, policy).after, by_id, axis=2)
+        order = policy_order(ids, hot, policy, half_lives=half_lives)
+        codes = np.take_along_axis(order.after, by_id, axis=2)
         _step(kept, holdable, codes, capacities)
 
     def held(asked: npt.NDArray[np.uint16]) -> Mask:

@@ -36,15 +36,24 @@ class StackRanks:
     policy : str
     hot : tuple of tuples of int
         What the caches started from, by layer.
+    half_lives : tuple of float
+        By layer, in tokens, of ``lfu_decay``; else empty.
     """
 
     ids: Ranks
     predicted: Ranks
     policy: Policy
     hot: tuple[tuple[int, ...], ...]
+    half_lives: tuple[float, ...] = ()
 
 
-def stack_ranks(trace: Trace, layers: Sequence[LayerShape], hot: Hot, policy: Policy) -> StackRanks:
+def stack_ranks(
+    trace: Trace,
+    layers: Sequence[LayerShape],
+    hot: Hot,
+    policy: Policy,
+    half_lives: Sequence[float] = (),
+) -> StackRanks:
     """Ranks under the rules of :mod:`moepack.residency`, one token a pass.
 
     They hold for caches of at least top-k slots: smaller ones cannot hold all that a token uses,
@@ -55,6 +64,8 @@ def stack_ranks(trace: Trace, layers: Sequence[LayerShape], hot: Hot, policy: Po
     ----------
     hot
         For each layer every expert, hottest first: what a cache holds at the start.
+    half_lives
+        Of each layer, in tokens, where the policy is ``lfu_decay``.
     """
     ids = np.full(trace.ids.shape, NO_RANK, dtype=np.uint16)
     predicted = np.full(trace.predicted.shape, NO_RANK, dtype=np.uint16)
@@ -68,10 +79,12 @@ def stack_ranks(trace: Trace, layers: Sequence[LayerShape], hot: Hot, policy: Po
             place = np.argsort(ranking, axis=1).astype(np.uint16)[None]
             found = np.take_along_axis(place, asked.astype(np.intp), axis=2)
         else:
-            found = percolation.ranks(policy_order(used, ranking, policy), ranking, asked)
+            each = [half_lives[row] for row in rows] if half_lives else []
+            order = policy_order(used, ranking, policy, half_lives=each)
+            found = percolation.ranks(order, ranking, asked)
         ids[:, rows, : shape.top_k] = found[:, :, : shape.top_k]
         predicted[:, rows] = np.where(known, found[:, :, shape.top_k :], NO_RANK)
-    return StackRanks(ids, predicted, policy, tuple(map(tuple, hot)))
+    return StackRanks(ids, predicted, policy, tuple(map(tuple, hot)), tuple(half_lives))
 
 
 def layers_by_shape(layers: Sequence[LayerShape]) -> Iterator[tuple[LayerShape, list[int]]]:

@@ -27,13 +27,13 @@ from moepack.budget import stored_bytes
 from moepack.layouts import uniform_layout
 from moepack.passes import Oracle
 from moepack.placements import free_bytes, place_layer, placement
-from moepack.plan import EngineCapabilities, Layout, Placement, Policy, SharedPool
+from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Policy, SharedPool
 from moepack.plan_request import PlanRequest
 from moepack.routing_tables import RoutingTables
 
 #: What ``--assume-engine full`` plans for.
 FULL_ENGINE = EngineCapabilities(
-    policies=("lru", "lfu", "lcp", "pinned"),
+    policies=POLICIES,
     devices=("cpu", "cuda"),
     prefetch=("off", "bottoms", "all"),
     max_prefetch_depth=4096,

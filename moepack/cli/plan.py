@@ -162,6 +162,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
                 "cached_tops": place.top_slots,
                 "cached_bottoms": place.bottom_slots,
                 "policy": place.policy,
+                "half_life_tokens": place.half_life_tokens,
                 "prefetch": place.prefetch,
                 "prefetch_depth": place.prefetch_depth,
             }

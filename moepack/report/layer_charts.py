@@ -141,6 +141,8 @@ def hit_chart(panel: HitPanel) -> Element:
             f"layer {point.layer}: {point.share:.0%} cached, {point.hit_rate:.1%} hit, "
             f"{point.policy}"
         )
+        if point.half_life_tokens is not None:
+            told += f" {point.half_life_tokens:g}"
         add(
             chart,
             element(
@@ -188,9 +190,8 @@ def _told(row: LayerRow) -> str:
     )
     if row.splits[0] < 1:
         text += f", {row.bottoms[0]} bottoms"
-    return (
-        f"{text}, split {row.splits[0]:.2f}, policy {row.policies[0]}, ahead: {row.prefetches[0]}"
-    )
+    policy = " ".join((row.policies[0], *map("{:g}".format, row.half_lives)))
+    return f"{text}, split {row.splits[0]:.2f}, policy {policy}, ahead: {row.prefetches[0]}"
 
 
 def _shares(plan: Plan) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ V = TypeVar("V", int, float, str)
 #: More rows than this become bands of neighbours.
 MOST_ROWS = 24
 
-_BAR = 24
+_BAR = 19
 _TOP, _BOTTOM, _EMPTY = "█", "▒", "·"
 
 
@@ -42,6 +42,7 @@ class LayerRow(NamedTuple):
     experts: tuple[int, ...]
     budgets: tuple[int, ...]
     policies: tuple[str, ...]
+    half_lives: tuple[float, ...]
     prefetches: tuple[str, ...]
 
     @property
@@ -84,15 +85,20 @@ def layers_view(plan: Plan) -> RenderableType:
                 f"{_span(row.tops, str)}/{row.experts[0]}",
                 f"{_span(row.bottoms, str)}/{row.experts[0]}" if any(row.bottoms) else "-",
                 _span(row.splits, "{:.2f}".format),
-                ",".join(row.policies),
+                "\n".join(row.policies),
                 ",".join(row.prefetches),
             )
             for row in rows
         ),
         texts=("policy", "ahead"),
     )
+    half_lives = sorted({each for row in rows for each in row.half_lives})
     marks = f"{_TOP} tops" + (f"   {_BOTTOM} bottoms" if any(any(r.bottoms) for r in rows) else "")
-    return Group(table, f"{marks}   {_EMPTY} fetched when needed")
+    told = [f"{marks}   {_EMPTY} fetched when needed"]
+    if half_lives:
+        span = _span(half_lives, "{:g}".format)
+        told.append(f"lfu_decay: an activation counts half after {span} tokens")
+    return Group(table, *told)
 
 
 def pool_sentence(plan: Plan, pool: SharedPool) -> str:
@@ -125,6 +131,7 @@ def _row(cut: LayerLayout, place: LayerPlacement) -> LayerRow:
         experts=(experts,),
         budgets=(place.budget_bytes,),
         policies=(place.policy,),
+        half_lives=() if place.half_life_tokens is None else (place.half_life_tokens,),
         prefetches=(_prefetch(place),),
     )
 
@@ -145,6 +152,7 @@ def _joined(rows: Sequence[LayerRow]) -> LayerRow:
         experts=values(lambda row: row.experts),
         budgets=values(lambda row: row.budgets),
         policies=values(lambda row: row.policies),
+        half_lives=values(lambda row: row.half_lives),
         prefetches=values(lambda row: row.prefetches),
     )
 

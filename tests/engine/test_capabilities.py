@@ -39,7 +39,7 @@ def pooled(checkpoint: Checkpoint, layout: Layout, slots: int) -> Placement:
 
 
 def test_every_policy_and_the_pool_are_there_and_nothing_is_fetched_ahead() -> None:
-    assert set(CAPABILITIES.policies) == {"lru", "lfu", "lcp", "pinned"}
+    assert set(CAPABILITIES.policies) == {"lru", "lfu", "lcp", "lfu_decay", "pinned"}
     assert CAPABILITIES.shared_pool
     assert CAPABILITIES.as_ready
     assert set(CAPABILITIES.prefetch) == {"off", "bottoms", "all"}

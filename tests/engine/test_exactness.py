@@ -14,7 +14,7 @@ from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer, Transfe
 
 from moepack.checkpoint import Checkpoint
 from moepack.pack import pack
-from moepack.plan import POLICIES, DeviceKind, SharedPool
+from moepack.plan import POLICIES, POOL_POLICIES, DeviceKind, SharedPool
 from tests.conftest import TinyFolder
 from tests.support.engines import all_logits, greedy, open_engine
 from tests.support.packs import plan_for
@@ -153,7 +153,7 @@ def test_the_bits_of_a_long_prompt_do_not_depend_on_the_policy(
         place_on(tops=0, bottoms=0, staging=2, pool=SharedPool(slots, policy))
         if shared
         else place_on(tops=slots, bottoms=slots // 2, staging=2, policy=policy)
-        for policy in POLICIES
+        for policy in (POOL_POLICIES if shared else POLICIES)
         for slots in ((1, 11) if shared else (1, 4))
     ]
     for place in places:

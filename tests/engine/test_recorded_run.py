@@ -11,9 +11,10 @@ import pytest
 from moepack_runtime.tokenizer import Tokenizer
 
 from moepack.checkpoint import Checkpoint
-from moepack.plan import POLICIES, Placement, Policy, SharedPool
-from moepack.residency import ExpertCache, LayerCache, SharedCache
+from moepack.plan import POLICIES, POOL_POLICIES, Placement, Policy, SharedPool
+from moepack.residency import LayerCache, SharedCache
 from moepack.shipped import shipped_model, shipped_texts
+from tests.support.caches import cache_of
 from tests.support.engines import open_engine
 from tests.support.plans import mixed_layout, placement
 from tests.support.recorded_run import RecordedRun, record_run
@@ -54,7 +55,7 @@ def fresh_caches(place: Placement) -> list[LayerCache]:
     if place.pool is not None:
         pool = SharedCache(place.pool.slots, [it.hot for it in place.layers], place.pool.policy)
         return [pool.layer(index) for index in range(len(place.layers))]
-    return [ExpertCache(it.top_slots, it.hot, it.policy) for it in place.layers]
+    return [cache_of(it, it.top_slots) for it in place.layers]
 
 
 def replayed_hits(place: Placement, recorded: RecordedRun) -> list[npt.NDArray[np.bool_]]:
@@ -93,7 +94,7 @@ def test_every_hit_of_a_layers_own_slots_is_found_again(
         assert recorded.stats.ready_rate == 0, "every bottom is fetched"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POOL_POLICIES)
 @pytest.mark.parametrize("slots", [TOP_K - 1, 21, 90])
 def test_every_hit_of_a_shared_pool_is_found_again(policy: Policy, slots: int) -> None:
     place, recorded = run(1.0, {"tops": 0, "pool": SharedPool(slots, policy)})

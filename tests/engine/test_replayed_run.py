@@ -12,7 +12,7 @@ from moepack_runtime.tokenizer import Tokenizer
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
 from moepack.passes import activations, decode_passes, segments_of
-from moepack.plan import POLICIES, Layout, Placement, Policy, SharedPool
+from moepack.plan import POLICIES, POOL_POLICIES, Layout, Placement, Policy, SharedPool
 from moepack.replay import Replayer
 from moepack.residency import ExpertCache
 from moepack.roofline import derive_compute
@@ -21,6 +21,7 @@ from moepack.routing_tables import RoutingTables
 from moepack.shipped import shipped_model, shipped_texts
 from moepack.stack_ranks import stack_ranks
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
+from tests.support.caches import half_life_of
 from tests.support.engines import open_engine
 from tests.support.plans import mixed_layout, placement
 from tests.support.recorded_run import RecordedRun, record_run
@@ -115,7 +116,7 @@ def test_a_run_is_found_again_event_by_event(
     check(*run(ratio, 1, tops=slots, bottoms=bottoms, policy=policy))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POOL_POLICIES)
 @pytest.mark.parametrize("slots", [TOP_K - 1, 60])
 def test_a_run_on_a_shared_pool_is_found_again_event_by_event(policy: Policy, slots: int) -> None:
     check(*run(1.0, 1, tops=0, bottoms=0, pool=SharedPool(slots, policy)))
@@ -130,12 +131,14 @@ def test_after_a_whole_prompt_in_one_pass_the_hit_rate_is_found_within_a_point(
     trace, shapes = trace_of(recorded)
     rng = np.random.default_rng(0)
     hot = [tuple(rng.permutation(shape.num_experts).tolist()) for shape in shapes]
-    ranks = stack_ranks(trace, shapes, hot, policy).ids[recorded.passes[0] :]
+    half_life = half_life_of(policy)
+    each = [half_life] * len(hot) if half_life else []
+    ranks = stack_ranks(trace, shapes, hot, policy, each).ids[recorded.passes[0] :]
     edges = [0, *itertools.accumulate(recorded.passes)]
     for slots in (6, 9, 15, 22):
         engine = np.zeros(trace.ids.shape, dtype=np.bool_)
         for index, ranking in enumerate(hot):
-            cache = ExpertCache(slots, ranking, policy)
+            cache = ExpertCache(slots, ranking, policy, half_life_tokens=half_life)
             for begin, end in itertools.pairwise(edges):
                 tokens = trace.ids[begin:end, index]
                 engine[begin:end, index] = np.isin(

@@ -28,7 +28,7 @@ from moepack.trace import (
     hot_rankings,
     part_of_tokens,
 )
-from tests.support.caches import random_rankings, random_trace, shapes, traces
+from tests.support.caches import half_life_of, random_rankings, random_trace, shapes, traces
 
 parts = st.sampled_from(ROUTING_PARTS)
 
@@ -37,7 +37,7 @@ def cache_history(
     trace: Trace, row: int, layer: LayerShape, slots: int, hot: list[int], policy: Policy
 ) -> list[set[int]]:
     """What the runtime's cache of a layer holds when each token arrives."""
-    cache = ExpertCache(slots, hot, policy)
+    cache = ExpertCache(slots, hot, policy, half_life_tokens=half_life_of(policy))
     history = []
     for token in trace.ids[:, row, : layer.top_k].tolist():
         history.append(set(cache.resident))
@@ -54,7 +54,8 @@ def test_a_curve_is_what_caches_of_every_size_hit(
     layers = data.draw(shapes())
     trace = data.draw(traces(layers))
     hot = random_rankings(layers, np.random.default_rng(data.draw(st.integers(0, 99))))
-    ranks = stack_ranks(trace, layers, hot, policy)
+    half_life = half_life_of(policy)
+    ranks = stack_ranks(trace, layers, hot, policy, [half_life] * len(layers) if half_life else ())
     hits = hit_curves(ranks, trace, layers, part)
     held = predicted_cached(ranks, trace, layers, part)
     scored = np.flatnonzero(trace.part == ROUTING_PARTS.index(part))

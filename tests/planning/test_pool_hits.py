@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack import pool_hits
-from moepack.plan import POLICIES, Policy
+from moepack.plan import POOL_POLICIES, Policy
 from moepack.pool_hits import pool_masks
 from moepack.residency import SharedCache
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
@@ -37,7 +37,7 @@ def check(
             pool.layer(row).step([token])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POOL_POLICIES)
 @given(data=st.data())
 @settings(max_examples=80)
 def test_a_pool_of_any_size_over_any_layers(policy: Policy, data: st.DataObject) -> None:
@@ -48,7 +48,7 @@ def test_a_pool_of_any_size_over_any_layers(policy: Policy, data: st.DataObject)
     check(trace, layers, hot, slots, policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POOL_POLICIES)
 def test_chunks_leave_no_trace(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_hits, "_CHUNK_TOKENS", 7)
     rng = np.random.default_rng(2)

@@ -13,11 +13,19 @@ from moepack.belady import belady_hits
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import FixedTimes
 from moepack.passes import Oracle, activations, decode_passes, segments_of
-from moepack.plan import POLICIES, LayerPlacement, Layout, Placement, PrefetchMode, SharedPool
+from moepack.plan import (
+    POLICIES,
+    POOL_POLICIES,
+    LayerPlacement,
+    Layout,
+    Placement,
+    PrefetchMode,
+    SharedPool,
+)
 from moepack.replay import Replayer
 from moepack.routing_tables import RoutingTables
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart, Trace
-from tests.support.caches import random_trace, shapes
+from tests.support.caches import half_life_of, half_lives, random_trace, shapes
 from tests.support.routed import (
     Setting,
     compute_of,
@@ -65,22 +73,25 @@ def drawn_placement(
     for shape, cut in zip(setting.tables.layers, layout.layers, strict=True):
         mode = data.draw(st.sampled_from(MODES))
         count = st.integers(0, shape.num_experts)
+        policy = data.draw(st.sampled_from(POLICIES))
         layers.append(
             LayerPlacement(
                 layer=shape.layer,
                 budget_bytes=0,
                 top_slots=data.draw(count) if cut.split and not pooled else 0,
                 bottom_slots=data.draw(count) if cut.split < cut.width else 0,
-                policy=data.draw(st.sampled_from(POLICIES)),
+                policy=policy,
                 hot=tuple(data.draw(st.permutations(range(shape.num_experts)))),
                 prefetch=mode,
                 prefetch_depth=0 if mode == "off" else data.draw(st.integers(1, 8)),
+                half_life_tokens=half_life_of(policy, data.draw(half_lives)),
             )
         )
     pool = None
     if pooled:
         experts = sum(shape.num_experts for shape in setting.tables.layers)
-        pool = SharedPool(data.draw(st.integers(1, experts)), data.draw(st.sampled_from(POLICIES)))
+        policy = data.draw(st.sampled_from(POOL_POLICIES))
+        pool = SharedPool(data.draw(st.integers(1, experts)), policy)
     return layout, placed(layout, layers, staging=data.draw(st.integers(1, 9)), pool=pool)
 
 

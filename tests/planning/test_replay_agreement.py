@@ -22,7 +22,7 @@ from moepack.presets import preset_path
 from moepack.replay import Replayer
 from moepack.routing_model import load_routing_model
 from moepack.routing_sampler import sample_trace
-from moepack.routing_tables import RoutingTables
+from moepack.routing_tables import Cache, RoutingTables
 from moepack.segments import PARTS
 from moepack.trace import LayerShape
 from tests.support.routed import (
@@ -123,7 +123,7 @@ def test_without_prefetching_the_closed_form_is_near_the_replay(
         tops = round(share * case.experts)
         seconds = HEAD_S
         for index in range(LAYERS):
-            top = float(case.tables.held(index, "lcp", tops)[0][tokens].mean())
+            top = float(case.tables.held(Cache(index, "lcp", tops))[0][tokens].mean())
             held = Held(top, 0.0 if sizes[1] else 1.0)
             link_s = [case.link_s(load, size) for size in sizes]
             parts = Parts(link_s[0], link_s[1], cut.split_ratio)

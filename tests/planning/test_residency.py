@@ -23,7 +23,7 @@ from moepack.residency import (
 )
 from tests.support.caches import half_life_of, half_lives
 
-policies = st.sampled_from((*POLICIES, "lfu_decay"))
+policies = st.sampled_from(POLICIES)
 
 
 @st.composite

@@ -11,7 +11,14 @@ from moepack.plan import POLICIES
 from moepack.residency import ExpertCache
 from moepack.small_caches import stepped_hits
 from moepack.trace import LayerShape
-from tests.support.caches import random_rankings, random_trace, shapes, traces
+from tests.support.caches import (
+    half_life_of,
+    half_lives,
+    random_rankings,
+    random_trace,
+    shapes,
+    traces,
+)
 
 
 @given(data=st.data())
@@ -22,9 +29,10 @@ def test_what_is_stepped_at_once_is_what_each_cache_does(data: st.DataObject) ->
     hot = random_rankings(layers, np.random.default_rng(data.draw(st.integers(0, 99))))
     capacities = [data.draw(st.integers(0, layer.top_k - 1)) for layer in layers]
     policies = [data.draw(st.sampled_from(POLICIES)) for _ in layers]
-    activated, predicted = stepped_hits(trace, layers, hot, policies, capacities)
+    each = [half_life_of(policy, data.draw(half_lives)) for policy in policies]
+    activated, predicted = stepped_hits(trace, layers, hot, policies, capacities, each)
     for row, layer in enumerate(layers):
-        cache = ExpertCache(capacities[row], hot[row], policies[row])
+        cache = ExpertCache(capacities[row], hot[row], policies[row], half_life_tokens=each[row])
         assert not activated[:, row, layer.top_k :].any()
         for now, token in enumerate(trace.ids[:, row, : layer.top_k].tolist()):
             held = cache.resident

@@ -134,7 +134,7 @@ def test_curves_and_chosen_caches_lie_where_their_shares_are() -> None:
     panel = HitPanel("layer 3", shares, curves, (Chosen(3, 0.5, 0.6, "lcp"),))
     drawn = hit_chart(panel)
     paths = [path.attrib["d"] for path in drawn.iter("path")]
-    assert len(paths) == 5
+    assert len(paths) == len(POLICIES) + 1
     middle = re.findall(r"[\d.]+ [\d.]+", paths[0])[1]
     assert circles(drawn) == [pytest.approx(tuple(map(float, middle.split())), abs=0.06)]
     assert [title.text for title in drawn.iter("title")][-1] == (

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console, RenderableType
 
-from moepack.plan import Plan, SharedPool
+from moepack.plan import Plan, Policy, SharedPool
 from moepack.report.layers import MOST_ROWS, bar, layer_rows, layers_view
 from moepack.report.plan import plan_view
 from moepack.report.strategies import standing_sentences, strategies_view, strategy_rows
@@ -62,6 +62,9 @@ def test_layers_that_share_a_pool_are_told_as_one() -> None:
     assert view[0].startswith("12 slots for whole experts that all 3 layers share (25% of 48")
 
 
+DECAYING: list[Policy] = ["lfu_decay"] * 6
+LEAST_PRIORITY: list[Policy] = ["lcp"] * 88
+
 PLAN = shown_plan(
     baselines={
         "on_demand": baseline(0.200),
@@ -114,6 +117,8 @@ def test_a_strategy_that_is_the_plan_is_marked() -> None:
         shown_plan(tops=tuple(1 + layer % 7 for layer in range(94))),
         shown_plan(pool=SharedPool(12, "lru")),
         shown_plan(tops=(16, 16), bottoms=(3, 4), splits=(0.25, 0.5), policies=("lru", "lfu")),
+        shown_plan(tops=(16,) * 7, splits=(0.5,) * 7, policies=("lcp", *DECAYING)),
+        shown_plan(tops=(9, 7) * 47, policies=(*DECAYING, *LEAST_PRIORITY)),
     ],
 )
 def test_a_plan_fits_eighty_columns(plan: Plan) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from moepack.plan import Policy
+from moepack.plan import LayerPlacement, Policy
+from moepack.residency import ExpertCache
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 
 #: Half-lives to draw from: none is a whole number of any other's.
@@ -20,6 +21,11 @@ LCP_RATE = math.log(1 / 0.25) / 128
 def half_life_of(policy: Policy, tokens: float = 5.0) -> float | None:
     """What a policy needs beside its name."""
     return tokens if policy == "lfu_decay" else None
+
+
+def cache_of(place: LayerPlacement, slots: int) -> ExpertCache:
+    """The engine's cache for one part of a layer's experts."""
+    return ExpertCache(slots, place.hot, place.policy, half_life_tokens=place.half_life_tokens)
 
 
 def obvious_cache(

@@ -17,6 +17,7 @@ from moepack.plan import (
     PrefetchMode,
     SharedPool,
 )
+from tests.support.caches import half_life_of
 
 
 def mixed_layout(spec: ModelSpec, ratios: Sequence[float], *, block_tokens: int = 8) -> Layout:
@@ -60,6 +61,7 @@ def placement(
                 hot=hot,
                 prefetch=prefetch,
                 prefetch_depth=depth,
+                half_life_tokens=half_life_of(policy),
             )
         )
     memory = memory_breakdown(

@@ -20,6 +20,7 @@ from moepack.plan import (
     SharedPool,
 )
 from moepack.units import GIB, MIB
+from tests.support.caches import half_life_of
 
 EXPERTS = 16
 WIDTH = 128
@@ -55,14 +56,16 @@ def shown_plan(
             for layer, split in enumerate(splits)
         ),
     )
+    kept_by = policies or ["lcp"] * count
     layers = tuple(
         LayerPlacement(
             layer=layer,
             budget_bytes=0 if pool else kept * MIB,
             top_slots=0 if pool else kept,
             bottom_slots=(bottoms or [0] * count)[layer],
-            policy=(policies or ["lcp"] * count)[layer],
+            policy=kept_by[layer],
             hot=tuple(range(EXPERTS)),
+            half_life_tokens=half_life_of(kept_by[layer], 2.0 ** (4 + layer)),
         )
         for layer, kept in enumerate(tops)
     )

@@ -14,9 +14,10 @@ import numpy as np
 from moepack.budget import stored_bytes
 from moepack.compute import LayerCompute
 from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
-from moepack.residency import ExpertCache, LayerCache, SharedCache
+from moepack.residency import LayerCache, SharedCache
 from moepack.segments import PARTS, Part
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, RoutingPart
+from tests.support.caches import cache_of
 from tests.support.routed import Setting
 from tests.support.simulation import Seen, Segment, Simulation
 
@@ -125,9 +126,9 @@ def caches_of(layout: Layout, placement: Placement) -> list[dict[Part, LayerCach
     for cut, place in zip(layout.layers, placement.layers, strict=True):
         mine: dict[Part, LayerCache] = {}
         if cut.split:
-            mine["top"] = ExpertCache(place.top_slots, place.hot, place.policy)
+            mine["top"] = cache_of(place, place.top_slots)
         if cut.split < cut.width:
-            mine["bottom"] = ExpertCache(place.bottom_slots, place.hot, place.policy)
+            mine["bottom"] = cache_of(place, place.bottom_slots)
         found.append(mine)
     return found
 
