@@ -69,8 +69,11 @@ class Optimised:
         """MoEpic as published (arXiv 2509.08342): LCP, every expert cut, prefetching.
 
         The split of a layer is the fixed point at its even share, moved to where the kernels can
-        cut; budgets are exchanged between layers from there. None where it does not fit.
+        cut; budgets are exchanged between layers from there. None where it does not fit, or where
+        the cuts are to stay what they are.
         """
+        if request.keep_layout is not None:
+            return None
         strategies = Strategies(request, self._tables)
         top_k = strategies.top_k
         staging = 2 * top_k
@@ -82,8 +85,10 @@ class Optimised:
             return None
         cuts = self._fixed_points(spare_bytes // len(request.spec.moe_layers))
         tables = self._tabulate(staging, engine, cuts)
-        optimum = optimise(tables, max(0, _spare_bytes(request, tables, staging)))
-        made = self._contender("moepic", request, optimum, staging)
+        spare_bytes = _spare_bytes(request, tables, staging)  # cut experts are padded, so less
+        if spare_bytes < 0:
+            return None
+        made = self._contender("moepic", request, optimise(tables, spare_bytes), staging)
         return made._replace(why_not=strategies.why_not(made.layout, made.placement))
 
     def _cuts(self) -> list[Cuts]:
