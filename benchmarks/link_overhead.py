@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from moepack_runtime.direct_io import DirectFile
-from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import HostTransfer, Priority, Transfer
 
@@ -70,12 +69,7 @@ class FileStore(SegmentStore):
         if check is CheckMode.ALWAYS:
             assert zlib.crc32(destination[: self._shape.size_bytes]) == self._crc32
 
-    def load_trunk(
-        self,
-        check: CheckMode = CheckMode.FIRST,  # noqa: ARG002
-        device: torch.device | None = None,  # noqa: ARG002
-        progress: Progress = NO_PROGRESS,  # noqa: ARG002
-    ) -> dict[str, torch.Tensor]:
+    def load_trunk(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
         """There is none."""
         return {}
 
@@ -177,10 +171,10 @@ def in_version(folder: Path, arguments: Sequence[str]) -> Costs:
     """Measure the version in a folder, in a process of its own."""
     paths = os.pathsep.join((str(folder), str(folder / "runtime")))
     done = subprocess.run(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, "-P", __file__, *arguments],  # -P: not the folder of this file
         env={**os.environ, "PYTHONPATH": paths},
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
     costs: Costs = json.loads(done.stdout.splitlines()[-1])["this"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter, sleep
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from moepack_runtime.transfer import HostTransfer, Priority, Ticket
 
 from moepack.errors import TransferError
-from tests.link.support import STORED_BYTES, PatternStore, content, segment
+from tests.link.support import STORED_BYTES, FileStore, PatternStore, content, segment
 
 
 class Gate:
@@ -198,3 +201,101 @@ def test_readers_read_at_once() -> None:
         places = [transfer.allocate(STORED_BYTES) for _ in range(3)]
         for ticket in [transfer.start(segment(n), place) for n, place in enumerate(places)]:
             transfer.wait(ticket)
+
+
+def test_a_ticket_tells_when_a_reader_had_it(gate: Gate) -> None:
+    asked_s = perf_counter()
+    tickets = [gate.start_and_enter(0), gate.start(1)]
+    sleep(0.02)
+    gate.opened.set()
+    for ticket in tickets:
+        gate.transfer.wait(ticket)
+    first, second = tickets
+    assert asked_s < first.begin_s < first.end_s <= second.begin_s < second.end_s < perf_counter()
+    assert first.end_s - first.begin_s >= 0.02
+
+
+def test_cancelled_segments_are_not_outstanding(gate: Gate) -> None:
+    reading = gate.start_and_enter(0)
+    queued = [gate.start(n, Priority.PREFETCH) for n in (1, 2)]
+    gate.opened.set()
+    gate.transfer.wait(reading)
+    for ticket in queued:
+        if not gate.transfer.cancel(ticket):
+            gate.transfer.wait(ticket)
+    busy_s = gate.transfer.statistics.busy_s
+    sleep(0.02)
+    assert gate.transfer.statistics.busy_s == busy_s
+
+
+def test_no_ticket_is_lost_among_starting_cancelling_and_waiting() -> None:
+    """An idle reader that misses a ticket would make a wait end in a stall."""
+    chance = random.Random(3)
+    with HostTransfer(PatternStore(), readers=3, stall_s=20.0) as transfer:
+        places = list(transfer.allocate(8 * STORED_BYTES).chunk(8))
+        for _ in range(1500):
+            numbers = chance.sample(range(1000), chance.randint(1, 8))
+            tickets = [
+                (n, place, transfer.start(segment(n), place, chance.choice(list(Priority))))
+                for n, place in zip(numbers, places, strict=False)
+            ]
+            chance.shuffle(tickets)
+            for number, place, ticket in tickets:
+                if chance.random() < 0.5 and transfer.cancel(ticket):
+                    continue
+                transfer.wait(ticket)
+                assert (place.numpy() == content(number)).all()
+        reads = transfer.statistics.reads
+        transfer.wait(transfer.start(segment(0), places[0]))
+        assert transfer.statistics.reads == reads + 1
+
+
+def test_every_reader_sleeps_again_after_cancelled_tickets() -> None:
+    with HostTransfer(PatternStore(), readers=4) as transfer:
+        place = transfer.allocate(STORED_BYTES)
+        for _ in range(200):
+            ticket = transfer.start(segment(1), place, Priority.PREFETCH)
+            if not transfer.cancel(ticket):
+                transfer.wait(ticket)
+        before_s = time_of_threads()
+        sleep(0.1)
+        assert time_of_threads() - before_s < 0.05
+
+
+def time_of_threads() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def test_a_file_that_shrinks_or_vanishes_while_open(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "segments", 8)
+    with HostTransfer(store) as transfer:
+        places = list(transfer.allocate(2 * STORED_BYTES).chunk(2))
+        os.truncate(tmp_path / "segments", 4 * STORED_BYTES + 4096)
+        short = transfer.start(segment(4), places[0])
+        whole = transfer.start(segment(3), places[1])
+        with pytest.raises(TransferError, match=r"the file ends early: .* got 4096; check it"):
+            transfer.wait(short)
+        transfer.wait(whole)
+        assert (places[1].numpy() == content(3)).all()
+        (tmp_path / "segments").unlink()
+        transfer.wait(transfer.start(segment(2), places[1]))
+        assert (places[1].numpy() == content(2)).all()
+
+
+def test_a_disk_that_was_taken_away_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_descriptor: int, _buffers: object, _offset: int) -> int:
+        raise OSError(19, os.strerror(19))
+
+    store = FileStore(tmp_path / "segments", 8)
+    with HostTransfer(store) as transfer:
+        place = transfer.allocate(STORED_BYTES)
+        monkeypatch.setattr(os, "preadv", gone)
+        ticket = transfer.start(segment(1), place)
+        with pytest.raises(TransferError, match="No such device while reading 8192 bytes"):
+            transfer.wait(ticket)
+        monkeypatch.undo()
+        transfer.wait(transfer.start(segment(1), place))
+        assert (place.numpy() == content(1)).all()
