@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -16,60 +12,15 @@ from moepack_runtime.observers import Purpose
 from moepack_runtime.transfer import Ticket
 
 from moepack.segments import SegmentId
+from tests.support.traces import assert_apart, assert_nested, tracks, written
 
 TOP, BOTTOM = SegmentId(3, 17, "top"), SegmentId(3, 17, "bottom")
-
-
-class Slice(NamedTuple):
-    name: str
-    begin_ns: int
-    end_ns: int
-    event: dict[str, Any]
-
-
-def written(trace: ChromeTrace) -> dict[str, Any]:
-    out = io.BytesIO()
-    trace.write(out)
-    document = json.loads(out.getvalue())
-    assert isinstance(document, dict)
-    return document
-
-
-def tracks(document: dict[str, Any]) -> dict[str, list[Slice]]:
-    """The slices of each named track, as the file orders them."""
-    names = {
-        event["tid"]: event["args"]["name"]
-        for event in document["traceEvents"]
-        if event["ph"] == "M" and event["name"] == "thread_name"
-    }
-    found: dict[str, list[Slice]] = {name: [] for name in names.values()}
-    for event in document["traceEvents"]:
-        if event["ph"] == "X":
-            begin_ns, length_ns = round(event["ts"] * 1000), round(event["dur"] * 1000)
-            piece = Slice(event["name"], begin_ns, begin_ns + length_ns, event)
-            found[names[event["tid"]]].append(piece)
-    return found
 
 
 def ticket(segment: SegmentId, begin_s: float, end_s: float, stored_bytes: int = 4096) -> Ticket:
     made = Ticket(segment, stored_bytes)
     made.begin_s, made.end_s = begin_s, end_s
     return made
-
-
-def assert_apart(slices: Iterable[Slice]) -> None:
-    for before, after in pairwise(slices):
-        assert before.end_ns <= after.begin_ns
-
-
-def assert_nested(slices: Iterable[Slice]) -> None:
-    """In the file's order each slice lies inside the one that is open, or behind it."""
-    open_ends: list[int] = []
-    for piece in slices:
-        while open_ends and open_ends[-1] <= piece.begin_ns:
-            open_ends.pop()
-        assert not open_ends or piece.end_ns <= open_ends[-1]
-        open_ends.append(piece.end_ns)
 
 
 def two_layers_and_a_head(trace: ChromeTrace, at_s: float) -> None:
