@@ -55,14 +55,14 @@ def test_every_figure_is_there_once() -> None:
         "tokens     24 in the prompt, 1.2 s for it (20 tokens/s); 5 new",
         "link       6.00 MiB a token: 3.00 MiB on demand, 2.00 MiB ahead, 1.00 MiB in vain",
         (
-            "           busy 83% of the time, 60.00 MiB/s then, 1.50 MiB a transfer, 94% of what it "
-            "gives at that size"
+            "           busy 83% of the time, 60.00 MiB/s then, 1.50 MiB a transfer, 94% of what "
+            "it gives at that size"
         ),
         "waited     40 ms a token for the link, 40% of its time",
         "predicted  80.0% of the experts that were needed",
         (
-            "memory     100.00 MiB of the fast tier; the process at most 400.00 MiB, 200.00 MiB of it "
-            "before the model"
+            "memory     100.00 MiB of the fast tier; the process at most 400.00 MiB, 200.00 MiB of "
+            "it before the model"
         ),
         "",
         "layers  hit  ready  predicted  waited",
