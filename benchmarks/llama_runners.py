@@ -62,8 +62,7 @@ class LlamaRunner(Runner):
         times = parse_timings(watched.messages + watched.output)
         if times is None or watched.first is None:
             return None
-        tokens = tuple(tokens_of(watched.output))
-        return measured_of(generation, watched, times.prefill_s, times.decode_s, tokens)
+        return measured_of(generation, watched, times.prefill_s, times.decode_s, times.decoded)
 
 
 class Timings(NamedTuple):

@@ -32,7 +32,7 @@ class ChildWork:
     model : str
         The checkpoint's folder, for transformers.
     cpu_bytes : int
-        What accelerate may keep in memory; the rest is offloaded to ``offload``.
+        What accelerate may keep in memory of what lies in ``offload``.
     """
 
     runner: Literal["moepack", "transformers"]
@@ -79,15 +79,11 @@ def run_transformers(work: ChildWork) -> dict[str, Any]:
     import torch
     import transformers  # noqa: TID251 - a peer here
 
+    from benchmarks.accelerate_offload import open_offloaded
+
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        work.model,
-        dtype=torch.bfloat16,
-        device_map="auto",
-        max_memory={"cpu": work.cpu_bytes},
-        offload_folder=work.offload,
-    )
+    model = open_offloaded(Path(work.model), Path(work.offload), work.cpu_bytes)
     times: list[float] = []
 
     def drawn() -> Iterator[int]:

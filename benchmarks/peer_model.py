@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.accelerate_offload import INDEX_FILE
 from benchmarks.peer_runners import SPARE_BYTES
 from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
@@ -86,8 +88,13 @@ class PeerModel:
         """Of a process that has loaded torch and nothing else, as profiled."""
         return load_hardware(self._workspace.hardware_path).process_base_bytes
 
-    def profile(self) -> None:
+    def profile(self, texts: Sequence[Path] = ()) -> None:
         """Measure the machine and the model, unless that has been done in this scratch folder.
+
+        Parameters
+        ----------
+        texts
+            What the routing is recorded on; none: the texts that ship with moepack.
 
         Raises
         ------
@@ -96,7 +103,8 @@ class PeerModel:
         """
         known = self._known()
         if known is None or not known.routing_path.exists():
-            self._moepack("profile", str(self.folder))
+            named = [argument for text in texts for argument in ("--text", str(text))]
+            self._moepack("profile", str(self.folder), *named)
 
     def prepare(self, limit_bytes: int, *, prompt_tokens: int, new_tokens: int) -> Prepared:
         """Plan for a control group of this size, and pack.
@@ -125,6 +133,19 @@ class PeerModel:
         shutil.copyfile(known.plan_path, plan)
         threads = load_plan(plan).placement.threads
         return Prepared(known.pack_folder(), plan, threads, self._bar(document), document)
+
+    def offload(self) -> Path:
+        """The parameters as transformers takes them from disk, made where they are not there.
+
+        Raises
+        ------
+        NotPreparedError
+            With what transformers said.
+        """
+        folder = self._scratch / "offload" / self.checkpoint.weights_digest[:16]
+        if not (folder / INDEX_FILE).exists():
+            _python("benchmarks.accelerate_offload", str(self.folder), str(folder))
+        return folder
 
     def gguf(self, given: Path | None) -> Path:
         """The GGUF of these weights: the one that was given, or one made in the scratch folder.
@@ -158,13 +179,25 @@ class PeerModel:
         return Bar(policy, missed[policy], expert_bytes / link(expert_bytes))
 
     def _moepack(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "moepack", *arguments],
-            env={**os.environ, "MOEPACK_HOME": str(self._workspace.root)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise NotPreparedError(f"moepack {arguments[0]}: {done.stderr.strip()}")
-        return done.stdout
+        return _python("moepack", *arguments, home=self._workspace.root)
+
+
+def _python(module: str, *arguments: str, home: Path | None = None) -> str:
+    """What a module prints that is run as a command.
+
+    Raises
+    ------
+    NotPreparedError
+        With what it said.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "MOEPACK_HOME": str(home)} if home else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise NotPreparedError(f"{module} {arguments[0]}: {said[-1]}")
+    return done.stdout

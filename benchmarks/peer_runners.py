@@ -61,7 +61,6 @@ class Measured(NamedTuple):
     bytes_per_token: float
     peak_group_bytes: int | None
     peak_process_bytes: int
-    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,30 +168,34 @@ class MoepackRunner(Runner):
 class TransformersRunner(Runner):
     """transformers, with accelerate's offload to disk of what does not fit.
 
-    accelerate itself leaves room for the largest layer that comes back from disk.
+    Attributes
+    ----------
+    offload : Path
+        What :func:`benchmarks.accelerate_offload.write_offload` has written.
+    base_bytes : int
+        Of the process without a model.
     """
 
     model: Path = Path()
+    offload: Path = Path()
     base_bytes: int = 0
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The checkpoint."""
-        return (self.model,)
+        """The offloaded parameters."""
+        return (self.offload,)
 
     def command(
         self, generation: Generation, threads: int, limit_bytes: int, scratch: Path
     ) -> list[str]:
         """See :class:`Runner`."""
         kept_bytes = limit_bytes - SPARE_BYTES - self.base_bytes
-        offload = scratch / "offload"
-        offload.mkdir(exist_ok=True)
         work = ChildWork(
             "transformers",
             **generation._asdict(),
             threads=threads,
             model=str(self.model),
-            offload=str(offload),
+            offload=str(self.offload),
             cpu_bytes=max(0, kept_bytes),
         )
         return _child_command(work, scratch)
@@ -231,7 +234,7 @@ def _of_child(generation: Generation, watched: Watched) -> Measured | None:
         return None
     said = json.loads(watched.output.splitlines()[-1])
     return measured_of(
-        generation, watched, said["prefill_s"], said["decode_s"], tuple(said["tokens"])
+        generation, watched, said["prefill_s"], said["decode_s"], len(said["tokens"]) - 1
     )
 
 
@@ -240,19 +243,25 @@ def measured_of(
     watched: Watched,
     prefill_s: float,
     decode_s: float,
-    tokens: tuple[int, ...],
+    decoded: int,
 ) -> Measured:
-    """A run that went through, from what was watched and the seconds that it says it took."""
+    """A run that went through, from what was watched and the seconds that it says it took.
+
+    Parameters
+    ----------
+    decoded
+        Tokens after the first, in ``decode_s``. Not all of them need have been seen: llama.cpp may
+        lose some of its output.
+    """
     assert watched.first is not None
     assert watched.last is not None
-    further = max(1, len(tokens) - 1)
+    seen = max(1, watched.tokens - 1)
     return Measured(
         load_s=watched.first.seconds - prefill_s,
         prefill_tokens_per_s=len(generation.prompt) / prefill_s,
-        decode_tokens_per_s=further / decode_s if decode_s else 0.0,
+        decode_tokens_per_s=decoded / decode_s if decode_s else 0.0,
         bytes_before=watched.first.read_bytes,
-        bytes_per_token=(watched.last.read_bytes - watched.first.read_bytes) / further,
+        bytes_per_token=(watched.last.read_bytes - watched.first.read_bytes) / seen,
         peak_group_bytes=watched.peak_group_bytes,
         peak_process_bytes=watched.last.peak_process_bytes,
-        tokens=tokens,
     )

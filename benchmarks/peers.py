@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -46,6 +47,8 @@ from benchmarks.peer_runners import (
 from moepack.errors import MoepackError
 from moepack.measuring import shipped_prompts
 from moepack.units import format_size
+
+TRANSFORMERS = "transformers + accelerate"
 
 
 def compare(
@@ -87,6 +90,8 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table and a verdict for every share, and one line of JSON."""
     args = _parser().parse_args(arguments)
+    # So that groups, devices and programs are taken down then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         print(json.dumps(_run(args)))
     except MoepackError as failure:
@@ -100,7 +105,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     args.scratch.mkdir(parents=True, exist_ok=True)
     model = PeerModel(args.model, args.scratch)
     _say(f"{model.spec.name}: {format_size(model.size_bytes)}; profile, unless it is known")
-    model.profile()
+    model.profile(args.text)
     generation = _generation(args, model)
     shares = []
     with (
@@ -164,14 +169,10 @@ def _share(
 def _peers(args: argparse.Namespace, model: PeerModel) -> Iterator[list[Runner]]:
     """Everybody but moepack. What is absent is among them, with the reason."""
     threads = tuple(args.threads)
-    slow = TransformersRunner(
-        "transformers + accelerate",
-        threads,
-        transformers_absent(),
-        model=model.folder,
-        base_bytes=model.process_base_bytes,
-    )
-    runners: list[Runner] = [slow]
+    left_out = tuple(args.skip)
+    runners: list[Runner] = []
+    if not left_out or not TRANSFORMERS.startswith(left_out):
+        runners.append(_transformers(model, threads))
     named = {
         "llama.cpp": find_binary(args.llama_cpp, ("llama-completion", "llama-cli")),
         "ik_llama.cpp": find_binary(args.ik_llama_cpp, ("llama-cli",)),
@@ -189,8 +190,21 @@ def _peers(args: argparse.Namespace, model: PeerModel) -> Iterator[list[Runner]]
                 device = str(failure)
         for name, binary in named.items():
             runners += llama_runners(name, binary, gguf, device, threads)
-        left_out = tuple(args.skip)
         yield [each for each in runners if not left_out or not each.name.startswith(left_out)]
+
+
+def _transformers(model: PeerModel, threads: tuple[int, ...]) -> Runner:
+    absent = transformers_absent()
+    if absent:
+        return TransformersRunner(TRANSFORMERS, threads, absent)
+    _say("what accelerate offloads, unless it is there")
+    return TransformersRunner(
+        TRANSFORMERS,
+        threads,
+        model=model.folder,
+        offload=model.offload(),
+        base_bytes=model.process_base_bytes,
+    )
 
 
 def _generation(args: argparse.Namespace, model: PeerModel) -> Generation:
@@ -229,6 +243,14 @@ def _parser() -> argparse.ArgumentParser:
         "--random-prompt",
         action="store_true",
         help="tokens at random instead of the texts that ship with moepack",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="to record the routing on, instead of those texts",
     )
     parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
     parser.add_argument(

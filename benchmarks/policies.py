@@ -1,258 +1,282 @@
-"""Cache policies measured against each other, at equal budgets.
+"""The plan against the simple strategies, and against what was foretold, in real runs.
 
-    python -m benchmarks.policies --cached 0.125 0.25 0.5 --link 100M,100us
+    moepack profile
+    python -m benchmarks.policies --vram 26M 32M --window 0.1 0.3 1 2
 
-For each budget every contender is a plan; in each round all of them begin anew, their caches as
-planned, and take turns (:mod:`benchmarks.race`) with the prompts of ``moepack bench``. Printed are
-medians over the rounds, and of each contender's speed over the first one's in the same round.
+For each link and budget the model is planned for this machine, and every strategy named is made a
+plan of its own at the same budget. All of them are raced (:mod:`benchmarks.race`) after the prompts
+of ``moepack bench``, on the link as it is and on throttled ones: ``window`` is the computing of a
+layer over the transfer of all whole experts that a token uses there.
 
-The experts are whole. The hot rankings are recorded on the beginnings of the texts whose ends are
-the prompts.
+Printed are medians over the rounds:
+
+- the speed of the plan over each strategy's, round by round, and the range of that;
+- each token beside the plan's forecast, beside the replay of the very routing that was run, and
+  beside the larger of useful link bytes over bandwidth and computing;
+- what crossed the link for a token: demanded, fetched ahead and used, fetched ahead and wasted.
+
+The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import typer
-from moepack_runtime.loading import open_checkpoint
-from moepack_runtime.tokenizer import Tokenizer
+from moepack_runtime.loading import open_packed
 
-from benchmarks.race import Row, pack_for, race, summary
-from moepack import machine
-from moepack.budget import memory_breakdown, stored_bytes
-from moepack.checkpoint import Checkpoint
-from moepack.cli.options import link
-from moepack.errors import MoepackError
-from moepack.layouts import uniform_layout
-from moepack.measuring import shipped_prompts
-from moepack.model_spec import ModelSpec
-from moepack.plan import (
-    PLAN_VERSION,
-    LayerPlacement,
-    Layout,
-    Placement,
-    Plan,
-    PlannerReport,
-    Policy,
-    Prediction,
-    Provenance,
-    SharedPool,
+from benchmarks.race import Rounds, median, pack_for, race, ratio
+from benchmarks.setting import (
+    Setting,
+    Throttle,
+    add_options,
+    described,
+    link_option,
+    open_setting,
+    size_option,
 )
-from moepack.profiling import SEQUENCE_TOKENS, read_texts, record_routing
-from moepack.shipped import shipped_model, shipped_texts
-from moepack.trace import activation_counts, hot_ranking
-from moepack.units import format_size
+from moepack.budget import stored_bytes
+from moepack.drift import compare
+from moepack.errors import MoepackError
+from moepack.fixed_times import fixed_times
+from moepack.formats import PackedModel
+from moepack.layouts import uniform_layout
+from moepack.plan import Plan
+from moepack.planner import Planner
+from moepack.replayed_run import mean_of, record_run, replay_run
+from moepack.routing_tables import RoutingTables
+from moepack.trace import Trace
+from moepack.units import format_rate, format_size
 
-Rankings = Mapping[int, tuple[int, ...]]
+#: What the plan is measured against; more by name.
+STRATEGIES = ("on_demand", "lru", "lru_prefetch", "prefetch_only", "uniform_half")
 
-
-class Setting(NamedTuple):
-    """What all contenders have in common."""
-
-    spec: ModelSpec
-    layout: Layout
-    hot: Rankings
-    prompt_tokens: int
-    new_tokens: int
-    threads: int
-    link: tuple[float, float] | None
-
-
-def contenders(setting: Setting, slots: int) -> dict[str, Plan]:
-    """The simple strategies, at the budget of ``slots`` whole experts a layer."""
-    layers = len(setting.layout.layers)
-    budget_bytes = _placement(setting, slots=slots, policy="lru").memory.total_bytes
-    placements = {
-        "on_demand": _placement(setting, slots=0, policy="lru"),
-        "lru": _placement(setting, slots=slots, policy="lru"),
-        "lfu": _placement(setting, slots=slots, policy="lfu"),
-        "lcp": _placement(setting, slots=slots, policy="lcp"),
-        "pooled": _placement(setting, slots=0, pool=SharedPool(slots * layers, "lcp")),
-    }
-    return {
-        name: _plan(setting, dataclasses.replace(placement, fast_budget_bytes=budget_bytes))
-        for name, placement in placements.items()
-    }
+#: Of throttled links; a large transfer does not notice it.
+LATENCY_S = 20e-6
 
 
-def _placement(
-    setting: Setting, *, slots: int, policy: Policy = "lru", pool: SharedPool | None = None
-) -> Placement:
-    spec, layout = setting.spec, setting.layout
-    context_tokens = max(setting.prompt_tokens + setting.new_tokens, SEQUENCE_TOKENS)
-    layers = tuple(
-        LayerPlacement(
-            layer=cut.layer,
-            budget_bytes=slots * stored_bytes(spec, cut, "top"),
-            top_slots=slots,
-            bottom_slots=0,
-            policy=policy,
-            hot=setting.hot[cut.layer],
+class Line(NamedTuple):
+    """One contender. Times are medians over the rounds.
+
+    Attributes
+    ----------
+    plan_speed : tuple of float
+        The plan's speed over the contender's, round by round: median, least, largest.
+    replayed_tpot_s, replayed_ready_rate : float
+        Of the replay of the routing that was run.
+    bound_s : float
+        The larger of the useful link bytes over the bandwidth, and the computing.
+    bound_is_clear : bool
+        The smaller of the two is under half of the larger.
+    outside : tuple of str
+        What was measured beyond the contender's band.
+    """
+
+    name: str
+    plan_speed: tuple[float, float, float]
+    ttft_s: float
+    predicted_ttft_s: float
+    tpot_s: float
+    predicted_tpot_s: float
+    replayed_tpot_s: float
+    bound_s: float
+    bound_is_clear: bool
+    hit_rate: float
+    ready_rate: float
+    replayed_ready_rate: float
+    demand_bytes: float
+    used_bytes: float
+    wasted_bytes: float
+    link_busy: float
+    outside: tuple[str, ...]
+
+
+class Cell(NamedTuple):
+    """One budget over one link."""
+
+    fast_budget_bytes: int
+    link: Throttle | None
+    window: float
+    chosen: str
+    band: float
+    lines: list[Line]
+
+
+def layer_seconds(setting: Setting, planner: Planner) -> tuple[float, float, int]:
+    """Computing of a layer, transfer of all experts that a token uses in it, bytes of one."""
+    spec, layer = setting.spec, setting.spec.moe_layers[0]
+    fixed = fixed_times(spec, setting.compute, (1,))
+    top_k = spec.moe(layer).top_k
+    curve = setting.compute.layer(layer).expert
+    assert curve is not None
+    compute_s = statistics.fmean((fixed.before_s + fixed.after_s).tolist()) + top_k * curve.at(1)
+    size_bytes = stored_bytes(spec, uniform_layout(spec, 1.0).layers[0], "top")
+    return compute_s, top_k * planner.link(size_bytes), size_bytes
+
+
+def throttle_for(setting: Setting, window: float) -> Throttle:
+    """The link on which a layer's computing is so much of its experts' transfer."""
+    probe = Planner(setting.request(_DEFAULTS, 1 << 62))
+    compute_s, _, size_bytes = layer_seconds(setting, probe)
+    top_k = setting.spec.moe(setting.spec.moe_layers[0]).top_k
+    transfer_s = compute_s / (window * top_k)
+    if transfer_s <= LATENCY_S:
+        raise ValueError(
+            f"a window of {window} takes a link without latency; ask for a smaller one"
         )
-        for cut in layout.layers
-    )
-    staging = max(spec.moe(cut.layer).top_k for cut in layout.layers)
-    memory = memory_breakdown(
-        spec,
-        layout,
-        layers,
-        staging_experts=staging,
-        context_tokens=context_tokens,
-        threads=setting.threads,
-        pool=pool,
-    )
-    return Placement(
-        device="cpu",
-        fast_budget_bytes=memory.total_bytes,
-        staging_experts=staging,
-        context_tokens=context_tokens,
-        prompt_tokens=setting.prompt_tokens,
-        new_tokens=setting.new_tokens,
-        memory=memory,
-        layers=layers,
-        threads=setting.threads,
-        pool=pool,
-    )
+    return size_bytes / (transfer_s - LATENCY_S), LATENCY_S
 
 
-def _plan(setting: Setting, placement: Placement) -> Plan:
-    """A plan that predicts nothing: here it is measured."""
-    return Plan(
-        version=PLAN_VERSION,
-        model_name=setting.spec.name,
-        model_digest=setting.spec.digest,
-        max_context_tokens=placement.context_tokens,
-        layout=setting.layout,
-        placement=placement,
-        prediction=Prediction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, placement.memory.total_bytes, 0, 1.0),
-        baselines={},
-        provenance=Provenance("none", hardware_is_this_machine=False, compute="", routing=""),
-        planner=PlannerReport(0.0, "by hand", None, 0),
-        link=setting.link,
-    )
+_DEFAULTS = argparse.Namespace(context=1024, prompt=256, new=128)
 
 
-def hot_rankings(checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: int) -> Rankings:
-    """Of each layer its experts, most used first, over the beginnings of the texts."""
-    spec = checkpoint.spec
-    everyone = {number: tuple(range(spec.moe(number).num_experts)) for number in spec.moe_layers}
-    setting = Setting(spec, uniform_layout(spec, 1.0), everyone, 1, 1, 1, None)
-    placement = _placement(setting, slots=0)
-    texts = [(name, raw, tokenizer.encode(text)) for name, raw, text in read_texts(shipped_texts())]
-    with open_checkpoint(checkpoint, spec, setting.layout, placement) as engine:
-        trace = record_routing(engine, texts, how="for a benchmark", tokens=tokens).trace
-    found = {}
-    for index, number in enumerate(spec.moe_layers):
-        moe = spec.moe(number)
-        counts = activation_counts(trace, index, moe.num_experts, moe.top_k, "fit")
-        found[number] = hot_ranking(counts)
-    return found
+def lines_of(
+    setting: Setting, planner: Planner, plans: dict[str, Plan], found: Rounds, run: Trace
+) -> list[Line]:
+    """Medians beside forecasts and replays; the first contender is the plan."""
+    own = next(iter(found.values()))
+    lines = []
+    for name, runs in found.items():
+        plan = plans[name]
+        compute = setting.compute
+        replays = replay_run(setting.spec, compute, planner.link, plan.layout, plan.placement, run)
+        replayed = mean_of(replays[1:])  # the first one warms up
+        compute_s = float(replayed.tpot_s - replayed.layer_wait_s.sum())
+        used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
+        demand_bytes = median(runs, lambda run: run.demand_bytes_per_token)
+        size_bytes = max(1, round(median(runs, lambda run: run.mean_read_bytes)))
+        useful_s = float((demand_bytes + used_bytes) * planner.link(size_bytes) / size_bytes)
+        fields = ("ttft_s", "tpot_s", "hit_rate", "ready_rate", "link_bytes_per_token")
+        medians = {field: median(runs, attrgetter(field)) for field in fields}
+        drifts = compare(plan.prediction, medians)
+        lines.append(
+            Line(
+                name=name,
+                plan_speed=ratio(runs, own, lambda run: run.tpot_s),
+                ttft_s=medians["ttft_s"],
+                predicted_ttft_s=plan.prediction.ttft_s,
+                tpot_s=medians["tpot_s"],
+                predicted_tpot_s=plan.prediction.tpot_s,
+                replayed_tpot_s=replayed.tpot_s,
+                bound_s=max(useful_s, compute_s),
+                bound_is_clear=min(useful_s, compute_s) < max(useful_s, compute_s) / 2,
+                hit_rate=medians["hit_rate"],
+                ready_rate=medians["ready_rate"],
+                replayed_ready_rate=replayed.ready_rate,
+                demand_bytes=demand_bytes,
+                used_bytes=used_bytes,
+                wasted_bytes=median(runs, lambda run: run.ahead_wasted_bytes_per_token),
+                link_busy=median(runs, lambda run: run.link_busy_fraction),
+                outside=tuple(metric for metric, drift in drifts.items() if not drift.in_band),
+            )
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table for every budget, or with ``--json`` one object."""
-    options = _parser().parse_args(arguments)
+    """Print a table for every link and budget."""
+    args = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        return _run(args)
     except MoepackError as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return 1
 
 
-def _run(options: argparse.Namespace) -> int:
-    checkpoint = Checkpoint.open(str(options.model or shipped_model()))
-    spec = checkpoint.spec
-    tokenizer = Tokenizer.load(options.model or shipped_model())
-    setting = Setting(
-        spec=spec,
-        layout=uniform_layout(spec, 1.0),
-        hot=hot_rankings(checkpoint, tokenizer, options.calibration),
-        prompt_tokens=options.prompt,
-        new_tokens=options.new,
-        threads=options.threads,
-        link=options.link,
-    )
-    prompts = shipped_prompts(tokenizer, options.prompt)
-    experts = min(spec.moe(number).num_experts for number in spec.moe_layers)
-    budgets: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="policies.") as scratch:
-        for share in options.cached:
-            slots = round(share * experts)
-            plans = contenders(setting, slots)
-            folders = pack_for(checkpoint, plans, Path(scratch))
-            rows = summary(race(plans, folders, prompts, options.new, options.rounds))
-            budget_bytes = next(iter(plans.values())).placement.fast_budget_bytes
-            budgets.append(
-                {
-                    "slots_per_layer": slots,
-                    "fast_budget_bytes": budget_bytes,
-                    "contenders": [row._asdict() for row in rows],
-                }
-            )
-            if not options.json:
-                _print_table(f"{slots} of {experts} a layer, {format_size(budget_bytes)}", rows)
-    if options.json:
-        machine_name = f"{machine.cpu_name()}, {machine.core_count()} cores"
-        chosen = {name: value for name, value in vars(options).items() if name != "json"}
-        document = {"machine": machine_name, "options": chosen, "budgets": budgets}
-        print(json.dumps(document, default=str))
+def _run(args: argparse.Namespace) -> int:
+    setting = open_setting(args.model, args.prompt)
+    links = [*args.link, *(throttle_for(setting, window) for window in args.window)]
+    cells: list[Cell] = []
+    tables: RoutingTables | None = None
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="policies.") as scratch:
+        for throttle in links:
+            planner = Planner(setting.request(args, max(args.vram), throttle), tables)
+            tables = planner.tables
+            for budget_bytes in args.vram:
+                plans = {"plan": planner.plan(budget_bytes)}
+                strategies = planner.strategies(budget_bytes)
+                plans |= {name: strategies[name] for name in args.strategies if name in strategies}
+                folders = pack_for(setting.checkpoint, plans, Path(scratch))
+                found = race(plans, folders, setting.prompts, args.new, args.rounds)
+                own = plans["plan"]
+                packed = PackedModel.open(folders[own.layout.digest])
+                with open_packed(packed, own) as engine:
+                    run = record_run(engine, setting.prompts, args.new)
+                compute_s, transfer_s, _ = layer_seconds(setting, planner)
+                lines = lines_of(setting, planner, plans, found, run)
+                cells.append(
+                    Cell(
+                        fast_budget_bytes=budget_bytes,
+                        link=throttle,
+                        window=compute_s / transfer_s,
+                        chosen=own.planner.chosen,
+                        band=own.prediction.band,
+                        lines=lines,
+                    )
+                )
+                _print_table(cells[-1])
+    rows = [cell._asdict() | {"lines": [line._asdict() for line in cell.lines]} for cell in cells]
+    print(json.dumps(described(args) | {"cells": rows}))
     return 0
 
 
-def _print_table(title: str, rows: Sequence[Row]) -> None:
-    print(f"\n{title}")
-    print("| | tokens/s | slowest to fastest | speed-up | first token | hits | link, a token |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
+def _print_table(cell: Cell) -> None:
+    rate = "as it is" if cell.link is None else format_rate(cell.link[0])
+    print(
+        f"\n{format_size(cell.fast_budget_bytes)}, link {rate}, window {cell.window:.2f}, the plan "
+        f"is {cell.chosen}, band {cell.band:.2f}\n"
+    )
+    print(
+        "| | plan over it | first token, predicted | each token, predicted, replayed "
+        "| over replay | over bound | ready, replayed | demanded, used, wasted | link busy | |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for line in cell.lines:
+        speed, least, most = line.plan_speed
+        over_bound = line.tpot_s / line.bound_s if line.bound_s else 0.0
+        sizes = (line.demand_bytes, line.used_bytes, line.wasted_bytes)
         print(
-            f"| {row.name} | {row.tokens_per_s:.1f} | {row.slowest:.1f} to {row.fastest:.1f} "
-            f"| {row.speedup:.2f} | {row.ttft_s * 1e3:.0f} ms | {row.hit_rate:.1%} "
-            f"| {format_size(row.link_bytes_per_token)} |"
+            f"| {line.name} | {speed:.2f} ({least:.2f} to {most:.2f}) "
+            f"| {line.ttft_s * 1e3:.0f} ms, {line.predicted_ttft_s * 1e3:.0f} "
+            f"| {line.tpot_s * 1e3:.2f} ms, {line.predicted_tpot_s * 1e3:.2f}, "
+            f"{line.replayed_tpot_s * 1e3:.2f} | {line.tpot_s / line.replayed_tpot_s:.2f} "
+            f"| {over_bound:.2f}{'' if line.bound_is_clear else ' (near)'} "
+            f"| {line.ready_rate:.1%}, {line.replayed_ready_rate:.1%} "
+            f"| {', '.join(map(format_size, sizes))} | {line.link_busy:.0%} "
+            f"| {'outside: ' + ', '.join(line.outside) if line.outside else 'in band'} |"
         )
     sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, help="a checkpoint; default: the shipped model")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--vram", type=size_option, nargs="+", required=True, metavar="SIZE")
     parser.add_argument(
-        "--cached",
+        "--link",
+        type=link_option,
+        nargs="+",
+        default=[None],
+        metavar="LINK",
+        help="as in 120M,50us or sata; none: as it is",
+    )
+    parser.add_argument(
+        "--window",
         type=float,
         nargs="+",
-        default=[0.125, 0.25, 0.5],
-        metavar="SHARE",
-        help="budgets, as shares of a layer's experts",
+        default=[],
+        metavar="RATIO",
+        help="throttled links on which a layer's computing is so much of its experts' transfer",
     )
-    parser.add_argument("--link", type=_link, metavar="LINK", help="as in 2G,50us or pcie3-x16")
-    parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS")
-    parser.add_argument("--new", type=int, default=128, metavar="TOKENS")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--calibration", type=int, default=8192, metavar="TOKENS")
-    parser.add_argument(
-        "--scratch",
-        type=Path,
-        default=Path("/var/tmp"),
-        metavar="DIR",
-        help="on the disk that is to be measured",
-    )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME")
+    add_options(parser)
     return parser
-
-
-def _link(text: str) -> tuple[float, float]:
-    try:
-        return link(text)
-    except typer.BadParameter as failure:
-        raise argparse.ArgumentTypeError(str(failure)) from None
 
 
 if __name__ == "__main__":

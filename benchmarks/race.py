@@ -1,6 +1,6 @@
 """Named plans of one model, measured against each other.
 
-All of them are open at once and generate after the same prompts, a few tokens in turn: a machine
+All of them are open at once and generate after the same prompts, some tokens in turn: a machine
 that is busy for a while is so for all of them. Peak memory: the fast tiers of all plans together.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from moepack_runtime.engine import Engine
@@ -26,23 +25,10 @@ from moepack.pack import pack
 from moepack.plan import Plan
 
 #: Of one contender before the next has its turn: few enough that a busy moment meets all of them,
-#: enough that each has the processor's caches to itself.
-TURN_TOKENS = 8
+#: so many that what is fetched ahead while the others run, for nothing, is a small part.
+TURN_TOKENS = 32
 
 Rounds = dict[str, list[RunStats]]
-
-
-class Row(NamedTuple):
-    """One contender's medians. ``speedup`` is over the first contender, round by round."""
-
-    name: str
-    tokens_per_s: float
-    slowest: float
-    fastest: float
-    speedup: float
-    ttft_s: float
-    hit_rate: float
-    link_bytes_per_token: float
 
 
 def pack_for(checkpoint: Checkpoint, plans: Mapping[str, Plan], folder: Path) -> dict[str, Path]:
@@ -107,27 +93,16 @@ def _draw_in_turns(
         assert same, f"{name} computes something else"
 
 
-def summary(found: Rounds) -> list[Row]:
-    """Medians over the rounds; the first contender is what the others are compared with."""
-    first = next(iter(found.values()))
-    rows = []
-    for name, runs in found.items():
-        speeds = [run.tokens_per_s or 0.0 for run in runs]
-        rows.append(
-            Row(
-                name=name,
-                tokens_per_s=statistics.median(speeds),
-                slowest=min(speeds),
-                fastest=max(speeds),
-                speedup=statistics.median(
-                    speed / (other.tokens_per_s or 1.0)
-                    for speed, other in zip(speeds, first, strict=True)
-                ),
-                ttft_s=statistics.median(run.ttft_s for run in runs),
-                hit_rate=statistics.median(run.hit_rate or 0.0 for run in runs),
-                link_bytes_per_token=statistics.median(
-                    run.link_bytes_per_token or 0.0 for run in runs
-                ),
-            )
-        )
-    return rows
+def median(runs: Sequence[RunStats], figure: Callable[[RunStats], float | None]) -> float:
+    """Over the rounds; what was not measured counts as 0."""
+    return statistics.median(figure(run) or 0.0 for run in runs)
+
+
+def ratio(
+    runs: Sequence[RunStats],
+    others: Sequence[RunStats],
+    figure: Callable[[RunStats], float | None],
+) -> tuple[float, float, float]:
+    """Median, least and largest of ``runs`` over ``others``, round by round."""
+    found = [(figure(a) or 0.0) / (figure(b) or 1.0) for a, b in zip(runs, others, strict=True)]
+    return statistics.median(found), min(found), max(found)

@@ -1,0 +1,131 @@
+"""What the measurements of one model have in common: the model, its profiles, its prompts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import typer
+from moepack_runtime.capabilities import CAPABILITIES
+from moepack_runtime.tokenizer import Tokenizer
+
+from moepack import machine
+from moepack.checkpoint import Checkpoint
+from moepack.cli.models import open_source
+from moepack.cli.options import link, size
+from moepack.compute import ComputeProfile, load_compute
+from moepack.errors import WorkspaceError
+from moepack.hardware import HardwareProfile, load_hardware
+from moepack.measuring import shipped_prompts
+from moepack.model_spec import ModelSpec
+from moepack.plan_request import PlanRequest
+from moepack.routing import RoutingProfile, load_routing
+from moepack.shipped import SHIPPED_MODEL
+from moepack.workspace import Workspace
+
+Throttle = tuple[float, float]
+
+
+class Setting(NamedTuple):
+    """A model that has been profiled on this machine.
+
+    Attributes
+    ----------
+    prompts : list of list of int
+        Those of ``moepack bench``.
+    """
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    hardware: HardwareProfile
+    compute: ComputeProfile
+    routing: RoutingProfile
+    prompts: list[list[int]]
+
+    def request(
+        self, args: argparse.Namespace, fast_budget_bytes: int, throttle: Throttle | None = None
+    ) -> PlanRequest:
+        """What ``moepack plan`` would ask."""
+        return PlanRequest(
+            spec=self.spec,
+            hardware=self.hardware,
+            hardware_is_this_machine=True,
+            compute=self.compute,
+            routing=self.routing,
+            engine=CAPABILITIES,
+            device=self.hardware.device,
+            fast_budget_bytes=fast_budget_bytes,
+            context_tokens=args.context,
+            prompt_tokens=args.prompt,
+            new_tokens=args.new,
+            link=throttle,
+        )
+
+
+def open_setting(model: str, prompt_tokens: int) -> Setting:
+    """Open a model by folder or name, and what ``moepack profile`` has left of it.
+
+    Raises
+    ------
+    WorkspaceError
+        When it has not been profiled.
+    CheckpointError
+        When there is no such model.
+    """
+    workspace = Workspace.locate()
+    source = open_source(workspace, model, headers_only=False)
+    folder = workspace.find(source.record.key)
+    if folder is None or not folder.compute_path.exists():
+        raise WorkspaceError(f"{model} has no profile here; run moepack profile {model}")
+    assert source.checkpoint.folder is not None
+    return Setting(
+        spec=source.spec,
+        checkpoint=source.checkpoint,
+        hardware=load_hardware(workspace.hardware_path),
+        compute=load_compute(folder.compute_path),
+        routing=load_routing(folder.routing_path),
+        prompts=shipped_prompts(Tokenizer.load(Path(source.checkpoint.folder)), prompt_tokens),
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all measurements of a model have."""
+    parser.add_argument("--model", default=SHIPPED_MODEL, help="a folder; default: the shipped one")
+    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS")
+    parser.add_argument("--new", type=int, default=128, metavar="TOKENS")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("/var/tmp"),
+        metavar="DIR",
+        help="for the packs, on the disk that is to be measured",
+    )
+
+
+def size_option(text: str) -> int:
+    """A size, as argparse wants it."""
+    try:
+        return size(text)
+    except typer.BadParameter as failure:
+        raise argparse.ArgumentTypeError(str(failure)) from None
+
+
+def link_option(text: str) -> Throttle | None:
+    """A throttled link, or ``none`` for the link as it is."""
+    if text == "none":
+        return None
+    try:
+        return link(text)
+    except typer.BadParameter as failure:
+        raise argparse.ArgumentTypeError(str(failure)) from None
+
+
+def described(args: argparse.Namespace) -> dict[str, object]:
+    """Machine and options, for the last line."""
+    return {
+        "machine": f"{machine.cpu_name()}, {machine.core_count()} cores",
+        "options": {name: str(value) for name, value in vars(args).items()},
+    }
