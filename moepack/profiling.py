@@ -137,7 +137,7 @@ def profile_model(
     encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
     layout = uniform_layout(spec, 1.0)
     # Opening an engine sets the number of threads: here to what it is, the most to be measured.
-    placement = _streaming_placement(spec, layout, hardware.device, torch.get_num_threads())
+    placement = streaming_placement(spec, layout, hardware.device, torch.get_num_threads())
     with open_checkpoint(checkpoint, spec, layout, placement) as engine:
         compute = measure_compute(checkpoint, engine, hardware, scratch=scratch, progress=progress)
         routing = record_routing(
@@ -149,7 +149,7 @@ def profile_model(
     return compute, routing
 
 
-def _streaming_placement(
+def streaming_placement(
     spec: ModelSpec, layout: Layout, device: DeviceKind, threads: int
 ) -> Placement:
     """Nothing resident, two experts of each token in flight."""
