@@ -117,6 +117,13 @@ class Ahead:
         self._queue.clear()
         return Claim(fetches, wasted, named)
 
+    def forget(self) -> None:
+        """Take back all that was asked for; what is under way comes for nobody."""
+        for fetch in self._fetches.values():
+            self._frames.abandon(fetch)
+        self._fetches, self._layer, self._named = {}, None, None
+        self._queue.clear()
+
     def _begun(self, fetch: Fetch) -> bool:
         """Whether a part is under way: then the others stay queued, and are demanded by waiting."""
         cancelled = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -17,10 +18,11 @@ import torch
 
 from moepack.errors import ContextLengthError, RunError
 from moepack.model_spec import ModelSpec, MoeSpec
-from moepack.plan import Layout, Placement
+from moepack.plan import LayerPlacement, Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.live_routing import Replan, Replanning
 from moepack_runtime.look_ahead import LookAhead
 from moepack_runtime.memory import peak_resident_bytes, refusals_named
 from moepack_runtime.model import Decoder, DecoderLayer
@@ -28,6 +30,7 @@ from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.predict import NextRouter, Predictor
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
+from moepack_runtime.rearranging import rearrange, require_same_slots
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
@@ -110,9 +113,9 @@ class Engine:
                 pool=placement.pool,
             )
             self._experts.warm(progress)
-        self._look_ahead = LookAhead(
-            spec, placement, self._experts, predictor or NextRouter(self.decoder.layers)
-        )
+        self._predictor = predictor or NextRouter(self.decoder.layers)
+        self._look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
+        self._replanning: Replanning | None = None
         self._observer: Observer | None = None
         self._pass_observer: PassObserver | None = None
         self._timeline: Timeline | None = None
@@ -151,6 +154,53 @@ class Engine:
         """Show ``timeline`` from now on when things happen."""
         self._timeline = timeline
         self._experts.observe_time(timeline)
+
+    def replan_every(self, tokens: int, replan: Replan) -> None:
+        """Every so many tokens, between two generations, ask for better layers and take them.
+
+        Prompts count as well. What is remembered of the routing, 2 bytes an activation, is
+        allocated here and is no part of the fast tier.
+        """
+        self._replanning = Replanning(self.spec, replan, tokens)
+
+    def rearrange(self, layers: Sequence[LayerPlacement]) -> int:
+        """Let the layers have other numbers of slots, between two passes.
+
+        Memory changes hands and none is allocated; what comes is loaded and waited for. The bits
+        of what is generated stay the same.
+
+        Parameters
+        ----------
+        layers
+            The placement's, but for slots, budgets and hot rankings.
+
+        Returns
+        -------
+        int
+            Bytes of the slots that a layer has and did not have before.
+
+        Raises
+        ------
+        PlanMismatchError
+            When anything else would change, or all layers share their slots.
+        BudgetTooSmallError
+            When there are not so many slots of one size; nothing has changed then.
+        TransferError, DamagedSegmentError
+            When a segment does not arrive whole; the engine must then be opened again.
+        """
+        self._require_whole()
+        require_same_slots(self._placement, self._experts, layers)
+        self._broken = True  # until all has been loaded
+        moved_bytes = rearrange(self._experts, layers)
+        self._broken = False
+        self._placement = replace(self._placement, layers=tuple(layers))
+        self._look_ahead = LookAhead(self.spec, self._placement, self._experts, self._predictor)
+        return moved_bytes
+
+    @property
+    def placement(self) -> Placement:
+        """What is carried out; its layers are those of the last rearrangement."""
+        return self._placement
 
     @property
     def length(self) -> int:
@@ -211,6 +261,7 @@ class Engine:
             When a segment does not arrive whole.
         """
         self._require_room(len(prompt), max_new_tokens)
+        self._plan_again()
         self.reset()
         self._meter = Meter(len(prompt), self._transfer.statistics)
         self._meter.begin(self._transfer.statistics)
@@ -240,6 +291,11 @@ class Engine:
             raise RunError("there is no generation to go on with; expected one before; generate")
         self._require_room(self.kv.length + 1, max_new_tokens)
         yield from self._go_on(max_new_tokens, sampler, stop_ids)
+
+    def _plan_again(self) -> None:
+        better = None if self._replanning is None else self._replanning.ask()
+        if better is not None:
+            self.rearrange(better)
 
     def _go_on(
         self, new_tokens: int, sampler: Sampler, stop_ids: Collection[int]
@@ -331,8 +387,7 @@ class Engine:
         self, sequences: Sequence[tuple[int, Sequence[int]]], progress: Progress = NO_PROGRESS
     ) -> list[_Hidden]:
         """All layers over all blocks of (first position, tokens); the residual stream of each."""
-        if self._broken:
-            raise RunError("the engine failed in an earlier step; open it again")
+        self._require_whole()
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
         with self._refusals_named():
             stream = self._embed(sequences)
@@ -341,7 +396,13 @@ class Engine:
                     stream = self._run_layer(layer, stream)
                     progress.advance(1)
         self._broken = False
+        if self._replanning is not None:
+            self._replanning.window.advance(sum(len(tokens) for _, tokens in sequences))
         return stream
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise RunError("the engine failed in an earlier step; open it again")
 
     def _embed(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
         """The residual stream before the first layer, block by block."""
@@ -410,6 +471,8 @@ class Engine:
         for (_, residual), total in zip(residuals, totals, strict=True):
             residual.add_(total.to(residual.dtype))
         self._meter.count(number, layer_pass.report())
+        if self._replanning is not None:
+            self._replanning.window.record(number, tokens)
         if self._pass_observer is not None:
             self._pass_observer.passed(number, tokens, layer_pass.hits)
 

@@ -11,7 +11,7 @@ the prefetches for the next layer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from moepack_runtime.ffn import FfnWeights
 from moepack_runtime.frames import Fetch, Frames
 from moepack_runtime.observers import Timeline
 from moepack_runtime.pass_report import PassReport
-from moepack_runtime.pieces import pieces
+from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.slots import LayerSlots, allocate_slots
 from moepack_runtime.transfer import Ticket, Transfer
@@ -36,6 +36,14 @@ class Arrival(NamedTuple):
     expert: int
     part: Part
     weights: FfnWeights
+
+
+class Load(NamedTuple):
+    """What is to be loaded into slots of one layer: expert -> slot."""
+
+    layer: LayerSlots
+    part: Part
+    experts: Mapping[int, int]
 
 
 class ExpertMemory:
@@ -77,6 +85,8 @@ class ExpertMemory:
         self.frames = Frames(pieces(memory, frame_bytes), transfer)
         self.ahead = Ahead(self.frames, transfer)
         self.allocated_bytes = staging_experts * frame_bytes + slots_bytes
+        #: Memory of slots that no layer has any more.
+        self.spare: list[Piece] = []
         self._timeline: Timeline | None = None
 
     def observe_time(self, timeline: Timeline | None) -> None:
@@ -90,13 +100,21 @@ class ExpertMemory:
 
     def warm(self, progress: Progress = NO_PROGRESS) -> None:
         """Fill every slot with what its cache begins with."""
+        loads = [
+            Load(layer, part, slots.cache.resident)
+            for layer in self.layers.values()
+            for part, slots in layer.slots.items()
+        ]
+        self.fill(loads, progress)
+
+    def fill(self, loads: Iterable[Load], progress: Progress = NO_PROGRESS) -> None:
+        """Load experts into slots, and wait for them."""
         tickets = []
-        for layer in self.layers.values():
-            for part, slots in layer.slots.items():
-                for expert, slot in slots.cache.resident.items():
-                    segment = SegmentId(layer.number, expert, part)
-                    room = slots.pieces[slot].room(layer.shapes[part])
-                    tickets.append(self.transfer.start(segment, room))
+        for layer, part, experts in loads:
+            for expert, slot in experts.items():
+                segment = SegmentId(layer.number, expert, part)
+                room = layer.slots[part].pieces[slot].room(layer.shapes[part])
+                tickets.append(self.transfer.start(segment, room))
         total_bytes = sum(ticket.stored_bytes for ticket in tickets)
         with working(progress, "fill the slots", total_bytes):
             for ticket in tickets:
@@ -112,6 +130,12 @@ class ExpertMemory:
             For every token of the pass the ids of its experts.
         """
         return LayerPass(self, self.layers[layer], tokens)
+
+    def come_to_rest(self) -> None:
+        """Forget what was to be fetched ahead, and wait until no frame is written into."""
+        self.ahead.forget()
+        while self.frames.wait():
+            pass
 
     def is_resident(self, layer: int) -> bool:
         """Whether a layer has a slot for every part of every expert, so that nothing is missing."""

@@ -104,6 +104,43 @@ class LayerSlots:
         room.room(self.shapes[part]).copy_(self.room(frame, part))
         return frame
 
+    def shrink(self, part: Part, capacity: int, hot: Sequence[int]) -> list[Piece]:
+        """Keep no more slots than ``capacity``, with the first of what they hold.
+
+        Parameters
+        ----------
+        hot
+            Every expert, hottest first: the ranking from now on.
+
+        Returns
+        -------
+        list of Piece
+            The memory of the others.
+        """
+        cache, pieces = self._own(part)
+        for slot, source in cache.resize(capacity, hot).moved.items():
+            pieces[slot], pieces[source] = pieces[source], pieces[slot]
+        freed = pieces[capacity:]
+        del pieces[capacity:]
+        return freed
+
+    def grow(self, part: Part, more: Sequence[Piece], hot: Sequence[int]) -> dict[int, int]:
+        """Have more slots.
+
+        Returns
+        -------
+        dict
+            Expert -> slot, of those that are to be loaded into them.
+        """
+        cache, pieces = self._own(part)
+        pieces.extend(more)
+        return cache.resize(len(pieces), hot).admitted
+
+    def _own(self, part: Part) -> tuple[ExpertCache, list[Piece]]:
+        cache, pieces = self.slots[part]
+        assert isinstance(cache, ExpertCache), "slots that all layers share belong to none"
+        return cache, pieces
+
 
 def allocate_slots(
     spec: ModelSpec,
