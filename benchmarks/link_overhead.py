@@ -7,6 +7,7 @@
 A pass starts a few segments and computes small matrix products. *Hidden*: it computes for several
 times as long as the disk takes and waits at the end, so whatever it takes beyond the products
 alone is the transfers' disturbance: the interpreter's lock, threads that are woken, memory traffic.
+*Handover*: the same with reads that take nothing, so that only the lock and the threads are left.
 *Exposed*: it waits for each segment before a product with it, as an engine does that has nothing
 else to do; beside it stands what the same reads take one after the other in the computing thread.
 
@@ -47,6 +48,7 @@ class FileStore(SegmentStore):
     """Segments in one file, found as those of a packed folder are."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
+        self.reads = True
         stored_bytes = align_up(size_bytes)
         content = np.random.default_rng(0).bytes(stored_bytes)
         with path.open("wb") as out:
@@ -65,6 +67,8 @@ class FileStore(SegmentStore):
 
     def read_into(self, segment: SegmentId, destination: Any, check: CheckMode) -> None:
         """As a packed folder does, of whatever kind of buffer the measured version hands over."""
+        if not self.reads:
+            return
         self.file.read_into(destination, self._places[segment])
         if check is CheckMode.ALWAYS:
             assert zlib.crc32(destination[: self._shape.size_bytes]) == self._crc32
@@ -124,6 +128,13 @@ class Bench:
             self._transfer.wait(ticket)
         return perf_counter() - begin_s
 
+    def handover_s(self, *, streaming: bool) -> float:
+        """A hidden pass whose reads take nothing."""
+        self._store.reads = False
+        seconds = self.hidden_s(streaming=streaming)
+        self._store.reads = True
+        return seconds
+
     def exposed_s(self, *, streaming: bool) -> float:
         """A pass that needs every segment at once, and eight products with each."""
         segments = self._take()
@@ -158,9 +169,14 @@ def measure(asked: argparse.Namespace) -> Costs:
             bench = Bench(store, transfer, asked.burst, asked.width)
             reads = statistics.median(bench.read_s() for _ in range(20))
             bench.set_window(4 * reads + 500e-6)
-            samples: dict[str, list[float]] = {"hidden": [], "exposed": [], "read": []}
+            passes = {
+                "hidden": bench.hidden_s,
+                "handover": bench.handover_s,
+                "exposed": bench.exposed_s,
+            }
+            samples: dict[str, list[float]] = {name: [] for name in (*passes, "read")}
             for _ in range(asked.passes):
-                for name, run in (("hidden", bench.hidden_s), ("exposed", bench.exposed_s)):
+                for name, run in passes.items():
                     alone_s = run(streaming=False)
                     samples[name].append((run(streaming=True) - alone_s) / asked.burst)
                 samples["read"].append(bench.read_s() / asked.burst)
@@ -204,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{version}: {figures}")
     if "other" in found:
         ratios = {
-            name: found["this"][name] / found["other"][name] for name in ("hidden", "exposed")
+            name: found["this"][name] / found["other"][name]
+            for name in ("handover", "hidden", "exposed")
         }
         print(", ".join(f"{name}: {ratio:.2f} of the other's" for name, ratio in ratios.items()))
     print(json.dumps(found))
