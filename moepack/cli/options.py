@@ -147,7 +147,7 @@ TraceOption = Annotated[
         metavar="FILE",
         help="Write when everything happened, as a trace for ui.perfetto.dev: the first two "
         "million events, which is about a thousand tokens of a model of 48 layers. That takes up "
-        "to 64 MiB of memory beside what is planned, and 300 MiB of disk.",
+        "to 64 MiB of memory beside what is planned, and 400 MiB of disk.",
         show_default=False,
     ),
 ]

@@ -75,7 +75,7 @@ def _facts(stats: RunStats, efficiency: float | None) -> Iterator[tuple[str, str
         share = wait_s / stats.tpot_s
         yield "waited", f"{format_duration(wait_s)} a token for the link, {share:.0%} of its time"
     if stats.recall is not None:
-        yield "predicted", f"{stats.recall:.1%} of the experts that were needed"
+        yield "recall", f"{stats.recall:.1%} of the experts that were needed had been predicted"
     process = f"{format_size(stats.process_base_bytes)} of it before the model"
     if stats.peak_process_bytes is not None:
         process = f"the process at most {format_size(stats.peak_process_bytes)}, {process}"
@@ -129,7 +129,7 @@ def _layers_table(layers: Sequence[LayerStats]) -> Table:
         )
 
     return columns(
-        ("layers", "hit", "ready", "predicted", "waited", ""),
+        ("layers", "hit", "ready", "recall", "waited", ""),
         map(row, bands, waits),
         texts=("",),
     )

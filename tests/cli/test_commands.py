@@ -256,6 +256,16 @@ def test_what_a_single_token_does_not_have_is_absent(packed: Path, moepack: Moep
     assert no_nulls(document)
 
 
+def test_loading_and_a_prompt_show_progress_beside_the_result(
+    packed: Path, moepack: Moepack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepack.cli.progress.QUIET_S", 0.0)
+    run = moepack("run", "abc " * 40, "--max-new-tokens", "2", "--json")
+    assert run.document["prompt_tokens"] == 160
+    for work in ("load the trunk: ", "run the prompt (layers): 1 of 3"):
+        assert work in run.err
+
+
 def test_a_trace_is_written_beside_the_text(
     packed: Path, texts: list[Path], moepack: Moepack, tmp_path: Path
 ) -> None:

@@ -52,22 +52,22 @@ def shown(stats: RunStats, efficiency: float | None = 0.94) -> list[str]:
 
 def test_every_figure_is_there_once() -> None:
     assert shown(stats(layers=2))[2:] == [
-        "tokens     24 in the prompt, 1.2 s for it (20 tokens/s); 5 new",
-        "link       6.00 MiB a token: 3.00 MiB on demand, 2.00 MiB ahead, 1.00 MiB in vain",
+        "tokens  24 in the prompt, 1.2 s for it (20 tokens/s); 5 new",
+        "link    6.00 MiB a token: 3.00 MiB on demand, 2.00 MiB ahead, 1.00 MiB in vain",
         (
-            "           busy 83% of the time, 60.00 MiB/s then, 1.50 MiB a transfer, 94% of what "
+            "        busy 83% of the time, 60.00 MiB/s then, 1.50 MiB a transfer, 94% of what "
             "it gives at that size"
         ),
-        "waited     40 ms a token for the link, 40% of its time",
-        "predicted  80.0% of the experts that were needed",
+        "waited  40 ms a token for the link, 40% of its time",
+        "recall  80.0% of the experts that were needed had been predicted",
         (
-            "memory     100.00 MiB of the fast tier; the process at most 400.00 MiB, 200.00 MiB of "
+            "memory  100.00 MiB of the fast tier; the process at most 400.00 MiB, 200.00 MiB of "
             "it before the model"
         ),
         "",
-        "layers  hit  ready  predicted  waited",
-        "0       50%    75%        80%    1 ms  ████████████············",
-        "1       50%    75%        80%    2 ms  ████████████████████████",
+        "layers  hit  ready  recall  waited",
+        "0       50%    75%     80%    1 ms  ████████████············",
+        "1       50%    75%     80%    2 ms  ████████████████████████",
     ]
 
 
@@ -92,7 +92,7 @@ def test_what_was_not_measured_is_not_shown() -> None:
         layers=(LayerStats(0, 0.5, 0.5, recall=None, wait_s_per_token=None),),
     )
     text = "\n".join(shown(bare, efficiency=None))
-    for word in ("None", "nan", "ahead", "in vain", "waited   ", "gives", "█"):
+    for word in ("None", "nan", "ahead", "in vain", "for the link", "gives", "█"):
         assert word not in text, word
     assert "the process itself 200.00 MiB" in text
     single = dataclasses.replace(bare, link_bytes_per_token=None, layers=())
