@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.peer_model import Bar
 from benchmarks.peer_runners import Measured
@@ -16,7 +16,10 @@ LINK_FACTOR = 0.9
 
 
 class Row(NamedTuple):
-    """One program at one share: medians over the rounds, or why there are none."""
+    """One program at one share: medians over the rounds, or why there are none.
+
+    ``stats`` is what the program itself counted in the last round.
+    """
 
     name: str
     failure: str
@@ -31,6 +34,13 @@ class Row(NamedTuple):
     bytes_per_token: float = 0.0
     peak_group_bytes: int = 0
     peak_process_bytes: int = 0
+    stats: dict[str, Any] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """What JSON says of it; nothing that was not measured."""
+        if self.failure:
+            return {"name": self.name, "failure": self.failure}
+        return {key: value for key, value in self._asdict().items() if value not in ("", None)}
 
 
 class Verdict(NamedTuple):
@@ -76,6 +86,7 @@ def row_of(name: str, found: Mapping[int, Sequence[Measured]], failure: str) -> 
         bytes_per_token=statistics.median(run.bytes_per_token for run in runs),
         peak_group_bytes=max(run.peak_group_bytes or 0 for run in runs),
         peak_process_bytes=max(run.peak_process_bytes for run in runs),
+        stats=runs[-1].stats,
     )
 
 

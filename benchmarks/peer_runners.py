@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.peer_child import ANNOUNCED, ChildWork
 from benchmarks.peer_process import Watched, forget_files, run_watched
@@ -52,6 +52,8 @@ class Measured(NamedTuple):
         Read from the disk until the first token: loading, warm-up and prompt.
     bytes_per_token : float
         Read from the disk for each further token.
+    stats : dict or None
+        What the program itself counts, where that is more.
     """
 
     load_s: float
@@ -61,6 +63,7 @@ class Measured(NamedTuple):
     bytes_per_token: float
     peak_group_bytes: int | None
     peak_process_bytes: int
+    stats: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,9 +236,9 @@ def _of_child(generation: Generation, watched: Watched) -> Measured | None:
     if watched.first is None or watched.last is None:
         return None
     said = json.loads(watched.output.splitlines()[-1])
-    return measured_of(
-        generation, watched, said["prefill_s"], said["decode_s"], len(said["tokens"]) - 1
-    )
+    decoded = len(said["tokens"]) - 1
+    measured = measured_of(generation, watched, said["prefill_s"], said["decode_s"], decoded)
+    return measured._replace(stats=said.get("stats"))
 
 
 def measured_of(

@@ -158,7 +158,7 @@ def _share(
     return {
         "share": share,
         "limit_bytes": limit_bytes,
-        "rows": [row._asdict() for row in rows],
+        "rows": [row.document() for row in rows],
         "bar": bar._asdict(),
         "verdict": verdict._asdict(),
         "prediction": document.get("prediction"),

@@ -26,11 +26,14 @@ from tests.support.tiny_models import TINY_MODELS, TinyModel, randomise
 
 #: The end of what llama-completion printed here.
 LLAMA_CPP_SAYS = """
-common_perf_print:    sampling time =       3.10 ms
-common_perf_print:        load time =     741.22 ms
-common_perf_print: prompt eval time =     102.44 ms /    32 tokens (    3.20 ms per token,   312.4)
-common_perf_print:        eval time =     145.70 ms /     7 runs   (   20.81 ms per token,    48.0)
-common_perf_print:       total time =     260.11 ms /    39 tokens
+0.00.127.317 I common_perf_print:    sampling time =       0.13 ms
+0.00.127.371 I common_perf_print:    samplers time =       0.07 ms /    40 tokens
+0.00.127.419 I common_perf_print:        load time =      26.43 ms
+0.00.127.467 I common_perf_print: prompt eval time =       2.87 ms /    24 tokens (    0.12 ms per \
+token,  8362.37 tokens per second)
+0.00.127.488 I common_perf_print:        eval time =       6.60 ms /    15 runs   (    0.44 ms per \
+token,  2271.69 tokens per second)
+0.00.127.489 I common_perf_print:       total time =      46.50 ms /    39 tokens
 """
 
 MEASURED = Measured(1.0, 10.0, 4.0, 1000, 100.0, 5000, 4000)
@@ -118,7 +121,7 @@ def test_text_and_tokens_are_each_others_inverse() -> None:
 def test_timings_are_read_from_what_llama_cpp_prints() -> None:
     found = parse_timings(LLAMA_CPP_SAYS)
     assert found is not None
-    assert found == pytest.approx((32, 0.10244, 7, 0.1457))
+    assert found == pytest.approx((24, 0.00287, 15, 0.0066))
     assert parse_timings("error: failed to load the model") is None
 
 
@@ -208,4 +211,5 @@ def test_the_bar_is_the_lower_of_two(
     assert verdict.passed == passed
     assert sentence(verdict, bar, rows, judged=True).endswith("pass" if passed else "FAIL")
     assert len({line.count("|") for line in table(rows)}) == 1
-    json.dumps(verdict._asdict())
+    assert rows[2].document() == {"name": "another", "failure": "killed"}
+    json.dumps([verdict._asdict(), *(row.document() for row in rows)])
