@@ -40,11 +40,25 @@ SHAPES = {
 }
 
 
-def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:
-    """The config of a shape, cut to its first layers."""
+_WIDTHS = {
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+}
+_FEWEST_HEADS = 4
+
+
+def shape_config(shape: str, layers: int | None = None, narrow: int = 1) -> dict[str, Any]:
+    """The config of a shape, cut to its first layers, and its widths divided by ``narrow``."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{shape}.json").read_text("utf-8"))
     if layers is not None:
         config["num_hidden_layers"] = layers
+    for name in _WIDTHS & config.keys():
+        config[name] //= narrow
+    keys, queries = config["num_key_value_heads"], config["num_attention_heads"]
+    config["num_key_value_heads"] = max(min(keys, _FEWEST_HEADS), keys // narrow)
+    config["num_attention_heads"] = max(config["num_key_value_heads"], queries // narrow)
     return config
 
 
@@ -65,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     write_checkpoint(
-        shape_config(asked.shape, asked.layers),
+        shape_config(asked.shape, asked.layers, asked.narrow),
         load_routing_model(resolve(asked.routing or SHAPES[asked.shape], "routing")),
         asked.out,
         seed=asked.seed,
-        recipe={"shape": asked.shape, "layers": asked.layers},
+        recipe={"shape": asked.shape, "layers": asked.layers, "narrow": asked.narrow},
         progress=TerminalProgress(sys.stderr),
     )
     print(json.dumps({"written": str(asked.out), "shape": asked.shape, "seed": asked.seed}))
@@ -82,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--check", type=Path, metavar="DIR", help="run the checkpoint that is there")
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-1b-7b")
     parser.add_argument("--layers", type=int, metavar="N", help="of them; all unless told")
+    parser.add_argument(
+        "--narrow", type=int, default=1, metavar="N", help="divide all widths, to check routing"
+    )
     parser.add_argument("--routing", metavar="PRESET", help="instead of the shape's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recording", type=Path, metavar="FILE", help="recorded routing, an .npz")
