@@ -22,6 +22,9 @@ ROW_MULTIPLE = 16
 _TILE_ROWS = ((768, 256), (192, 64), (0, 32))
 _TILE_COLUMNS = 512
 
+# What one token's attention converts to float32 at a time, if one head does not take more.
+_CONVERTED_BYTES = 4 << 20
+
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
 TRUNK_ALIGNMENT_BYTES = 64
 
@@ -83,7 +86,7 @@ def workspace_bytes(
     and once in float32, and the mask over the context (one row a head where the layer has sinks);
     MLA also expands its latent over the context, and each thread holds a tile of scores. FFN:
     gate, up and their product for one block through the widest FFN, twice. Head: the logits of one
-    token and their sorted copy.
+    token and their sorted copy. One token alone takes less, but for heads that share no keys.
     """
     element_bytes = DTYPE_BYTES[spec.dtype]
     block = min(block_tokens, context_tokens)
@@ -102,7 +105,7 @@ def workspace_bytes(
             expanded = kind.mla.nope_dim + kind.value_dim + 2 * max(kind.head_dim, kind.value_dim)
             need += keys * kind.num_heads * expanded * element_bytes
         need += threads * _tile_bytes(kind, block, min(_TILE_COLUMNS, keys + 1))
-        attention = max(attention, need)
+        attention = max(attention, need, _alone_bytes(kind, keys))
         widths = [layer.dense_intermediate_size or 0]
         if layer.moe is not None:
             widths += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
@@ -116,6 +119,27 @@ def _tile_bytes(attention: AttentionSpec, block: int, columns: int) -> int:
     """Scores in float32 and once more in 16 bits, the output in float32, maxima and sums."""
     rows = next(rows for tokens, rows in _TILE_ROWS if block >= tokens)
     return rows * (columns * 6 + (attention.value_dim + 2) * 4)
+
+
+def heads_at_a_time(rows: int, width: int) -> int:
+    """Of how many heads one token's attention holds the keys, or the values, in float32.
+
+    Parameters
+    ----------
+    rows, width
+        Of a head's keys, or values, in the cache.
+    """
+    return max(1, _CONVERTED_BYTES // (rows * width * 4))
+
+
+def _alone_bytes(attention: AttentionSpec, keys: int) -> int:
+    """One token whose heads share no keys: some heads' rows in float32, and their scores twice."""
+    if attention.mla is not None or attention.num_heads > attention.num_kv_heads:
+        return 0
+    width = max(attention.head_dim, attention.value_dim)
+    head_bytes = keys * width * 4
+    converted = min(attention.num_heads * head_bytes, max(_CONVERTED_BYTES, head_bytes))
+    return converted + 2 * converted // width + attention.num_heads * width * 16
 
 
 def trunk_bytes(spec: ModelSpec) -> int:

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from moepack.budget import heads_at_a_time
 from moepack.model_spec import AttentionSpec, MlaSpec
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.norms import NormFunction, rms_norm
+from moepack_runtime.products import several
 from moepack_runtime.rope import RotaryEmbedding
 from moepack_runtime.weights import Weights
 
@@ -64,7 +66,8 @@ class GroupedQueryAttention:
         norm_eps: float,
     ) -> None:
         self._spec = spec
-        self._q, self._k, self._v, self._o = (weights.linear(name) for name in "qkvo")
+        self._qkv = [(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in "qkv"]
+        self._o = weights.linear("o")
         self._norms: tuple[NormFunction, NormFunction] | None = None
         if spec.qk_norm != "none":
             self._norms = (
@@ -88,7 +91,7 @@ class GroupedQueryAttention:
         self, x: torch.Tensor, start: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         spec, tokens = self._spec, x.shape[0]
-        queries, keys, values = self._q(x), self._k(x), self._v(x)
+        queries, keys, values = several(x, self._qkv)
         if spec.qk_norm == "full":
             queries, keys = self._normed(queries, keys)
         if spec.clip is not None:
@@ -120,6 +123,9 @@ class GroupedQueryAttention:
         Up to ten times as fast as ``enable_gqa``, which reads the keys once for every head.
         """
         spec = self._spec
+        if self._is_alone(queries):
+            output = attend_alone(queries, keys, values, spec.scale)
+            return output.view(1, spec.num_heads * spec.value_dim)
         mask = None
         if self._sinks is not None:
             mask = queries.new_zeros(1, spec.num_kv_heads, self._groups, keys.shape[2])
@@ -132,6 +138,11 @@ class GroupedQueryAttention:
             scale=spec.scale,
         )
         return output.reshape(1, spec.num_heads * spec.value_dim)
+
+    def _is_alone(self, queries: torch.Tensor) -> bool:
+        """Whether torch would multiply single rows of 16 bits, which it is slow at on a CPU."""
+        is_half = queries.dtype in {torch.bfloat16, torch.float16}
+        return self._groups == 1 and self._sinks is None and is_half and queries.is_cpu
 
     def _attend_block(
         self,
@@ -271,6 +282,35 @@ class LatentAttention:
         return _attend_in_groups(
             queries, keys, values, mask, is_causal=is_plain, scale=self._spec.scale
         )
+
+
+def attend_alone(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One token whose heads share no keys, in float32 and rounded once.
+
+    Two to three times as fast as torch's fused kernel on 500 rows of 16 heads of 128, four times on
+    4000; a few heads at a time, so that what is converted stays in the processor's cache.
+
+    Parameters
+    ----------
+    queries, keys, values
+        [1, heads, width], [1, heads, rows, width] and [1, heads, rows, value_width].
+
+    Returns
+    -------
+    Tensor
+        [heads, 1, value_width].
+    """
+    heads, rows = keys.shape[1:3]
+    count = heads_at_a_time(rows, max(keys.shape[3], values.shape[3]))
+    scaled = queries.transpose(0, 1).float().mul_(scale)  # [heads, 1, width]
+    output = torch.empty(heads, 1, values.shape[3])
+    for first in range(0, heads, count):
+        some = slice(first, first + count)
+        scores = torch.bmm(scaled[some], keys[0, some].float().transpose(1, 2))
+        torch.bmm(scores.softmax(-1), values[0, some].float(), out=output[some])
+    return output.to(queries.dtype)
 
 
 def _attend_in_groups(

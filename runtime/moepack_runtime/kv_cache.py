@@ -87,15 +87,19 @@ class LayerCache:
             self._compact(seen_from)
         slot = self._slot(start)
         for tensor, new in zip(self._tensors, rows, strict=True):
-            tensor[0, :, slot : slot + tokens].copy_(new.transpose(0, 1))
+            if tokens == 1:
+                tensor.select(2, slot).copy_(new)
+            else:
+                tensor[0, :, slot : slot + tokens].copy_(new.transpose(0, 1))
         self._end = start + tokens
         begin = self._slot(seen_from)
         if self._sink_rows:
             if begin > self._sink_rows:
                 self._drop_before(seen_from)
             begin -= 1
+        rows_seen = slot + tokens - begin
         return Seen(
-            seen_from, tuple(tensor[:, :, begin : slot + tokens] for tensor in self._tensors)
+            seen_from, tuple([tensor.narrow(2, begin, rows_seen) for tensor in self._tensors])
         )
 
     def _slot(self, position: int) -> int:

@@ -10,6 +10,7 @@ faster by oneDNN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, cast
 
@@ -45,6 +46,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         with without_onednn:
             return F.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def several(
+    x: torch.Tensor, maps: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+) -> list[torch.Tensor]:
+    """:func:`linear` of one ``x`` by each (weight, bias), to the same bits."""
+    if is_one_row(x):
+        with without_onednn:
+            return [F.linear(x, weight, bias) for weight, bias in maps]
+    return [F.linear(x, weight, bias) for weight, bias in maps]
 
 
 def is_one_row(x: torch.Tensor) -> bool:

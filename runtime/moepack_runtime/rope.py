@@ -115,11 +115,13 @@ class RotaryEmbedding:
 
     def rotate(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """[tokens, heads, head_dim] to the same shape and dtype."""
+        exact = x.float()
         if self._is_whole:
-            partner = x.roll(self._head_dim // 2, -1)
+            first, second = exact.chunk(2, -1)
+            partner = torch.cat((second, first), -1)
         else:
-            partner = x.index_select(-1, self._partner)
-        return (x * rotation.cos).addcmul_(partner, rotation.sin).to(x.dtype)
+            partner = exact.index_select(-1, self._partner)
+        return partner.mul_(rotation.sin).addcmul_(exact, rotation.cos).to(x.dtype)
 
 
 def _partners(head_dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from moepack_runtime.attention import LatentAttention, causal_mask
+import torch.nn.functional as F
+from moepack_runtime.attention import LatentAttention, attend_alone, causal_mask
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.rope import RotaryEmbedding
 from moepack_runtime.weights import Weights
@@ -27,6 +29,32 @@ def test_a_token_looks_back_as_far_as_its_window(
         distance = (start + token) - (seen_from + row)
         may_look = distance >= 0 and (window is None or distance < window)
         assert mask[token, row] == (0 if may_look else -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 500, 9000])
+def test_one_token_of_heads_that_share_no_keys_is_as_exact_as_torchs_own(
+    rows: int, dtype: torch.dtype
+) -> None:
+    """With 9000 rows a few heads at a time; and the same bits from another place of the cache."""
+    heads, width, value_width, spare = 5, 64, 48, 3
+    generator = torch.Generator().manual_seed(rows)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator).to(dtype)
+
+    queries = drawn(heads, width)
+    memory = drawn(heads, rows + spare, width), drawn(heads, rows + spare, value_width)
+    keys, values = (tensor[:, :, spare:] for tensor in memory)
+    found = attend_alone(queries, keys, values, width**-0.5)
+    assert found.dtype is dtype
+    assert torch.equal(
+        found, attend_alone(queries, keys.contiguous(), values.contiguous(), width**-0.5)
+    )
+    attend = partial(F.scaled_dot_product_attention, scale=width**-0.5)
+    exact = attend(queries.double().unsqueeze(2), keys.double(), values.double())[0]
+    torchs = attend(queries.unsqueeze(2), keys, values)[0]
+    assert (found - exact).abs().mean() <= (torchs - exact).abs().mean()
 
 
 def latent_attention() -> LatentAttention:

@@ -28,6 +28,7 @@ MOE = MoeSpec(16, 4, 256, RouterSpec())
 GROUPED = AttentionSpec(8, 2, 64, 64, 64, 0.125)
 ATTENTIONS = {
     "grouped": GROUPED,
+    "heads alone": AttentionSpec(8, 8, 64, 64, 64, 0.125),
     "window": AttentionSpec(8, 2, 64, 64, 64, 0.125, window=200),
     "sinks": AttentionSpec(8, 2, 64, 64, 64, 0.125, sinks=True),
     "window and sinks": AttentionSpec(8, 2, 64, 64, 64, 0.125, window=100, sinks=True),
@@ -55,10 +56,11 @@ def trunk_shapes(attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@pytest.mark.parametrize("block", [BLOCK, 1])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("name", ATTENTIONS)
 @torch.inference_mode()
-def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str) -> None:
+def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str, block: int) -> None:
     attention = ATTENTIONS[name]
     spec = ModelSpec(
         name=name,
@@ -82,16 +84,16 @@ def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str) -> Non
     storage = torch.float32 if dtype == "F32" else torch.bfloat16
     trunk = {key: torch.randn(shape).to(storage) for key, shape in shapes.items()}
     kv = KvCache.allocate(
-        spec, context_tokens=CONTEXT, block_tokens=BLOCK, device=torch.device("cpu")
+        spec, context_tokens=CONTEXT, block_tokens=block, device=torch.device("cpu")
     )
     decoder = Decoder(spec, trunk, kv)
     layer = decoder.layers[0]
-    planned = workspace_bytes(spec, CONTEXT, BLOCK)
+    planned = workspace_bytes(spec, CONTEXT, block)
 
-    x = torch.randn(BLOCK, HIDDEN).to(storage)
-    for start in range(0, CONTEXT - BLOCK, BLOCK):
+    x = torch.randn(block, HIDDEN).to(storage)
+    for start in range(0, CONTEXT - block, block):
         assert peak_bytes(partial(layer.attend, x, start)) <= planned
-    assert peak_bytes(lambda: layer.attend(x[:1], CONTEXT - BLOCK)) <= planned
+    assert peak_bytes(lambda: layer.attend(x[:1], CONTEXT - block)) <= planned
     assert peak_bytes(lambda: layer.route(layer.mlp_norm(x))) <= planned
     expert = FfnWeights(*(torch.randn(256, 256).to(storage) for _ in range(3)))
     assert peak_bytes(lambda: gated_ffn(x, expert, MOE.activation_spec)) <= planned
