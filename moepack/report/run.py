@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -113,19 +113,19 @@ def _layers_table(layers: Sequence[LayerStats]) -> Table:
     """A row for every layer, or the means of neighbours where there are many."""
     together = -(-len(layers) // MOST_ROWS)
     bands = [layers[at : at + together] for at in range(0, len(layers), together)]
-    waits = [_mean(layer.wait_s_per_token for layer in band) for band in bands]
-    longest = max((wait_s for wait_s in waits if wait_s is not None), default=0.0)
+    waits = [fmean(layer.wait_s_per_token for layer in band) for band in bands]
+    longest = max(waits)
 
-    def row(band: Sequence[LayerStats], wait_s: float | None) -> tuple[str, ...]:
+    def row(band: Sequence[LayerStats], wait_s: float) -> tuple[str, ...]:
         first, last = band[0].layer, band[-1].layer
-        recall = _mean(layer.recall for layer in band)
+        recalls = [layer.recall for layer in band if layer.recall is not None]
         return (
             str(first) if first == last else f"{first} to {last}",
             f"{fmean(layer.hit_rate for layer in band):.0%}",
             f"{fmean(layer.ready_rate for layer in band):.0%}",
-            "-" if recall is None else f"{recall:.0%}",
-            "-" if wait_s is None else format_duration(wait_s),
-            bar(wait_s / longest, 0.0, _BAR) if wait_s and longest else "",
+            f"{fmean(recalls):.0%}" if recalls else "-",
+            format_duration(wait_s),
+            bar(wait_s / longest, 0.0, _BAR) if longest else "",
         )
 
     return columns(
@@ -133,9 +133,3 @@ def _layers_table(layers: Sequence[LayerStats]) -> Table:
         map(row, bands, waits),
         texts=("",),
     )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Of those that there are."""
-    there = [value for value in values if value is not None]
-    return fmean(there) if there else None

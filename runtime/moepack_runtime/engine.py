@@ -222,7 +222,6 @@ class Engine:
         """Of the last (or current) generation."""
         return self._meter.stats(
             self._transfer.statistics,
-            processor_waits=self.device.type == "cpu",
             peak_fast_bytes=self._peak_fast_bytes(),
             peak_process_bytes=peak_resident_bytes(),
             process_base_bytes=self._process_base_bytes,

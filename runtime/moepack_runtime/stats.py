@@ -19,15 +19,15 @@ class LayerStats:
     ----------
     hit_rate, ready_rate, recall : float
         As in :class:`RunStats`.
-    wait_s_per_token : float or None
-        Mean time of a token during which the compute waited for this layer's segments.
+    wait_s_per_token : float
+        Mean time of a token during which the processor waited for this layer's segments.
     """
 
     layer: int
     hit_rate: float
     ready_rate: float
     recall: float | None
-    wait_s_per_token: float | None
+    wait_s_per_token: float
 
 
 @record
@@ -60,7 +60,8 @@ class RunStats:
     mean_read_bytes : float or None
         Mean size of one transfer, prompt included.
     wait_s : float or None
-        Time during which the compute waited for the link; None on a GPU, which waits by itself.
+        Time during which the processor waited for the link. A GPU may have been at work on what
+        it had been given before: there it is an upper bound of what the link has cost.
     layers : tuple of LayerStats
         Of each layer with experts; empty where nothing was decoded.
     peak_fast_bytes : int
@@ -150,18 +151,11 @@ class Meter:
         self,
         link: LinkStatistics,
         *,
-        processor_waits: bool,
         peak_fast_bytes: int,
         peak_process_bytes: int | None,
         process_base_bytes: int,
     ) -> RunStats:
-        """What has been measured so far.
-
-        Parameters
-        ----------
-        processor_waits
-            Whether the link is waited for by the processor, whose clock this is.
-        """
+        """What has been measured so far."""
         decoded = self.decoded
         whole = total(list(self._layers.values()))
         ahead_bytes = whole.ahead_used_bytes + whole.ahead_wasted_bytes
@@ -186,14 +180,14 @@ class Meter:
             link_busy_fraction=self._busy_s / self.decode_s if decoded else None,
             link_bytes_per_s=total_bytes / total_busy_s if total_busy_s else None,
             mean_read_bytes=_share(total_bytes, total_reads),
-            wait_s=whole.wait_s if processor_waits and decoded else None,
+            wait_s=whole.wait_s if decoded else None,
             layers=tuple(
                 LayerStats(
                     layer=layer,
                     hit_rate=report.hits / report.activations,
                     ready_rate=report.ready / report.activations,
                     recall=_share(report.recalled, report.predicted),
-                    wait_s_per_token=report.wait_s / decoded if processor_waits else None,
+                    wait_s_per_token=report.wait_s / decoded,
                 )
                 for layer, report in sorted(self._layers.items())
             ),

@@ -30,14 +30,8 @@ MIXED = PassReport(
 )
 
 
-def read(meter: Meter, link: LinkStatistics = REST, *, processor_waits: bool = True) -> RunStats:
-    return meter.stats(
-        link,
-        processor_waits=processor_waits,
-        peak_fast_bytes=1,
-        peak_process_bytes=None,
-        process_base_bytes=1,
-    )
+def read(meter: Meter, link: LinkStatistics = REST) -> RunStats:
+    return meter.stats(link, peak_fast_bytes=1, peak_process_bytes=None, process_base_bytes=1)
 
 
 def generation(*tokens: dict[int, PassReport]) -> Meter:
@@ -101,9 +95,6 @@ def test_what_does_not_exist_is_none() -> None:
     assert unpredicted.demand_bytes_per_token == 0
     assert unpredicted.ahead_used_bytes_per_token is None
     assert unpredicted.ahead_wasted_bytes_per_token is None
-    on_a_gpu = read(generation({1: FOUND}, {1: MIXED}), processor_waits=False)
-    assert on_a_gpu.wait_s is None
-    assert on_a_gpu.layers[0].wait_s_per_token is None
 
 
 def test_the_link_is_busy_only_while_tokens_are_computed() -> None:

@@ -89,7 +89,7 @@ def test_what_was_not_measured_is_not_shown() -> None:
         ahead_wasted_bytes_per_token=None,
         wait_s=None,
         peak_process_bytes=None,
-        layers=(LayerStats(0, 0.5, 0.5, recall=None, wait_s_per_token=None),),
+        layers=(LayerStats(0, 0.5, 0.5, recall=None, wait_s_per_token=0.0),),
     )
     text = "\n".join(shown(bare, efficiency=None))
     for word in ("None", "nan", "ahead", "in vain", "for the link", "gives", "█"):
