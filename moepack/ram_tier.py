@@ -1,7 +1,7 @@
 """Three tiers: which segments RAM holds for a device, when it is too small for all of them.
 
-What is not held is read from the disk each time, into memory of the copier that brings it to the
-device. Pure arithmetic: the planner prices what the runtime does because both ask here.
+What is not held is read from the disk each time, into a *bounce*, and copied to the device from
+there. Pure arithmetic: the planner prices what the runtime does because both ask here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout
 from moepack.segments import PARTS, Part, SegmentId
 
-#: Copies to the device in flight at once: one crosses, the next is ready to.
+#: Copies from RAM to the device in flight at once: one crosses, the next is ready to.
 COPIERS = 2
 
 
@@ -26,20 +26,21 @@ class RamTier(NamedTuple):
     ----------
     held : mapping
         Segment -> its stored bytes, hottest first.
-    copiers : int
-        That bring segments to the device.
+    bounces : int
+        Segments that are not held and on their way at once: each takes a bounce. 0 where all are
+        held.
     bounce_bytes : int
-        What each copier reads a segment into that is not held; 0 where all are.
+        Of each bounce.
     """
 
     held: Mapping[SegmentId, int]
-    copiers: int = COPIERS
+    bounces: int = 0
     bounce_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All that is pinned."""
-        return sum(self.held.values()) + self.copiers * self.bounce_bytes
+        return sum(self.held.values()) + self.bounces * self.bounce_bytes
 
 
 def ram_tier(
@@ -48,7 +49,7 @@ def ram_tier(
     layers: Sequence[LayerPlacement],
     ram_bytes: int,
     *,
-    readers: int = COPIERS,
+    readers: int = 2,
 ) -> RamTier:
     """What so many bytes of RAM hold: everything, or the head of the ranking beside the bounces.
 
@@ -62,21 +63,22 @@ def ram_tier(
     ram_bytes
         What may be pinned.
     readers
-        Reads that the disk does at once best: as many copiers there are, where some read.
+        Reads that the disk does at once best: as many bounces there are. At least two, so that one
+        is read while another is copied.
     """
     ranked = list(_ranking(spec, layout, layers))
     if sum(size_bytes for _, size_bytes in ranked) <= ram_bytes:
         return RamTier(dict(ranked))
-    copiers = max(COPIERS, readers)
+    bounces = max(2, readers)
     bounce_bytes = max(size_bytes for _, size_bytes in ranked)
-    left_bytes = ram_bytes - copiers * bounce_bytes
+    left_bytes = ram_bytes - bounces * bounce_bytes
     held = {}
     for segment, size_bytes in ranked:
         left_bytes -= size_bytes
         if left_bytes < 0:
             break
         held[segment] = size_bytes
-    return RamTier(held, copiers, bounce_bytes)
+    return RamTier(held, bounces, bounce_bytes)
 
 
 def _ranking(

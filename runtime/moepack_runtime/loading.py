@@ -147,9 +147,8 @@ def open_transfer(
 
     if tier is None:
         tier = RamTier(_all_segments(spec, layout))
-    bounces = tier.copiers if tier.bounce_bytes else 0
     pinned = PinnedSegments(
-        disk, tier.held, bounces=bounces, bounce_bytes=tier.bounce_bytes, progress=progress
+        disk, tier.held, bounces=tier.bounces, bounce_bytes=tier.bounce_bytes, progress=progress
     )
     try:
         return CudaTransfer(pinned, torch.device(device))

@@ -24,8 +24,7 @@ FOLLOWING = [17, 99, 4, 250, 31, 8]
 
 def behind(tier: RamTier, disk: Transfer) -> CudaTransfer:
     assert isinstance(disk, HostTransfer)
-    bounces = tier.copiers if tier.bounce_bytes else 0
-    pinned = PinnedSegments(disk, tier.held, bounces=bounces, bounce_bytes=tier.bounce_bytes)
+    pinned = PinnedSegments(disk, tier.held, bounces=tier.bounces, bounce_bytes=tier.bounce_bytes)
     assert pinned.size_bytes == tier.total_bytes
     return CudaTransfer(pinned, torch.device("cpu"))
 
@@ -51,7 +50,7 @@ def test_the_bits_do_not_depend_on_what_ram_holds(
     ]
     for place in places:
         least = ram_tier(spec, layout, place.layers, 0)
-        least_bytes = least.copiers * least.bounce_bytes
+        least_bytes = least.bounces * least.bounce_bytes
         room_bytes = least_bytes + fraction * (slow_bytes(spec, layout) - least_bytes)
         tier = ram_tier(spec, layout, place.layers, int(room_bytes))
         assert bool(tier.held) == (fraction > 0)

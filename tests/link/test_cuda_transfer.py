@@ -206,6 +206,21 @@ def test_what_ram_holds_is_read_once_and_the_rest_each_time(device: FakeDevice) 
         assert sorted(link.store.read) == [0, 1, 2, 2, 3, 3]
 
 
+def test_what_ram_holds_is_not_held_up_by_the_disk(device: FakeDevice) -> None:
+    opened = threading.Event()
+    link = Link(held=1, bounces=2)
+    link.store.before_read = lambda _: opened.wait(30.0)
+    with link.transfer:
+        early = [link.start(number, Priority.PREFETCH) for number in range(1, 6)]
+        link.transfer.wait(link.start(0))
+        assert not any(map(link.transfer.is_ready, early))
+        assert link.transfer.cancel(early[4])
+        opened.set()
+        for ticket in early[:4]:
+            link.transfer.wait(ticket)
+        assert all(map(link.holds, range(5)))
+
+
 def test_ram_may_hold_nothing(device: FakeDevice) -> None:
     link = Link(held=0, bounces=2)
     with link.transfer:

@@ -11,7 +11,7 @@ from moepack import machine
 from moepack.budget import slow_bytes, stored_bytes
 from moepack.errors import BudgetTooSmallError
 from moepack.plan import LayerPlacement, Layout, Placement
-from moepack.ram_tier import COPIERS, RamTier, ram_tier
+from moepack.ram_tier import RamTier, ram_tier
 from tests.pack.fake_models import make_plan, make_spec
 
 SPEC = make_spec(experts=4, moe_layers=2)
@@ -22,6 +22,7 @@ LAYERS = tuple(
     for placed, hot in zip(PLAN.placement.layers, HOT, strict=True)
 )
 SIZE_BYTES = stored_bytes(SPEC, PLAN.layout.layers[0], "top")
+BOUNCES = 2
 ALL_BYTES = slow_bytes(SPEC, PLAN.layout)
 
 
@@ -31,9 +32,9 @@ def named(tier: RamTier) -> list[tuple[int, int]]:
 
 def held(count: int, layers: tuple[LayerPlacement, ...] = LAYERS) -> list[tuple[int, int]]:
     """With room for so many beside the bounces."""
-    tier = ram_tier(SPEC, PLAN.layout, layers, (COPIERS + count) * SIZE_BYTES)
+    tier = ram_tier(SPEC, PLAN.layout, layers, (BOUNCES + count) * SIZE_BYTES)
     assert tier.bounce_bytes == SIZE_BYTES
-    assert tier.total_bytes == (COPIERS + count) * SIZE_BYTES
+    assert tier.total_bytes == (BOUNCES + count) * SIZE_BYTES
     return named(tier)
 
 
@@ -46,7 +47,7 @@ def test_everything_is_held_where_there_is_room_and_then_nothing_bounces() -> No
 
 def test_one_byte_less_costs_the_bounces() -> None:
     tier = ram_tier(SPEC, PLAN.layout, LAYERS, ALL_BYTES - 1)
-    assert len(tier.held) == 8 - 1 - COPIERS
+    assert len(tier.held) == 8 - 1 - BOUNCES
     assert tier.total_bytes <= ALL_BYTES - 1
 
 
@@ -74,7 +75,7 @@ def test_what_never_leaves_the_device_is_held_last() -> None:
 def test_both_parts_of_a_hot_expert_are_held() -> None:
     plan = make_plan(SPEC, [16, 16])
     top, bottom = (stored_bytes(SPEC, plan.layout.layers[0], part) for part in ("top", "bottom"))
-    room_bytes = COPIERS * max(top, bottom) + 2 * (top + bottom)
+    room_bytes = BOUNCES * max(top, bottom) + 2 * (top + bottom)
     tier = ram_tier(SPEC, plan.layout, LAYERS, room_bytes)
     assert [(s.layer, s.expert, s.part) for s in tier.held] == [
         (1, 2, "top"),
@@ -84,11 +85,11 @@ def test_both_parts_of_a_hot_expert_are_held() -> None:
     ]
 
 
-def test_where_the_disk_is_read_there_are_as_many_copiers_as_it_likes_readers() -> None:
+def test_there_are_as_many_bounces_as_the_disk_likes_readers() -> None:
     tier = ram_tier(SPEC, PLAN.layout, LAYERS, 6 * SIZE_BYTES, readers=4)
-    assert tier.copiers == 4
+    assert tier.bounces == 4
     assert len(tier.held) == 2
-    assert ram_tier(SPEC, PLAN.layout, LAYERS, ALL_BYTES, readers=4).copiers == COPIERS
+    assert ram_tier(SPEC, PLAN.layout, LAYERS, ALL_BYTES, readers=4).bounces == 0
 
 
 def on_device(ram_budget_bytes: int) -> tuple[Layout, Placement]:
@@ -117,7 +118,7 @@ def test_loading_holds_what_the_ram_budget_allows(monkeypatch: pytest.MonkeyPatc
 
 def test_loading_refuses_what_cannot_even_bounce() -> None:
     base_bytes = 1 << 20
-    layout, placement = on_device(base_bytes + COPIERS * SIZE_BYTES - 1)
+    layout, placement = on_device(base_bytes + BOUNCES * SIZE_BYTES - 1)
     with pytest.raises(BudgetTooSmallError, match="1 bytes are missing") as caught:
         loading.require_host_memory(SPEC, layout, placement, base_bytes)
     assert caught.value.missing_bytes == 1

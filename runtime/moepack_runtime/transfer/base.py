@@ -73,7 +73,7 @@ class Transfer(ABC):
     - Ctrl-C during :meth:`wait` leaves a transfer that can be closed.
     - After :meth:`close` nothing hangs: every later start or wait raises, and no thread writes
       into a destination any more, except where a read was stuck in the kernel and close gave up
-      on it (see :class:`~moepack_runtime.transfer.host.HostTransfer`).
+      on it (see :class:`~moepack_runtime.transfer.queued.QueuedTransfer`).
     """
 
     def __enter__(self) -> Self:

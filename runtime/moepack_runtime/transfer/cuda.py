@@ -11,7 +11,10 @@ from moepack.segments import SegmentId
 from moepack.units import format_size
 from moepack_runtime.transfer.base import Priority, Ticket
 from moepack_runtime.transfer.pinned import PinnedSegments, require_cuda
-from moepack_runtime.transfer.queued import STALL_S, Carry, QueuedTicket, QueuedTransfer
+from moepack_runtime.transfer.queued import STALL_S, Carry, Lane, QueuedTicket, QueuedTransfer
+
+# The lanes of a CudaTransfer.
+_FROM_RAM, _FROM_DISK = 0, 1
 
 
 class _CudaTicket(QueuedTicket):
@@ -21,13 +24,14 @@ class _CudaTicket(QueuedTicket):
 
     def __init__(
         self,
+        lane: Lane,
         segment: SegmentId,
         stored_bytes: int,
         destination: torch.Tensor,
         priority: Priority,
         free: torch.cuda.Event,
     ) -> None:
-        super().__init__(segment, stored_bytes, destination, priority)
+        super().__init__(lane, segment, stored_bytes, destination, priority)
         self.free = free
 
 
@@ -36,7 +40,8 @@ class CudaTransfer(QueuedTransfer):
 
     A few copiers each take the most urgent segment, hand one copy to the copy stream, and wait
     until it is there: so priorities reorder, what is queued can be cancelled, and the stream never
-    holds more than a few copies that nobody can take back.
+    holds more than a few copies that nobody can take back. What has to be read from the disk first
+    has copiers of its own: it does not hold up what RAM has.
 
     Two hazards, and why they cannot happen:
 
@@ -59,8 +64,7 @@ class CudaTransfer(QueuedTransfer):
     Parameters
     ----------
     pinned
-        Where segments are copied from. Closed with the transfer. With bounces, there are as many
-        copiers.
+        Where segments are copied from. Closed with the transfer. Each of its bounces has a copier.
     stall_s
         Seconds without a finished copy after which a wait gives up.
     """
@@ -75,7 +79,7 @@ class CudaTransfer(QueuedTransfer):
         self._pinned = pinned
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        super().__init__(len(pinned.bounces) or COPIERS, "copier", stall_s)
+        super().__init__([COPIERS, len(pinned.bounces)], "copier", stall_s)
 
     @override
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -98,16 +102,17 @@ class CudaTransfer(QueuedTransfer):
         assert destination.nbytes >= stored_bytes, (segment, destination.nbytes, stored_bytes)
         free = _event()
         free.record(torch.cuda.current_stream(self._device))
-        ticket = _CudaTicket(segment, stored_bytes, destination, priority, free)
+        lane = self._lanes[_FROM_RAM if segment in self._pinned.segments else _FROM_DISK]
+        ticket = _CudaTicket(lane, segment, stored_bytes, destination, priority, free)
         self._enqueue(ticket)
         return ticket
 
     @override
-    def _carrier(self, number: int) -> Carry:
+    def _carrier(self, lane: int, number: int) -> Carry:
         # Both are of the thread: the current device, and that device's current stream.
         torch.cuda.set_device(self._stream.device)
         torch.cuda.set_stream(self._stream)
-        bounce = self._pinned.bounces[number] if self._pinned.bounces else None
+        bounce = self._pinned.bounces[number] if lane == _FROM_DISK else None
         there = _event()
 
         def copy(ticket: QueuedTicket) -> None:

@@ -42,7 +42,7 @@ class HostTransfer(QueuedTransfer):
     ) -> None:
         self._store = store
         self._check = check
-        super().__init__(readers, "reader", stall_s)
+        super().__init__([readers], "reader", stall_s)
 
     @override
     def allocate(self, size_bytes: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ class HostTransfer(QueuedTransfer):
     ) -> Ticket:
         stored_bytes = self.stored_bytes(segment)
         assert destination.nbytes >= stored_bytes, (segment, destination.nbytes, stored_bytes)
-        ticket = QueuedTicket(segment, stored_bytes, destination, priority)
+        ticket = QueuedTicket(self._lanes[0], segment, stored_bytes, destination, priority)
         self._enqueue(ticket)
         return ticket
 
@@ -83,7 +83,7 @@ class HostTransfer(QueuedTransfer):
         return view
 
     @override
-    def _carrier(self, number: int) -> Carry:
+    def _carrier(self, lane: int, number: int) -> Carry:
         store, check = self._store, self._check
 
         def read(ticket: QueuedTicket) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from time import perf_counter
 
@@ -20,6 +20,35 @@ from moepack_runtime.transfer.base import LinkStatistics, Priority, Ticket, Tran
 STALL_S = 60.0
 
 
+class Lane:
+    """A queue with carriers of its own."""
+
+    __slots__ = ("demands", "last_end_s", "prefetches", "tokens")
+
+    def __init__(self) -> None:
+        self.demands: deque[QueuedTicket] = deque()
+        self.prefetches: deque[QueuedTicket] = deque()
+        self.tokens: SimpleQueue[None] = SimpleQueue()
+        self.last_end_s = perf_counter()
+
+    def push(self, ticket: QueuedTicket) -> None:
+        """Queue a ticket, and wake a carrier."""
+        if ticket.priority is Priority.DEMAND:
+            self.demands.append(ticket)
+        else:
+            self.prefetches.append(ticket)
+        self.tokens.put(None)
+
+    def remove(self, ticket: QueuedTicket) -> bool:
+        """Take a ticket out of the queue; False where a carrier has it."""
+        queue = self.demands if ticket.priority is Priority.DEMAND else self.prefetches
+        try:
+            queue.remove(ticket)
+        except ValueError:
+            return False
+        return True
+
+
 class QueuedTicket(Ticket):
     """A segment in the queue, in a carrier's hands, or there.
 
@@ -30,12 +59,18 @@ class QueuedTicket(Ticket):
         freed.
     """
 
-    __slots__ = ("arrived", "cancelled", "destination", "done", "error", "priority")
+    __slots__ = ("arrived", "cancelled", "destination", "done", "error", "lane", "priority")
 
     def __init__(
-        self, segment: SegmentId, stored_bytes: int, destination: torch.Tensor, priority: Priority
+        self,
+        lane: Lane,
+        segment: SegmentId,
+        stored_bytes: int,
+        destination: torch.Tensor,
+        priority: Priority,
     ) -> None:
         super().__init__(segment, stored_bytes)
+        self.lane = lane
         self.destination: torch.Tensor | None = destination
         self.priority = priority
         self.cancelled = False
@@ -58,23 +93,26 @@ class QueuedTransfer(Transfer):
 
     - The queue is two deques, and being in one *is* being queued: whoever removes a ticket
       (a carrier, cancelling, closing, promotion) is the only one to have it.
-    - A ticket goes into its deque before a token goes into ``_tokens``, on which idle carriers
+    - A ticket goes into its deque before a token goes into ``tokens``, on which idle carriers
       sleep. So there are never fewer tokens than tickets; a token whose ticket was cancelled
       sends its carrier back to sleep.
     - A ticket's own lock is held until it is done: the consumer sleeps on that.
     - Carriers write down what they have finished; the consumer adds it up when it starts more or
       asks for statistics.
 
+    Where segments come by ways that do not hold each other up, each way is a *lane*: a queue and
+    carriers of its own.
+
     ``wait`` may be called from any thread, everything else from one thread alone. A carrier that
-    is stuck (in a read from a dead network mount) cannot be interrupted. When nothing has finished
-    for ``stall_s`` seconds ``wait`` raises; the memory under that ticket is kept, and ``close``
-    waits for the carriers as long again before it gives them up: their threads are daemons and do
-    not keep the process alive.
+    is stuck (in a read from a dead network mount) cannot be interrupted. When a lane has finished
+    nothing for ``stall_s`` seconds ``wait`` raises; the memory under that ticket is kept, and
+    ``close`` waits for the carriers as long again before it gives them up: their threads are
+    daemons and do not keep the process alive.
 
     Parameters
     ----------
     carriers
-        How many segments are in flight at once.
+        Of each lane: how many of its segments are in flight at once.
     name
         Of the threads.
     stall_s
@@ -85,13 +123,10 @@ class QueuedTransfer(Transfer):
     _task = "read"
     _suspect = "the disk (or the network) that holds the model"
 
-    def __init__(self, carriers: int, name: str, stall_s: float) -> None:
+    def __init__(self, carriers: Sequence[int], name: str, stall_s: float) -> None:
         self._stall_s = stall_s
-        self._demands: deque[QueuedTicket] = deque()
-        self._prefetches: deque[QueuedTicket] = deque()
-        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._lanes = [Lane() for _ in carriers]
         self._finished: deque[QueuedTicket] = deque()
-        self._last_end_s = perf_counter()
         self._closed = False
         # The consumer's books: what it has not yet found finished, and since when it was so.
         self._outstanding = 0
@@ -102,16 +137,20 @@ class QueuedTransfer(Transfer):
         self._busy_s = 0.0
         self._carriers = [
             threading.Thread(
-                target=self._serve, args=(number,), name=f"moepack-{name}-{number}", daemon=True
+                target=self._serve,
+                args=(lane, number),
+                name=f"moepack-{name}-{lane}-{number}",
+                daemon=True,
             )
-            for number in range(carriers)
+            for lane, count in enumerate(carriers)
+            for number in range(count)
         ]
         for carrier in self._carriers:
             carrier.start()
 
     @abstractmethod
-    def _carrier(self, number: int) -> Carry:
-        """What carrier ``number`` does with a ticket. Called once, in its thread."""
+    def _carrier(self, lane: int, number: int) -> Carry:
+        """What carrier ``number`` of a lane does with a ticket. Called once, in its thread."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -125,23 +164,7 @@ class QueuedTransfer(Transfer):
         if self._outstanding == 0:
             self._busy_since_s = perf_counter()
         self._outstanding += 1
-        self._push(ticket)
-
-    def _push(self, ticket: QueuedTicket) -> None:
-        if ticket.priority is Priority.DEMAND:
-            self._demands.append(ticket)
-        else:
-            self._prefetches.append(ticket)
-        self._tokens.put(None)
-
-    def _unqueue(self, ticket: QueuedTicket) -> bool:
-        """Take a ticket out of the queue; False where a carrier has it."""
-        queue = self._demands if ticket.priority is Priority.DEMAND else self._prefetches
-        try:
-            queue.remove(ticket)
-        except ValueError:
-            return False
-        return True
+        ticket.lane.push(ticket)
 
     @override
     def wait(self, ticket: Ticket) -> None:
@@ -153,14 +176,14 @@ class QueuedTransfer(Transfer):
 
     def _sleep_on(self, ticket: QueuedTicket) -> None:
         assert not ticket.cancelled, f"{ticket.segment}: waiting for a cancelled one"
-        if ticket.priority is not Priority.DEMAND and self._unqueue(ticket):
+        if ticket.priority is not Priority.DEMAND and ticket.lane.remove(ticket):
             ticket.priority = Priority.DEMAND
-            self._push(ticket)
+            ticket.lane.push(ticket)
         since_s = perf_counter()
         patience_s = self._stall_s
         while not ticket.arrived.acquire(timeout=patience_s):
             # Something else may have arrived meanwhile: this times the link, not this segment.
-            since_s = max(since_s, self._last_end_s)
+            since_s = max(since_s, ticket.lane.last_end_s)
             patience_s = since_s + self._stall_s - perf_counter()
             if patience_s <= 0:
                 raise TransferError(
@@ -177,7 +200,7 @@ class QueuedTransfer(Transfer):
     @override
     def cancel(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, QueuedTicket)
-        if ticket.done or not self._unqueue(ticket):
+        if ticket.done or not ticket.lane.remove(ticket):
             return ticket.cancelled
         ticket.cancelled = True
         ticket.destination = None
@@ -209,17 +232,18 @@ class QueuedTransfer(Transfer):
         since_s = perf_counter() - self._busy_since_s if self._outstanding else 0.0
         return LinkStatistics(self._bytes, self._count, self._busy_s + since_s)
 
-    def _serve(self, number: int) -> None:
-        """A carrier: takes the most urgent ticket until the transfer is closed."""
-        carry = self._carrier(number)
-        next_token, finished = self._tokens.get, self._finished
+    def _serve(self, lane_number: int, number: int) -> None:
+        """A carrier: takes the most urgent ticket of its lane until the transfer is closed."""
+        carry = self._carrier(lane_number, number)
+        lane = self._lanes[lane_number]
+        next_token, demands, prefetches = lane.tokens.get, lane.demands, lane.prefetches
         while True:
             next_token()
             try:
-                ticket = self._demands.popleft()
+                ticket = demands.popleft()
             except IndexError:
                 try:
-                    ticket = self._prefetches.popleft()
+                    ticket = prefetches.popleft()
                 except IndexError:
                     if self._closed:
                         return
@@ -229,9 +253,9 @@ class QueuedTransfer(Transfer):
                 carry(ticket)
             except BaseException as failure:  # noqa: BLE001 raised where it is waited for
                 ticket.error = failure
-            ticket.end_s = self._last_end_s = perf_counter()
+            ticket.end_s = lane.last_end_s = perf_counter()
             ticket.destination = None
-            finished.append(ticket)
+            self._finished.append(ticket)
             ticket.done = True
             ticket.arrived.release()
             del ticket
@@ -239,14 +263,15 @@ class QueuedTransfer(Transfer):
     @override
     def close(self) -> None:
         self._closed = True
-        for queue in (self._demands, self._prefetches):
-            while queue:
-                try:
-                    self._drop(queue.popleft())
-                except IndexError:  # a carrier was faster
-                    break
-        for _ in self._carriers:
-            self._tokens.put(None)
+        for lane in self._lanes:
+            for queue in (lane.demands, lane.prefetches):
+                while queue:
+                    try:
+                        self._drop(queue.popleft())
+                    except IndexError:  # a carrier was faster
+                        break
+            for _ in self._carriers:
+                lane.tokens.put(None)
         deadline_s = perf_counter() + self._stall_s
         for carrier in self._carriers:
             carrier.join(max(0.0, deadline_s - perf_counter()))
