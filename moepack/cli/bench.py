@@ -9,6 +9,7 @@ import typer
 from moepack.cli.generation import (
     drift_of,
     link_efficiency,
+    link_of,
     open_session,
     run_document,
     traced,
@@ -16,6 +17,7 @@ from moepack.cli.generation import (
 from moepack.cli.options import JsonOption, LinkOption, PackOption, TraceOption
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
+from moepack.cli.replanning import replan_live
 from moepack.errors import DriftError
 from moepack.measuring import measure, shipped_prompts
 from moepack.workspace import Workspace
@@ -39,6 +41,15 @@ def bench(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail when a measurement lies outside the band.")
     ] = False,
+    replan_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Let slots move between layers every N tokens, between two texts, as the routing "
+            "would have it. 0, for a measurement is of one plan: never.",
+        ),
+    ] = 0,
     trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -58,6 +69,7 @@ def bench(
                 "tokens drawn at temperature 1 (seed 0)"
             )
             session.engine.observe_time(timeline)
+            replans = replan_live(session.engine, plan, link_of(workspace, plan), replan_every)
             measured, tokens = measure(
                 session.engine, prompts, new_tokens, progress=TerminalProgress()
             )
@@ -66,7 +78,7 @@ def bench(
     if "ttft_s" not in drifts:
         note(f"the first token is not compared: planned for {plan.placement.prompt_tokens} tokens")
     emit(
-        run_document(workspace, plan, measured, tokens=tokens, text=text),
+        run_document(workspace, plan, measured, tokens=tokens, text=text, replans=replans),
         as_json=json,
         view=lambda: run_view(
             measured,

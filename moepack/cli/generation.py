@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +13,7 @@ from moepack.cli.models import open_pack, plan_to_run
 from moepack.cli.options import Link
 from moepack.cli.output import note
 from moepack.cli.progress import TerminalProgress
+from moepack.cli.replanning import ReplanReport
 from moepack.drift import Drift, compare
 from moepack.errors import CheckpointError, PackError, PlanMismatchError
 from moepack.units import format_duration, format_rate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moepack_runtime.stats import RunStats
     from moepack_runtime.tokenizer import Tokenizer
 
+    from moepack.cost import LinkSeconds
     from moepack.formats import PackedModel
     from moepack.plan import Plan
     from moepack.workspace import Workspace
@@ -157,29 +159,39 @@ def drift_of(plan: Plan, stats: RunStats) -> dict[str, Drift]:
     return compare(plan.prediction, measured)
 
 
+def link_of(workspace: Workspace, plan: Plan) -> LinkSeconds | None:
+    """Seconds of one transfer over the link of a plan; None where this machine's is not known."""
+    from moepack.cost import throttled
+    from moepack.hardware import load_hardware
+
+    if not workspace.hardware_path.exists():
+        return None
+    link: LinkSeconds = load_hardware(workspace.hardware_path).link_seconds
+    return link if plan.link is None else throttled(link, *plan.link)
+
+
 def link_efficiency(workspace: Workspace, plan: Plan, stats: RunStats) -> float | None:
     """Bytes per second while the link had work, over what the link gives at that size.
 
     None where nothing crossed the link, or this machine's link is not known.
     """
-    from moepack.cost import LinkSeconds, throttled
-    from moepack.hardware import load_hardware
-
-    if not workspace.hardware_path.exists():
+    link = link_of(workspace, plan)
+    if link is None or stats.link_bytes_per_s is None or stats.mean_read_bytes is None:
         return None
-    if stats.link_bytes_per_s is None or stats.mean_read_bytes is None:
-        return None
-    link: LinkSeconds = load_hardware(workspace.hardware_path).link_seconds
-    if plan.link is not None:
-        link = throttled(link, *plan.link)
     size_bytes = round(stats.mean_read_bytes)
     return stats.link_bytes_per_s / (size_bytes / link(size_bytes))
 
 
 def run_document(
-    workspace: Workspace, plan: Plan, stats: RunStats, *, tokens: list[int], text: str
+    workspace: Workspace,
+    plan: Plan,
+    stats: RunStats,
+    *,
+    tokens: list[int],
+    text: str,
+    replans: Sequence[ReplanReport] = (),
 ) -> dict[str, object]:
-    """What ``--json`` says of a generation; what was not measured is absent."""
+    """What ``--json`` says of a generation; what was not measured, or did not happen, is absent."""
     measured = records.to_data(stats) | {"link_efficiency": link_efficiency(workspace, plan, stats)}
     for field, name in _LINK_PARTS.items():
         measured[name] = measured.pop(field)
@@ -193,6 +205,7 @@ def run_document(
             metric: _present(dataclasses.asdict(drift))
             for metric, drift in drift_of(plan, stats).items()
         },
+        **({"replans": [records.to_data(each) for each in replans]} if replans else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from moepack.cli.generation import (
     Session,
     drift_of,
     link_efficiency,
+    link_of,
     open_session,
     run_document,
     traced,
@@ -18,16 +20,28 @@ from moepack.cli.generation import (
 from moepack.cli.options import CheckOption, JsonOption, PackOption, TraceOption
 from moepack.cli.output import emit, note, show_beside
 from moepack.cli.progress import TerminalProgress
+from moepack.cli.replanning import replan_live
 from moepack.errors import ContextLengthError
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
     from moepack_runtime.sampling import SamplingParams
+    from moepack_runtime.stats import RunStats
+
+    from moepack.plan import Plan
+
+#: After how many tokens slots may move between layers.
+REPLAN_EVERY_TOKENS = 5000
 
 
 def run(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What to go on from; '-' reads standard input.")
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to go on from; '-' reads standard input: at a terminal one prompt a line, "
+            "until it ends.",
+        ),
     ],
     model: PackOption = None,
     max_new_tokens: Annotated[
@@ -54,13 +68,22 @@ def run(
     stats: Annotated[
         bool, typer.Option("--stats", help="Say afterwards what was measured.")
     ] = False,
+    replan_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Every N tokens, between two prompts, slots may move between layers as the "
+            "planner would have it for what the routers decided lately. 0: never.",
+        ),
+    ] = REPLAN_EVERY_TOKENS,
     trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write on from a prompt, to plan."""
     from moepack_runtime.sampling import SamplingParams
 
-    prompt = _read_prompt(prompt)
+    prompts = _prompts(prompt, several=not json)
     try:
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as failure:
@@ -68,28 +91,54 @@ def run(
     workspace = Workspace.locate()
     with traced(trace) as timeline:
         session = open_session(workspace, model, check=check)
-        with session.engine:
-            session.engine.observe_time(timeline)
-            ids = _encode(session, prompt)
-            tokens, text = _generate(
-                session, ids, _new_tokens(session, len(ids), max_new_tokens), params, quiet=json
-            )
-            measured = session.engine.stats()
+        plan = session.plan
+        with session.engine as engine:
+            engine.observe_time(timeline)
+            replans = replan_live(engine, plan, link_of(workspace, plan), replan_every)
+            for given in prompts:
+                ids = _encode(session, given)
+                new_tokens = _new_tokens(session, len(ids), max_new_tokens)
+                tokens, text = _generate(session, ids, new_tokens, params, quiet=json)
+                measured = engine.stats()
+                if stats:
+                    _show_stats(workspace, plan, measured)
     if json:
-        document = run_document(workspace, session.plan, measured, tokens=tokens, text=text)
+        document = run_document(
+            workspace, plan, measured, tokens=tokens, text=text, replans=replans
+        )
         emit(document, as_json=True)
-    if stats:
-        from moepack.report.run import run_view
 
-        drifts = drift_of(session.plan, measured)
-        efficiency = link_efficiency(workspace, session.plan, measured)
-        show_beside(run_view(measured, drifts, session.plan.prediction.band, efficiency))
-        if "ttft_s" not in drifts:
-            note(
-                "the first token is not compared: planned for "
-                f"{session.plan.placement.prompt_tokens} prompt tokens, given "
-                f"{measured.prompt_tokens}"
-            )
+
+def _show_stats(workspace: Workspace, plan: Plan, measured: RunStats) -> None:
+    from moepack.report.run import run_view
+
+    drifts = drift_of(plan, measured)
+    efficiency = link_efficiency(workspace, plan, measured)
+    show_beside(run_view(measured, drifts, plan.prediction.band, efficiency))
+    if "ttft_s" not in drifts:
+        note(
+            f"the first token is not compared: planned for {plan.placement.prompt_tokens} prompt "
+            f"tokens, given {measured.prompt_tokens}"
+        )
+
+
+def _prompts(prompt: str, *, several: bool) -> Iterable[str]:
+    """The prompt, or what standard input gives for ``-``; at a terminal each line of it."""
+    if several and prompt == "-" and sys.stdin.isatty():
+        return _lines()
+    return [_read_prompt(prompt)]
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, but for empty ones."""
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            typer.echo(err=True)
+            return
+        if line.strip():
+            yield line.removesuffix("\n")
 
 
 def _read_prompt(prompt: str) -> str:
