@@ -46,10 +46,10 @@ class CudaTransfer(QueuedTransfer):
     Two hazards, and why they cannot happen:
 
     - *The destination is still being read* by what the consumer has queued. :meth:`start` records
-      an event on the consumer's current stream, behind all of that; the copier waits for the event
-      before it hands the copy to the device. It waits itself rather than letting the copy stream
-      wait: there, a prefetch into a place in use would hold up the demand behind it. (So start a
-      prefetch *before* queueing the computation that it is to overlap.)
+      an event on the consumer's current stream, behind all of that, and the copy stream waits for
+      the event before the copy. (So start a prefetch *before* queueing the computation that it is
+      to overlap.) What was started later has a later event, so with one consumer stream nothing is
+      held up that could have gone on.
     - *The copy is not there yet* when it is read. :meth:`wait` returns when the copier has seen the
       event behind the copy pass, so the bytes are in VRAM before the consumer can launch what
       reads them, on any stream; its stream needs no further wait.
@@ -58,8 +58,8 @@ class CudaTransfer(QueuedTransfer):
     keeps it until the copy is over, so it cannot be given to somebody else meanwhile, and
     ``record_stream`` is not needed.
 
-    Events block instead of spinning: a copier waits without a core, and without the interpreter's
-    lock. A bounce is read into again only after the copy out of it is over.
+    A copier waits for its copy without the interpreter's lock, and without a core: its event blocks
+    instead of spinning. A bounce is read into again only after the copy out of it is over.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class CudaTransfer(QueuedTransfer):
     ) -> Ticket:
         stored_bytes = self._pinned.stored_bytes(segment)
         assert destination.nbytes >= stored_bytes, (segment, destination.nbytes, stored_bytes)
-        free = _event()
+        free = torch.cuda.Event()  # type: ignore[no-untyped-call]
         free.record(torch.cuda.current_stream(self._device))
         lane = self._lanes[_FROM_RAM if segment in self._pinned.segments else _FROM_DISK]
         ticket = _CudaTicket(lane, segment, stored_bytes, destination, priority, free)
@@ -113,14 +113,14 @@ class CudaTransfer(QueuedTransfer):
         torch.cuda.set_device(self._stream.device)
         torch.cuda.set_stream(self._stream)
         bounce = self._pinned.bounces[number] if lane == _FROM_DISK else None
-        there = _event()
+        there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
         def copy(ticket: QueuedTicket) -> None:
             assert isinstance(ticket, _CudaTicket)
             assert ticket.destination is not None
             source = self._pinned.fetch(ticket.segment, bounce)
             try:
-                ticket.free.synchronize()
+                self._stream.wait_event(ticket.free)
                 ticket.destination[: source.nbytes].copy_(source, non_blocking=True)
                 there.record(self._stream)
                 there.synchronize()
@@ -136,7 +136,3 @@ class CudaTransfer(QueuedTransfer):
     def _release(self) -> None:
         # A copier that was given up may still have its copy in flight.
         self._pinned.close(unpin=not any(copier.is_alive() for copier in self._carriers))
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

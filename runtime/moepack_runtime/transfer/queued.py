@@ -179,6 +179,8 @@ class QueuedTransfer(Transfer):
         if ticket.priority is not Priority.DEMAND and ticket.lane.remove(ticket):
             ticket.priority = Priority.DEMAND
             ticket.lane.push(ticket)
+            if self._closed and ticket.lane.remove(ticket):  # closed meanwhile, in another thread
+                self._drop(ticket)
         since_s = perf_counter()
         patience_s = self._stall_s
         while not ticket.arrived.acquire(timeout=patience_s):
