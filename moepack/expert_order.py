@@ -89,25 +89,29 @@ def policy_order(
     """
     experts = hot.shape[1]
     uses = _uses(ids)
-    if policy == "lfu":
-        keys: npt.NDArray[Any] = _narrow(_nth_use(uses))
-    elif policy == "lcp":
-        logarithms = np.array([0.0, *map(math.log, range(1, len(ids) + 1))])
-        clock = uses.activation // ids.shape[2]
-        ticks = clock if tokens_per_tick == 1 else clock / tokens_per_tick
-        keys = logarithms[_nth_use(uses)] + ticks * LCP_PER_TOKEN
-    elif policy == "lfu_decay":
-        assert len(half_lives) == len(hot), "a policy that decays, without half-lives"
-        by_layer = _decaying_keys(ids, experts, half_lives).transpose(1, 0, 2)
-        keys = np.take_along_axis(by_layer.reshape(len(by_layer), -1), uses.activation, axis=1)
-    else:
-        keys = _narrow(uses.activation // ids.shape[2])
+    keys = _keys(uses, ids, experts, policy, half_lives, tokens_per_tick)
     after = _dense(keys, experts + 1, _code_dtype(ids, experts))
     start = _unused(hot, after)
     before = np.empty_like(after)
     before[:, 1:] = after[:, :-1]
     _put(before, uses.first, start, uses.expert)
     return _assemble(uses, start, before, after, ids.shape)
+
+
+def policy_keys(
+    ids: npt.NDArray[np.uint16], experts: int, policy: Policy, half_lives: Sequence[float] = ()
+) -> npt.NDArray[Any]:
+    """:func:`moepack.residency.access_key` after each activation, [tokens, layers, K].
+
+    Good for comparing the experts of one token: under ``lru``, whose key is the token's number, all
+    have 0.
+    """
+    if policy == "lru":
+        return np.zeros(ids.shape, dtype=np.int8)
+    if policy == "lfu_decay":
+        return _decaying_keys(ids, experts, half_lives)
+    uses = _uses(ids)
+    return uses.scatter(_keys(uses, ids, experts, policy, (), 1), ids.shape)
 
 
 def next_use_order(ids: npt.NDArray[np.uint16], experts: int) -> ExpertOrder:
@@ -149,6 +153,30 @@ def _nth_use(uses: _Uses) -> npt.NDArray[np.intp]:
     place = np.arange(uses.activation.shape[1])
     began = np.maximum.accumulate(np.where(uses.first, place, 0), axis=1)
     return place - began + 1
+
+
+def _keys(
+    uses: _Uses,
+    ids: npt.NDArray[np.uint16],
+    experts: int,
+    policy: Policy,
+    half_lives: Sequence[float],
+    tokens_per_tick: int,
+) -> npt.NDArray[Any]:
+    """:func:`moepack.residency.access_key` after each use, [layers, tokens * K]."""
+    if policy == "lfu":
+        return _narrow(_nth_use(uses))
+    if policy == "lfu_decay":
+        assert len(half_lives) == len(uses.expert), "a policy that decays, without half-lives"
+        by_layer = _decaying_keys(ids, experts, half_lives).transpose(1, 0, 2)
+        flat = by_layer.reshape(len(by_layer), -1)
+        return np.take_along_axis(flat, uses.activation, axis=1)
+    clock = uses.activation // ids.shape[2]
+    if policy == "lru":
+        return _narrow(clock)
+    logarithms = np.array([0.0, *map(math.log, range(1, len(ids) + 1))])
+    ticks = clock if tokens_per_tick == 1 else clock / tokens_per_tick
+    return np.asarray(logarithms[_nth_use(uses)] + ticks * LCP_PER_TOKEN)
 
 
 def _decaying_keys(

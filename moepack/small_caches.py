@@ -9,12 +9,11 @@ one that has been consumed; without such a slot not at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moepack.expert_order import policy_order
+from moepack.expert_order import policy_keys
 from moepack.plan import Policy
 from moepack.stack_ranks import Hot, layers_by_shape
 from moepack.trace import LayerShape, Trace
@@ -113,9 +112,11 @@ def small_cache_hits(
         holdable[1:] = holdable[0]
         kept[:, 1:] = kept[:, :1]
     else:
-        order = policy_order(ids, hot, policy, half_lives=half_lives)
-        codes = np.take_along_axis(order.after, by_id, axis=2)
-        _step(kept, holdable, codes, capacities)
+        keys = policy_keys(ids, hot.shape[1], policy, half_lives)
+        keys = np.take_along_axis(keys, by_id, axis=2)
+        # Ties to the lower id, which comes first.
+        best_first = np.argsort(-keys.astype(np.float64), axis=2, kind="stable")
+        _step(kept, holdable, np.argsort(best_first, axis=2), capacities)
 
     def held(asked: npt.NDArray[np.uint16]) -> Mask:
         found = np.zeros((len(kept), *asked.shape), dtype=np.bool_)
@@ -130,20 +131,19 @@ def small_cache_hits(
 def _step(
     kept: Mask,
     holdable: npt.NDArray[np.uint16],
-    codes: npt.NDArray[Any],
+    better: npt.NDArray[np.intp],
     capacities: npt.NDArray[np.integer],
 ) -> None:
     """Fill ``kept`` [caches, tokens + 1, layers, K]: which of ``holdable`` each cache holds.
 
     Parameters
     ----------
-    codes : [tokens, layers, K]
-        What each token's experts are worth, in ascending id.
+    better : int [tokens, layers, K]
+        How many of a token's experts are worth more than each, in ascending id.
     """
-    better = np.argsort(np.argsort(-codes.astype(np.int64), axis=2), axis=2)
     same = holdable[1:, :, :, None] == holdable[:-1, :, None]  # [tokens, layers, K, K]
-    for now, code in enumerate(codes):
-        wanted = better[now] < capacities[:, :, None]  # [caches, layers, K]
+    for now, above in enumerate(better):
+        wanted = above < capacities[:, :, None]  # [caches, layers, K]
         hit = (same[now] & kept[:, now, :, None]).any(axis=3)
         missing, loose = wanted & ~hit, hit & ~wanted
         # Where nothing that is used is unwanted, there is a slot for everything that is wanted.
@@ -152,7 +152,7 @@ def _step(
         if len(cache):
             free = capacities[cache, layer] - hit[cache, layer].sum(axis=1)
             kept[cache, now + 1, layer] = _replace(
-                hit[cache, layer], missing[cache, layer], loose[cache, layer], code[layer], free
+                hit[cache, layer], missing[cache, layer], loose[cache, layer], above[layer], free
             )
 
 
@@ -160,27 +160,25 @@ def _replace(
     hit: Mask,
     missing: Mask,
     loose: Mask,
-    code: npt.NDArray[Any],
+    above: npt.NDArray[np.intp],
     free: npt.NDArray[np.integer],
 ) -> Mask:
     """What caches hold after a token, some of whose hits are loose: not wanted any more.
 
-    All are [caches, K], the token's experts in the order in which they are consumed; ``free``
-    [caches] counts slots of experts that the token does not use.
+    All are [caches, K], the token's experts in the order in which they are consumed, ``above`` as
+    in :func:`_step`; ``free`` [caches] counts slots of experts that the token does not use.
     """
-    holds = hit.copy()
-    never = np.iinfo(code.dtype).max
-    worth = np.full(hit.shape, never, dtype=code.dtype)  # of the loose that are consumed
-    for place in range(hit.shape[1]):
-        into_free = missing[:, place] & (free > 0)
-        free = free - into_free
-        holds[:, place] |= into_free
-        instead = missing[:, place] & ~into_free
-        if instead.any():
-            (rows,) = np.nonzero(instead & (worth.min(axis=1) < never))
-            worst = worth[rows].argmin(axis=1)
-            holds[rows, worst] = False
-            holds[rows, place] = True
-            worth[rows, worst] = never
-        np.copyto(worth[:, place], code[:, place], where=loose[:, place])
+    into_free = missing & (missing.cumsum(axis=1) <= free[:, None])
+    holds = hit | into_free
+    instead = missing & ~into_free
+    badness = np.where(loose, above, -1)  # of those whose slot may be taken
+    for place in np.flatnonzero(instead[:, 1:].any(axis=0)) + 1:
+        (rows,) = np.nonzero(instead[:, place])
+        consumed = badness[rows, :place]
+        worst = consumed.argmax(axis=1)
+        found = consumed[np.arange(len(rows)), worst] >= 0
+        rows, worst = rows[found], worst[found]
+        holds[rows, worst] = False
+        holds[rows, place] = True
+        badness[rows, worst] = -1
     return holds
