@@ -55,7 +55,7 @@ EXPERT_WIDTH = 512
 CACHED_SHARE = 0.25
 ELEMENT_BYTES = 2
 
-LAYERS, EXPERTS, CONTEXTS = (4, 8, 16), (16, 32, 64), (256, 1024, 4096)
+LAYERS, EXPERTS, CONTEXTS = (4, 8, 16), (16, 32, 64), (1024, 2048, 4096)
 
 
 class Case(NamedTuple):
@@ -122,10 +122,11 @@ class Growth(NamedTuple):
     memory: float
 
     def holds(self, tolerance: float) -> bool:
-        """Whether neither time nor memory grows faster than its bytes."""
-        return self.tpot <= self.moved * (1 + tolerance) and self.memory <= self.planned * (
-            1 + tolerance
-        )
+        """Whether neither time nor memory grows faster than its bytes, or at all without them."""
+        faster = 1 + tolerance
+        if self.tpot > max(1.0, self.moved) * faster:
+            return False
+        return self.memory <= max(1.0, self.planned) * faster
 
 
 def prepare(case: Case, new_tokens: int, link: tuple[float, float] | None, folder: Path) -> Ready:

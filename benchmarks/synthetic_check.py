@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,10 +227,7 @@ def run_checkpoint(
     with _open(checkpoint, context, resident) as engine:
         if resident:
             prompts = [random_tokens(_PROMPT_TOKENS) for _ in lengths]
-            drawn = [
-                [*prompt, *_generated(engine, prompt, count)]
-                for prompt, count in zip(prompts, lengths, strict=True)
-            ]
+            drawn = _drawn(engine, prompts, lengths, progress)
             kinds["drawn tokens"] = (drawn, _PROMPT_TOKENS)
         return {
             name: _record(engine, sequences, skipped, progress)
@@ -238,9 +235,23 @@ def run_checkpoint(
         }
 
 
-def _generated(engine: Engine, prompt: Sequence[int], count: int) -> Iterator[int]:
-    sampler = Sampler(SamplingParams(temperature=1.0))
-    return engine.generate(prompt, max_new_tokens=count, sampler=sampler)
+def _drawn(
+    engine: Engine, prompts: Tokens, lengths: Sequence[int], progress: Progress
+) -> list[list[int]]:
+    """Prompts, and behind each what the model draws at temperature 1."""
+    found = []
+    progress.start("draw tokens", sum(lengths), "items")
+    try:
+        for prompt, count in zip(prompts, lengths, strict=True):
+            tokens = [*prompt]
+            sampler = Sampler(SamplingParams(temperature=1.0))
+            for token in engine.generate(prompt, max_new_tokens=count, sampler=sampler):
+                tokens.append(token)
+                progress.advance(1)
+            found.append(tokens)
+    finally:
+        progress.done()
+    return found
 
 
 def _record(engine: Engine, sequences: Tokens, skipped: int, progress: Progress) -> Run:

@@ -251,16 +251,36 @@ class Fading(NamedTuple):
 
 
 def fading(head_dim: int, theta: float, tokens: float, pairs: int) -> Fading:
-    """Weights that fall to 1/e in so many tokens, as nearly as cosines can.
+    """Weights whose mean is as long-lived as one that falls to 1/e in so many tokens.
 
-    By least squares over the distances of a long context. The fastest cosine is smooth at 0, so
-    the token before weighs a little more than it should (derived).
+    The fastest cosine is smooth at 0, so the tokens right before weigh more than they should.
+    Therefore the fall is made as much steeper as leaves the correlations with the tokens before
+    the same in their sum (derived).
+    """
+    wanted = 1 / math.expm1(1 / tokens)
+    low, high = 0.4 * tokens, tokens
+    for _ in range(10):
+        middle = (low + high) / 2
+        _, shares = _cosines(head_dim, theta, middle, pairs)
+        correlations = [float(shares[lag:] @ shares[:-lag]) for lag in range(1, 17)]
+        is_long = sum(correlations) / float(shares @ shares) > wanted
+        low, high = (low, middle) if is_long else (middle, high)
+    amplitudes, shares = _cosines(head_dim, theta, low, pairs)
+    return Fading(tuple(amplitudes.tolist()), float(np.sqrt(shares @ shares)))
+
+
+def _cosines(
+    head_dim: int, theta: float, tokens: float, pairs: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Amplitudes of cosines whose sum falls by 1 in so many tokens, and the weights they give.
+
+    By least squares over the distances of a long context.
     """
     lowest = 14.0
     frequencies = theta ** (-2 * np.arange(pairs) / head_dim)
-    far = np.geomspace(256, _CONTEXT_TOKENS, 1500).astype(np.intp)
+    far = np.geomspace(256, _CONTEXT_TOKENS, 500).astype(np.intp)
     distances = np.unique(np.concatenate([np.arange(256), far])).astype(np.float64)
-    weights = np.where(distances <= 8, 30.0, np.where(distances < 256, 1.0, 0.3))
+    weights = np.where(distances <= 8, 30.0, np.where(distances < 256, 1.0, 0.5))
     cosines = np.cos(distances[:, None] * frequencies)
     columns = np.column_stack([cosines, np.ones(len(distances))]) * weights[:, None]
     wanted = -np.minimum(distances / tokens, lowest) * weights
@@ -270,5 +290,4 @@ def fading(head_dim: int, theta: float, tokens: float, pairs: int) -> Fading:
     )[0][:pairs]
     logits = np.cos(np.arange(1024)[:, None] * frequencies) @ found
     shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    return Fading(tuple(found.tolist()), float(np.sqrt((shares**2).sum())))
+    return found, shares / shares.sum()
