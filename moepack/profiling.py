@@ -138,7 +138,7 @@ def profile_model(
     layout = uniform_layout(spec, 1.0)
     # Opening an engine sets the number of threads: here to what it is, the most to be measured.
     placement = streaming_placement(spec, layout, hardware.device, torch.get_num_threads())
-    with open_checkpoint(checkpoint, spec, layout, placement) as engine:
+    with open_checkpoint(checkpoint, spec, layout, placement, progress=progress) as engine:
         compute = measure_compute(checkpoint, engine, hardware, scratch=scratch, progress=progress)
         routing = record_routing(
             engine,

@@ -60,13 +60,20 @@ def open_packed(
 
 
 def open_checkpoint(
-    source: ExpertSource, spec: ModelSpec, layout: Layout, placement: Placement
+    source: ExpertSource,
+    spec: ModelSpec,
+    layout: Layout,
+    placement: Placement,
+    *,
+    progress: Progress = NO_PROGRESS,
 ) -> Engine:
     """Open a plain checkpoint as if it had been packed with ``layout``; see :func:`open_packed`."""
     process_base_bytes = _before_loading()
     require_fit(spec, layout, placement)
     store = CheckpointStore(source, spec, layout)
-    return _open(spec, layout, placement, store, CheckMode.NEVER, None, process_base_bytes)
+    return _open(
+        spec, layout, placement, store, CheckMode.NEVER, None, process_base_bytes, progress
+    )
 
 
 def _before_loading() -> int:
