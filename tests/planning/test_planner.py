@@ -22,11 +22,13 @@ from moepack.errors import BudgetTooSmallError, PlanError, PlanMismatchError, Pr
 from moepack.hardware import find_hardware
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
+from moepack.optimised import Optimised
 from moepack.plan import EngineCapabilities, Plan, load_plan
 from moepack.plan_request import PlanRequest
 from moepack.planner import Planner, make_plan, rungs_below
 from moepack.roofline import derive_compute
 from moepack.routing import RoutingProfile, load_routing
+from moepack.routing_tables import RoutingTables
 from moepack.strategies import FULL_ENGINE, Contender, Strategies
 from moepack.units import GIB, KIB, MIB, parse_size
 from tests.conftest import TinyFolder
@@ -232,6 +234,29 @@ def test_a_plan_asks_for_nothing_that_the_engine_lacks(
     assert any("will refuse" in line for line in assumed.provenance.assumptions)
 
 
+def test_a_layer_whose_counts_decay_has_the_half_life_that_was_fitted_for_it(
+    spec: ModelSpec, routing: RoutingProfile, tmp_path: Path
+) -> None:
+    only = EngineCapabilities(policies=("lfu_decay",), devices=("cpu",))
+    asked = request(spec, routing, engine=only)
+    tables = RoutingTables(routing)
+    asked = dataclasses.replace(asked, fast_budget_bytes=least_bytes(spec, routing) + 400 * KIB)
+    optimised = Optimised(asked, tables, asked.hardware.link_seconds)
+    for contender in optimised.contenders(asked)[0]:
+        for place, half_life in zip(contender.placement.layers, tables.half_lives, strict=True):
+            assert (place.policy, place.half_life_tokens) == ("lfu_decay", half_life)
+    plan = make_plan(asked)
+    assert plan.planner.chosen == "optimised"
+    path = tmp_path / "plan.json"
+    path.write_text(records.encode(plan))
+    assert load_plan(path) == plan
+    data = records.to_data(plan)
+    data["version"] = 2
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match="version 2, this moepack reads 3; plan again"):
+        load_plan(path)
+
+
 def test_a_kept_layout_is_kept(spec: ModelSpec, routing: RoutingProfile) -> None:
     layout = uniform_layout(spec, 0.5, block_tokens=64)
     plan = make_plan(request(spec, routing, keep_layout=layout))
@@ -353,6 +378,7 @@ def test_a_routing_profile_survives_its_files_and_notices_a_strange_one(
         (("placement", "layers"), [], r"the placement of \[\]"),
         (("placement", "layers", 0, "hot"), [0, 0, 1], "no ranking of all its experts"),
         (("placement", "layers", 0, "top_slots"), -1, "slots for -1 tops"),
+        (("placement", "layers", 0, "half_life_tokens"), 0.0, "half-life of 0.0 tokens, expected"),
         (("placement", "layers", 0, "layer"), 2, r"the layout is of layers \[0, 1, 2\]"),
     ],
 )
