@@ -155,17 +155,19 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "memory": records.to_data(placement.memory),
         "staging_experts": placement.staging_experts,
         "layers": [
-            {
-                "layer": place.layer,
-                "budget_bytes": place.budget_bytes,
-                "split_ratio": cut.split_ratio,
-                "cached_tops": place.top_slots,
-                "cached_bottoms": place.bottom_slots,
-                "policy": place.policy,
-                "half_life_tokens": place.half_life_tokens,
-                "prefetch": place.prefetch,
-                "prefetch_depth": place.prefetch_depth,
-            }
+            _without_nulls(
+                {
+                    "layer": place.layer,
+                    "budget_bytes": place.budget_bytes,
+                    "split_ratio": cut.split_ratio,
+                    "cached_tops": place.top_slots,
+                    "cached_bottoms": place.bottom_slots,
+                    "policy": place.policy,
+                    "half_life_tokens": place.half_life_tokens,
+                    "prefetch": place.prefetch,
+                    "prefetch_depth": place.prefetch_depth,
+                }
+            )
             for cut, place in zip(plan.layout.layers, placement.layers, strict=True)
         ],
         "prediction": records.to_data(prediction),
