@@ -92,6 +92,10 @@ class LayerCompute:
     transfer_s: float = 0.0
     fixed: Curve | None = None
 
+    def guess_s(self, tokens: float) -> float:
+        """Seconds of guessing, for one block, which experts this layer will need: its router's."""
+        return 0.0 if self.router is None else self.router.at(tokens)
+
     def around_s(self, tokens: float) -> float:
         """Seconds of everything in a layer but its routed experts, for one block."""
         pieces = (self.attention, self.router, self.fixed, self.ffn)

@@ -38,7 +38,7 @@ class LayerTimes(NamedTuple):
     transfer_s : float
         What each transfer costs the computing thread beside the link's time.
     shared_s : float
-        After the routing, without any routed expert: the shared expert.
+        After the routing, before any routed expert: the shared expert.
     """
 
     other_s: float

@@ -40,7 +40,7 @@ def decode_layer_s(
     lacks = held.lacking()
     stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
     seconds, _ = stage.expected(nothing_brought(lacks, top_k))
-    return np.asarray(seconds[0] + _unhidden_s(times, top_k, parts, held, as_ready))
+    return np.asarray(seconds[0] + _unhidden_s(times, top_k, parts, held))
 
 
 def decode_ahead_s(
@@ -70,21 +70,23 @@ def decode_ahead_s(
         that a slower one did not come to.
     """
     lacks = held.lacking()
+    times = times._replace(shared_s=times.shared_s + ahead.guess_s)
     after = brought(lacks, ahead, top_k).first(depth)
     stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
-    gap_s = ahead.gap_s + (0.0 if as_ready else times.shared_s)
-    begun, done = ranks_in_time(*_rooms_s(stage, parts, ahead, after, gap_s))
+    begun, done = ranks_in_time(*_rooms_s(stage, parts, ahead, after, ahead.gap_s))
     expected_s, link_bound = stage.expected(after)
     wrong = (1.0 - ahead.accuracy[:, None])[:depth]
-    late_s = parts.link_s(Lacks(*(wrong * lack[:depth] for lack in ahead.lacks())))
+    wasted = Lacks(*(wrong * lack[:depth] for lack in ahead.lacks()))
+    late_s = parts.link_s(wasted)
+    costs_s = _transfers(wasted, parts) * times.transfer_s
     layer_s = np.empty(late_s.shape)
-    total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held, as_ready)
+    total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held)
     for rank in range(depth):
         # One rank more never makes it longer: a rule that the estimates break a little.
         np.minimum(expected_s[rank + 1], expected_s[rank], out=expected_s[rank + 1])
         brings_s = done[rank] * (expected_s[rank] - expected_s[rank + 1])
         delays_s = (begun[rank] - done[rank]) * late_s[rank] * link_bound[rank]
-        total_s = total_s - brings_s + delays_s
+        total_s = total_s - brings_s + delays_s + begun[rank] * costs_s[rank]
         layer_s[rank] = total_s
     return layer_s
 
@@ -162,15 +164,18 @@ def _sums(values: Array) -> Array:
     return np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
 
 
-def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held, as_ready: bool) -> Array:
+def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held) -> Array:
     """What a token takes beside the stage of its experts, [S, C].
 
     Every transfer of something needed costs the computing thread its share, whenever it was asked
     for.
     """
-    lacks = held.lacking()
+    return times.other_s + top_k * _transfers(held.lacking(), parts) * times.transfer_s
+
+
+def _transfers(lacks: Lacks, parts: Parts) -> Array:
+    """How many transfers that takes, [.., C] for lacks of [..]."""
     top_s, bottom_s, _ = parts.columns()
     has_top, has_bottom = (np.asarray(part_s > 0.0, np.float64) for part_s in (top_s, bottom_s))
-    transfers = lacks.bottom[:, None] * has_bottom + lacks.both[:, None] * (has_top + has_bottom)
-    other_s = times.other_s + (0.0 if as_ready else times.shared_s)
-    return other_s + top_k * transfers * times.transfer_s
+    both = lacks.both[..., None] * (has_top + has_bottom)
+    return np.asarray(lacks.bottom[..., None] * has_bottom + both)

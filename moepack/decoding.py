@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from moepack.fixed_times import FixedTimes
 from moepack.passes import Activations, DecodePasses, Segments
-from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance
+from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance, ahead_slots
 
 #: Lanes that run side by side.
 LANES = 256
 
-# The difference between two starts that counts as none.
-_SAME_S = 1e-12
+
+_FIRST = np.zeros(1, dtype=np.intp)
 
 
 class Replayed(NamedTuple):
@@ -67,6 +67,7 @@ def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work
     turns = lanes // len(fixed.before_s)
     return Work(
         np.tile(fixed.before_s, turns),
+        np.tile(fixed.guess_s, turns),
         np.tile(fixed.after_s, turns),
         compute_s.reshape(lanes, columns),
         fetch_s.reshape(lanes, columns),
@@ -102,8 +103,10 @@ class Decoding:
         as_ready: bool,
         frames: int,
         lanes: int = LANES,
+        start: Clock | None = None,
     ) -> None:
         self._lanes = lanes
+        self._start = start
         self._passes = passes
         self._found = found
         self._fixed = fixed
@@ -112,6 +115,8 @@ class Decoding:
         self._frames = frames
         self._tokens, self._layers, self._columns = passes.fetch_s.shape
         self._parts = segments.link_s.shape[1]
+        ahead = passes.ahead_s.shape[2] // self._parts
+        self._slots = ahead_slots(frames, self._columns // self._parts, ahead)
 
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
@@ -173,18 +178,20 @@ class Decoding:
             np.empty(passes.ahead_s.shape, dtype=np.bool_),
             np.empty(passes.fetch_s.shape[:2]),
         )
-        begins = _since_now(self._run_lanes(before, bounds[:-1], Clock.start(count), seen))
-        ends = Clock.start(count)
+        idle = Clock.start(count, self._slots)
+        begins = self._run_lanes(before, bounds[:-1], idle, seen).since_now()
+        first = Clock.start(1, self._slots) if self._start is None else self._start
+        begins.put(_FIRST, first)
+        ends = Clock.start(count, self._slots)
         elapsed_s = np.zeros(count)
         todo = np.arange(count)
         while len(todo):
-            start = Clock(*(values[todo] for values in begins))
-            clock = self._run_lanes(bounds[todo], bounds[todo + 1], start, seen)
+            clock = self._run_lanes(bounds[todo], bounds[todo + 1], begins.take(todo), seen)
             elapsed_s[todo] = clock.now_s
-            for kept, values in zip(ends, _since_now(clock), strict=True):
-                kept[todo] = values
-            follows = Clock(*(np.concatenate([[0.0], values[:-1]]) for values in ends))
-            todo = np.flatnonzero(_apart(follows, begins))
+            ends.put(todo, clock.since_now())
+            follows = ends.take(np.arange(count) - 1)
+            follows.put(_FIRST, first)
+            todo = np.flatnonzero(follows.apart(begins))
             begins = follows
         return seen, float(elapsed_s.sum())
 
@@ -196,15 +203,17 @@ class Decoding:
         for step in range(int((ends - begins).max())):
             alive = np.flatnonzero(begins + step < ends)
             tokens = begins[alive] + step
-            now = Clock(*(values[alive] for values in clock))
+            now = clock.take(alive)
             for index in range(self._layers):
                 work = Work(
                     fixed.before_s[index],
+                    fixed.guess_s[index],
                     fixed.after_s[index],
                     passes.compute_s[tokens, index],
                     passes.fetch_s[tokens, index],
                     passes.ahead_s[tokens, index],
                     passes.ahead_of[tokens, index],
+                    self._segments.transfer_s[index],
                 )
                 done = advance_lanes(now, work, self._as_ready, self._frames, self._parts)
                 now = done.clock
@@ -213,23 +222,5 @@ class Decoding:
                 seen.begun[tokens, index] = done.begun
                 seen.wait_s[tokens, index] = done.wait_s
             now = now._replace(now_s=now.now_s + fixed.tail_s)
-            for kept, values in zip(clock, now, strict=True):
-                kept[alive] = values
+            clock.put(alive, now)
         return clock
-
-
-def _since_now(clock: Clock) -> Clock:
-    """The same with the compute free at 0."""
-    return Clock(*(values - clock.now_s for values in clock))
-
-
-def _apart(left: Clock, right: Clock) -> Flags:
-    """Which lanes stand differently, both with the compute free at 0: what comes next could tell.
-
-    A link that has been free for a while could as well have been for longer, but for what was
-    asked for ahead in the meantime.
-    """
-    asked = [np.maximum(clock.link_s, clock.asked_s) for clock in (left, right)]
-    busy = [np.maximum(clock.link_s, 0.0) for clock in (left, right)]
-    differ: Flags = (np.abs(asked[0] - asked[1]) > _SAME_S) | (np.abs(busy[0] - busy[1]) > _SAME_S)
-    return differ

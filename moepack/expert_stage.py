@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.cost import Array, Lacks, LayerTimes, Parts
-from moepack.in_order import in_order_s
+from moepack.in_order import as_ready_s, in_order_s
 from moepack.prefetching import Brought
 
 
 class Stage:
-    """The routed experts of one token: how long from the routing to the last partial sum.
+    """The experts of one token: how long from the routing to the last partial sum.
+
+    The shared expert is computed first.
 
     Parameters
     ----------
@@ -55,35 +57,17 @@ class Stage:
         self._expert_s = np.atleast_1d(np.asarray(times.expert_s, dtype=np.float64))
         # What is left to compute when the last part has arrived.
         self._last_s = self._expert_s * np.where(bottom_s > 0.0, 1.0 - share, 1.0)
-        self._compute_s = top_k * self._expert_s + (times.shared_s if as_ready else 0.0)
+        self._compute_s = times.shared_s + top_k * self._expert_s
         # By how many lack their bottom, and how many both, [K + 1, K + 1, C].
-        if as_ready:
-            stage_s = np.maximum(self._compute_s, self._as_ready_s(one_frame=staging_experts == 1))
-        else:
-            top_s, bottom_s, _ = parts.columns()
-            hidden_s = self._expert_s - self._last_s
-            stage_s = in_order_s(top_k, self._expert_s, top_s, bottom_s, hidden_s, staging_experts)
+        top_s, bottom_s, _ = parts.columns()
+        hidden_s = self._expert_s - self._last_s
+        walk = as_ready_s if as_ready else in_order_s
+        stage_s = walk(
+            top_k, self._expert_s, top_s, bottom_s, hidden_s, staging_experts, times.shared_s
+        )
         # To lack less never takes longer: a rule that averages break a little.
         stage_s = np.maximum.accumulate(np.maximum.accumulate(stage_s, axis=0), axis=1)
         self.seconds: Array = stage_s[self._ways.bottom, self._ways.both]
-
-    def _as_ready_s(self, *, one_frame: bool) -> Array:
-        """When the last arrival has been computed, if what is there is computed first.
-
-        Bound by the last arrival and the part that it brings, or by the first and all that comes
-        late.
-        """
-        bottom = np.arange(self._top_k + 1.0)[:, None, None]
-        both = np.arange(self._top_k + 1.0)[None, :, None]
-        top_s, bottom_s, _ = self._parts.columns()
-        link_s = bottom * bottom_s + both * (top_s + bottom_s)
-        late_s = bottom * self._last_s + both * self._expert_s
-        if one_frame:
-            return np.asarray(link_s + late_s)
-        transfers = bottom + both * ((top_s > 0.0) * 1.0 + (bottom_s > 0.0))
-        first_s = link_s / np.maximum(transfers, 1.0)
-        ends_s = np.maximum(link_s + self._last_s, first_s + late_s)
-        return np.where(bottom + both > 0.0, ends_s, 0.0)
 
     def expected(self, brought: Brought) -> tuple[Array, Array]:
         """Expectations over the ways after m = 0 ... D ranks, each [D + 1, S, C].

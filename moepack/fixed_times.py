@@ -17,21 +17,37 @@ class FixedTimes(NamedTuple):
 
     Attributes
     ----------
-    before_s, after_s : float64 [L]
-        Until the experts can begin (attention, router, the fixed cost of the pass over them), and
-        what needs no routed expert after that (shared expert).
+    before_s : float64 [L]
+        Until the routing is known: attention, router, the fixed cost of the pass over the experts.
         Layers without experts count to what comes before the next layer with them.
+    guess_s : float64 [L]
+        Of guessing what the next layer with experts will need.
+    after_s : float64 [L]
+        What needs no routed expert: the shared expert.
     tail_s : float
         Behind the last layer with experts: layers without, and the head.
     """
 
     before_s: npt.NDArray[np.float64]
+    guess_s: npt.NDArray[np.float64]
     after_s: npt.NDArray[np.float64]
     tail_s: float
 
 
-def fixed_times(spec: ModelSpec, compute: ComputeProfile, blocks: Sequence[int]) -> FixedTimes:
-    """What one pass over blocks of so many tokens takes beside the routed experts."""
+def fixed_times(
+    spec: ModelSpec,
+    compute: ComputeProfile,
+    blocks: Sequence[int],
+    guessed: Sequence[bool] | None = None,
+) -> FixedTimes:
+    """What one pass over blocks of so many tokens takes beside the routed experts.
+
+    Parameters
+    ----------
+    guessed
+        Of every layer with experts, whether they are guessed while the one before it runs (the
+        first layer's while the last one does, from one token); None: nowhere.
+    """
     before_s: list[float] = []
     after_s: list[float] = []
     waiting_s = 0.0
@@ -46,7 +62,15 @@ def fixed_times(spec: ModelSpec, compute: ComputeProfile, blocks: Sequence[int])
         )
         after_s.append(_ffn_s(entry, blocks))
         waiting_s = 0.0
-    return FixedTimes(np.array(before_s), np.array(after_s), waiting_s + compute.head_s)
+    numbers = spec.moe_layers
+    asked = guessed or [False] * len(numbers)
+    guess_s = [
+        sum(map(compute.layer(number).guess_s, blocks)) if wanted else 0.0
+        for number, wanted in zip(numbers[1:], asked[1:], strict=True)
+    ]
+    guess_s.append(compute.layer(numbers[0]).guess_s(1) if asked[0] else 0.0)
+    tail_s = waiting_s + compute.head_s
+    return FixedTimes(np.array(before_s), np.array(guess_s), np.array(after_s), tail_s)
 
 
 def _ffn_s(entry: LayerCompute, blocks: Sequence[int]) -> float:

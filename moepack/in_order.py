@@ -1,4 +1,7 @@
-"""Experts computed in one fixed order, which knows nothing of what is missing: the mean over it."""
+"""The experts of a token one after the other, through frames: in one fixed order, or as ready.
+
+A fixed order knows nothing of what is missing: there the mean over all ways to place it is taken.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ _Key = tuple[float, ...]
 
 
 def in_order_s(
-    top_k: int, expert_s: Array, top_s: Array, bottom_s: Array, hidden_s: Array, frames: int
+    top_k: int,
+    expert_s: Array,
+    top_s: Array,
+    bottom_s: Array,
+    hidden_s: Array,
+    frames: int,
+    shared_s: float = 0.0,
 ) -> Array:
     """Seconds of the K experts of a token, by how many lack their bottom and how many both.
 
@@ -32,6 +41,8 @@ def in_order_s(
         Compute of an expert, and the link's seconds for a top and for a bottom.
     hidden_s : [C]
         Compute of a top, which may begin before the bottom has come.
+    shared_s
+        Compute of what comes before the experts, and needs none of them.
 
     Returns
     -------
@@ -41,18 +52,24 @@ def in_order_s(
     columns = (
         tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
     )
-    return _in_order_s(top_k, *columns, min(frames, top_k))
+    return _in_order_s(top_k, *columns, min(frames, top_k), shared_s)
 
 
 @functools.lru_cache(maxsize=64)  # layers of one kind ask for the same
 def _in_order_s(
-    top_k: int, expert_s: _Key, top_s: _Key, bottom_s: _Key, hidden_s: _Key, frames: int
+    top_k: int,
+    expert_s: _Key,
+    top_s: _Key,
+    bottom_s: _Key,
+    hidden_s: _Key,
+    frames: int,
+    shared_s: float,
 ) -> Array:
     compute_s, first_s, second_s, head_s = (
         np.array(values) for values in (expert_s, top_s, bottom_s, hidden_s)
     )
     found = np.zeros((top_k + 1, top_k + 1, len(compute_s)))
-    found[0, 0] = top_k * compute_s
+    found[0, 0] = shared_s + top_k * compute_s
     for lack in range(1, top_k + 1):
         both = np.arange(lack + 1)
         # The mean over the missing ones, [lack + 1, C]: a top beside its bottom is hidden behind
@@ -60,18 +77,77 @@ def _in_order_s(
         share = (both / lack)[:, None]
         fetch_s = second_s + share * first_s
         before_s = (1.0 - share) * head_s + share * np.minimum(head_s, second_s)
-        found[lack - both, both] = _walk(top_k, lack, compute_s, fetch_s, before_s, frames)
+        found[lack - both, both] = _walk(
+            top_k, lack, compute_s, fetch_s, before_s, frames, shared_s
+        )
+    return found
+
+
+def as_ready_s(
+    top_k: int,
+    expert_s: Array,
+    top_s: Array,
+    bottom_s: Array,
+    hidden_s: Array,
+    frames: int,
+    shared_s: float = 0.0,
+) -> Array:
+    """The same where what is there is computed first, then the others as they arrive."""
+    columns = (
+        tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
+    )
+    return _as_ready_s(top_k, *columns, min(frames, top_k), shared_s)
+
+
+@functools.lru_cache(maxsize=64)
+def _as_ready_s(
+    top_k: int,
+    expert_s: _Key,
+    top_s: _Key,
+    bottom_s: _Key,
+    hidden_s: _Key,
+    frames: int,
+    shared_s: float,
+) -> Array:
+    compute_s, first_s, second_s, head_s = (
+        np.array(values) for values in (expert_s, top_s, bottom_s, hidden_s)
+    )
+    found = np.zeros((top_k + 1, top_k + 1, len(compute_s)))
+    found[0, 0] = shared_s + top_k * compute_s
+    for lack in range(1, top_k + 1):
+        both = np.arange(lack + 1)
+        share = (both / lack)[:, None]
+        fetch_s = second_s + share * first_s
+        # A resident top is computed before anything; one beside its bottom hides behind that.
+        each_s = compute_s - (1.0 - share) * head_s
+        last_s = each_s - share * np.minimum(head_s, second_s)
+        now_s = shared_s + top_k * compute_s - lack * each_s
+        arrival_s = np.zeros_like(fetch_s)
+        done_s: list[Array] = []
+        for turn in range(lack):
+            if turn >= frames:
+                arrival_s = np.maximum(arrival_s, done_s[turn - frames])
+            arrival_s = arrival_s + fetch_s
+            now_s = np.maximum(now_s + each_s, arrival_s + last_s)
+            done_s.append(now_s)
+        found[lack - both, both] = now_s
     return found
 
 
 def _walk(
-    top_k: int, lack: int, compute_s: Array, fetch_s: Array, before_s: Array, frames: int
+    top_k: int,
+    lack: int,
+    compute_s: Array,
+    fetch_s: Array,
+    before_s: Array,
+    frames: int,
+    shared_s: float,
 ) -> Array:
     """Mean seconds with so many missing, [lack + 1, C]."""
     places = _placings(top_k, lack)  # [P, lack]
     done_s: list[Array] = []
     arrival_s = np.zeros((1, *fetch_s.shape))
-    now_s = np.zeros((1, *fetch_s.shape))
+    now_s = np.full((1, *fetch_s.shape), shared_s)
     last = np.full(len(places), -1)
     for turn in range(lack):
         if turn >= frames:

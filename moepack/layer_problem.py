@@ -93,6 +93,8 @@ class LayerProblem:
         Compute between the experts of the layer before and this layer's routing: this layer's
         attention and router, dense layers in between; for the first layer with experts the rest of
         the token before, head included.
+    guess_s : float
+        Compute of guessing this layer's experts while the layer before runs.
     accuracy : float64 [D]
         How likely the expert predicted at rank r is activated.
     predicted_held : mapping of str to float64 [D, N + 1]
@@ -112,6 +114,7 @@ class LayerProblem:
     staging_experts: int
     engine: EngineCapabilities
     gap_s: float = 0.0
+    guess_s: float = 0.0
     accuracy: Array = field(default_factory=lambda: np.zeros(0))
     predicted_held: Mapping[Policy, Array] = field(default_factory=dict)
 

@@ -250,7 +250,7 @@ class _Pricer:
                 )[None]
             else:
                 ranks = self._held(self._predicted_held, tops)
-                ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks)
+                ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
                 tokens_s = decode_ahead_s(
                     token,
                     problem.top_k,

@@ -20,7 +20,7 @@ from moepack.plan import EngineCapabilities, LayerPlacement, Layout
 from moepack.plan_request import PlanRequest
 from moepack.prompts import block_lengths
 from moepack.routing_tables import RoutingTables
-from moepack.strategies import FULL_ENGINE, Contender, Strategies, computes_as_ready
+from moepack.strategies import FULL_ENGINE, Contender, Strategies
 
 
 class Optimised:
@@ -153,7 +153,8 @@ class Optimised:
         shares = tables.shares[index]
         hot = np.array(tables.hot[index])
         used = distinct_experts(shares, request.prompt_tokens, shape.top_k)[hot]
-        whole_s = split_s = 0.0
+        # The shared expert hides behind the link as the others do.
+        whole_s = split_s = float(self._prompt.after_s[index])
         for tokens in self._blocks:
             distinct = float(distinct_experts(shares, tokens, shape.top_k).sum())
             each = tokens * shape.top_k / distinct
@@ -173,15 +174,14 @@ class Optimised:
                 float(self._token.after_s[index]),
             ),
             split_s=split.at(1),
-            prompt=PromptTimes(
-                float(self._prompt.before_s[index] + self._prompt.after_s[index]), whole_s, split_s
-            ),
+            prompt=PromptTimes(float(self._prompt.before_s[index]), whole_s, split_s),
             used=used,
             new_tokens=request.new_tokens,
             hits=curves,
             staging_experts=staging,
             engine=engine,
             gap_s=self._gap_s(index),
+            guess_s=entry.guess_s(1),
             accuracy=tables.accuracy[index, :ranks],
             predicted_held={
                 policy: tables.fit_cached(policy)[index, :ranks, : shape.num_experts + 1]
@@ -207,7 +207,7 @@ class Optimised:
             _place(index, choice, self._tables) for index, choice in enumerate(optimum.choices)
         ]
         made = placement(request, layout, layers, staging_experts=staging)
-        return Contender(name, layout, made, computes_as_ready(request, made))
+        return Contender(name, layout, made, request.engine.as_ready)
 
 
 def within_staging(engine: EngineCapabilities, staging: int, top_k: int) -> EngineCapabilities:
@@ -217,7 +217,6 @@ def within_staging(engine: EngineCapabilities, staging: int, top_k: int) -> Engi
         engine,
         prefetch=engine.prefetch if depth else ("off",),
         max_prefetch_depth=depth,
-        as_ready=engine.as_ready and staging >= top_k,
     )
 
 

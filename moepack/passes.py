@@ -6,6 +6,7 @@ ones that are looked at, ``G`` segments of an expert (1 where no layer is cut, e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from moepack.plan import LayerPlacement, Layout, Placement
 from moepack.routing_tables import Cache, RoutingTables
 from moepack.segments import PARTS
 from moepack.timeline import Columns, Flags, Seconds
-from moepack.trace import NO_PREDICTION
+from moepack.trace import NO_PREDICTION, LayerShape
 
 #: What a bound may know: the next layer's experts, or all that is to come.
 Oracle = Literal["none", "prediction", "future"]
@@ -197,7 +198,8 @@ def passes_with(
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
     asked = (np.arange(depth) < depths[:, None]) & named[:, :, :depth]
-    ahead_s = ahead_seconds(placement, segments, asked, held_ahead[:, :, :depth])
+    most = placement.staging_experts
+    ahead_s = ahead_seconds(placement, segments, asked, held_ahead[:, :, :depth], most)
     # A segment is brought by its expert's rank, if that rank really asks for it.
     none = depth * parts
     ahead_of = np.full(flat, none)
@@ -211,10 +213,12 @@ def passes_with(
     return DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
 
 
-def ahead_seconds(placement: Placement, segments: Segments, asked: Flags, held: Flags) -> Seconds:
+def ahead_seconds(
+    placement: Placement, segments: Segments, asked: Flags, held: Flags, most: int
+) -> Seconds:
     """Seconds of the link for what is asked for ahead, [.., L, D * G].
 
-    Each layer's mode says which parts; what has no frame to arrive in is not asked for.
+    Each layer's mode says which parts.
 
     Parameters
     ----------
@@ -222,16 +226,35 @@ def ahead_seconds(placement: Placement, segments: Segments, asked: Flags, held: 
         Predicted experts that are asked for, best first.
     held : bool [.., L, D, G]
         Their parts that are resident.
+    most
+        Experts that may be fetched.
     """
     bottoms = np.array([place.prefetch == "bottoms" for place in placement.layers])
     if bottoms.any():
         asked = asked & (~bottoms[:, None] | ~segments.has_top[:, None] | held[..., 0])
     depth, parts = asked.shape[-1], held.shape[-1]
-    if placement.staging_experts < depth:
+    if most < depth:
         lacking = asked & ~held.all(axis=-1)
-        asked = asked & (np.cumsum(lacking, axis=-1) <= placement.staging_experts)
+        asked = asked & (np.cumsum(lacking, axis=-1) <= most)
     missing = np.repeat(asked, parts, axis=-1) & ~held.reshape(*held.shape[:-2], depth * parts)
     return np.where(missing, _tiled(segments.link_s, depth * parts), 0.0)
+
+
+def guessed_layers(
+    placement: Placement, segments: Segments, layers: Sequence[LayerShape]
+) -> list[bool]:
+    """Of every layer, whether its experts are guessed: not where all of them are there."""
+    found = []
+    for index, (place, shape) in enumerate(zip(placement.layers, layers, strict=True)):
+        slots = [place.top_slots, place.bottom_slots]
+        if segments.stored_bytes.shape[1] == 1:
+            slots = [sum(slots)]
+        there = placement.pool is None and all(
+            count >= shape.num_experts or not size
+            for count, size in zip(slots, segments.stored_bytes[index], strict=True)
+        )
+        found.append(place.prefetch != "off" and not there)
+    return found
 
 
 def _tiled(values: Seconds, columns: int) -> Seconds:

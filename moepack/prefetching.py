@@ -26,12 +26,15 @@ class Ahead(NamedTuple):
         A(r): how likely the expert predicted at rank r is activated.
     held : Held, each [D] or [D, S]
         Q(r): how likely its parts are resident.
+    guess_s : float
+        What guessing costs the compute, behind the routing of the layer before.
     """
 
     mode: PrefetchMode
     gap_s: float
     accuracy: Array
     held: Held
+    guess_s: float = 0.0
 
     def lacks(self) -> Lacks:
         """What the expert of each rank lacks and is fetched for, each [D, S]."""

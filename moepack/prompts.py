@@ -129,8 +129,13 @@ def prompt_passes(
     named = used if oracle != "none" else prompts.predicted
     fetches = np.array([place.prefetch != "off" for place in placement.layers])
     asked = named & fetches[:, None]
+    # One frame stays for what nobody has guessed.
     ahead_s = ahead_seconds(
-        placement, segments, asked, np.broadcast_to(held, (*asked.shape, parts))
+        placement,
+        segments,
+        asked,
+        np.broadcast_to(held, (*asked.shape, parts)),
+        placement.staging_experts - 1,
     )
     flat = (*used.shape[:2], used.shape[2] * parts)
     return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s)

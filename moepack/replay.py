@@ -17,6 +17,8 @@ where the one before it has ended, until nothing changes: the result is that of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moepack.compute import ComputeProfile
@@ -29,6 +31,7 @@ from moepack.passes import (
     Segments,
     activations,
     decode_passes,
+    guessed_layers,
     perfect,
     segments_of,
 )
@@ -82,16 +85,17 @@ class Replayer:
         Parameters
         ----------
         as_ready
-            Whether the engine computes what is resident while the rest arrives.
+            Whether the engine computes what is resident while the rest arrives, for one token.
         oracle
             Knowledge that no engine has: for bounds.
         """
         tables = self._tables.starting(tuple(place.hot for place in placement.layers))
         segments = segments_of(self._spec, self._compute, layout, self._link)
-        ttft_s = self._prefill_s(layout, placement, segments, as_ready=as_ready, oracle=oracle)
+        guessed = guessed_layers(placement, segments, self._tables.layers)
+        ttft_s = self._prefill_s(layout, placement, segments, guessed, oracle)
         found = self._found if oracle == "none" else perfect(self._found)
         passes = decode_passes(tables, found, placement, segments, oracle)
-        fixed = fixed_times(self._spec, self._compute, (1,))
+        fixed = fixed_times(self._spec, self._compute, (1,), guessed)
         run = Decoding(
             passes, found, fixed, segments, as_ready=as_ready, frames=placement.staging_experts
         )
@@ -102,8 +106,7 @@ class Replayer:
         layout: Layout,
         placement: Placement,
         segments: Segments,
-        *,
-        as_ready: bool,
+        guessed: Sequence[bool],
         oracle: Oracle,
     ) -> float:
         """Mean seconds to the first token over the prompts."""
@@ -119,12 +122,6 @@ class Replayer:
         passes = prompt_passes(
             self._compute, self._tables, prompts, layout, placement, segments, oracle
         )
-        fixed = fixed_times(self._spec, self._compute, prompts.blocks)
-        clock = prefill(
-            passes,
-            fixed,
-            as_ready=as_ready,
-            frames=placement.staging_experts,
-            parts=segments.link_s.shape[1],
-        )
+        fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
+        clock = prefill(passes, fixed, segments, frames=placement.staging_experts)
         return float(clock.now_s.mean())

@@ -18,7 +18,7 @@ from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import activations, passes_with, segments_of
+from moepack.passes import activations, guessed_layers, passes_with, segments_of
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
@@ -146,9 +146,9 @@ class _RunReplayer:
             "none",
             held=self.caches.all_held(),
         )
-        fixed = fixed_times(self._spec, self._compute, prompts.blocks)
-        parts = segments.link_s.shape[1]
-        clock = prefill(passes, fixed, as_ready=False, frames=frames, parts=parts)
+        guessed = guessed_layers(self._placement, segments, tables.layers)
+        fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
+        clock = prefill(passes, fixed, segments, frames=frames)
         self.caches.step(prompt)
         found = activations(tables, decoded)
         held, held_ahead = self.caches.decode(decoded)
@@ -157,7 +157,7 @@ class _RunReplayer:
         run = Decoding(
             passes_with(found, named, self._placement, segments, held, held_ahead),
             found,
-            fixed_times(self._spec, self._compute, (1,)),
+            fixed_times(self._spec, self._compute, (1,), guessed),
             segments,
             as_ready=True,
             frames=frames,

@@ -68,16 +68,6 @@ class Contender(NamedTuple):
     why_not: str = ""
 
 
-def computes_as_ready(request: PlanRequest, made: Placement) -> bool:
-    """Whether the engine that a placement is for computes what is there while the rest arrives.
-
-    One that fetches ahead does; it needs staging for all that a token uses.
-    """
-    top_k = max(request.spec.moe(number).top_k for number in request.spec.moe_layers)
-    ahead = any(place.prefetch_depth for place in made.layers)
-    return made.staging_experts >= top_k and (ahead or request.engine.as_ready)
-
-
 class Strategies:
     """Builds the strategies of one request, each in every amount of staging that is of use."""
 
@@ -210,9 +200,7 @@ class Strategies:
         ]
         made = placement(self._request, layout, layers, staging_experts=staging)
         missing = why_not or self.why_not(layout, made)
-        return Contender(
-            name, layout, made, computes_as_ready(self._request, made), oracle, missing
-        )
+        return Contender(name, layout, made, self._engine.as_ready, oracle, missing)
 
     def why_not(self, layout: Layout, made: Placement) -> str:
         """What keeps this engine from running a placement; empty where nothing does."""
@@ -267,7 +255,7 @@ class Strategies:
             "pooled",
             layout,
             made,
-            computes_as_ready(request, made),
+            self._engine.as_ready,
             why_not=self.why_not(layout, made),
         )
 

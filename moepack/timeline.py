@@ -1,14 +1,21 @@
 """The clock of the replay: one serial link, one compute queue, many independent lanes at once.
 
-A *pass* is one layer over one token (or over a whole prompt). Its experts are consumed as segments,
-in one fixed order; what is missing crosses the link, one transfer at a time:
+A *pass* is one layer over one token (or over a whole prompt). Its experts are consumed as segments;
+what is missing crosses the link, one transfer at a time, through *frames* that each hold one expert
+until it has been computed:
 
-- what was asked for ahead goes while the layer before computes; once the routing is known, a
-  transfer in flight finishes, a queued one that turned out wrong is dropped, and a queued one that
-  was right is asked for like everything else that is missing;
-- what is demanded goes before anything that is asked for ahead of the next layer;
-- an engine that computes *as ready* takes resident segments first, another waits in the order of
-  summation; either computes while the link works.
+- what was asked for ahead goes while the layer before computes, once all that this one demands has
+  a frame; when the routing is known, a transfer in flight finishes, a queued one that turned out
+  wrong is dropped, and a queued one that was right is asked for like everything else that is
+  missing;
+- what is demanded goes before anything that is asked for ahead of the next layer, and in ascending
+  order of experts, but for the rest of an expert that is coming: that goes first;
+- the next layer's experts are guessed, and the shared expert is computed, before the routed ones;
+- an engine that computes *as ready* takes what is resident first, then what was brought ahead, then
+  what is demanded; another, and every engine with more than one token, waits in the order of
+  summation. Either computes while the link works.
+
+A frame that something unwanted arrives in holds nobody up: it is free as soon as the link is.
 
 All arrays have lanes first. Seconds are relative to whatever the lane began with.
 """
@@ -26,18 +33,22 @@ Flags = npt.NDArray[np.bool_]
 
 _NEVER = 1e30
 
+# The difference between two moments that counts as none.
+_SAME_S = 1e-12
+
 
 class Clock(NamedTuple):
-    """Where a lane stands, each [lanes].
+    """Where a lane stands.
 
     Attributes
     ----------
-    now_s
+    now_s : [lanes]
         The compute is free.
-    link_s
+    link_s : [lanes]
         The link is free of what it has begun or was asked for on demand.
-    asked_s
-        When the next layer's experts were asked for ahead.
+    asked_s : [lanes, slots]
+        When the next layer's experts may be fetched: the first of them that lacks something, the
+        second, and so on; all alike where there is one column.
     """
 
     now_s: Seconds
@@ -45,9 +56,47 @@ class Clock(NamedTuple):
     asked_s: Seconds
 
     @classmethod
-    def start(cls, lanes: int) -> Clock:
+    def start(cls, lanes: int, slots: int = 1) -> Clock:
         """Everything idle at 0."""
-        return cls(np.zeros(lanes), np.zeros(lanes), np.zeros(lanes))
+        return cls(np.zeros(lanes), np.zeros(lanes), np.zeros((lanes, slots)))
+
+    def take(self, lanes: Columns) -> Clock:
+        """Some of the lanes."""
+        return Clock(*(values[lanes] for values in self))
+
+    def put(self, lanes: Columns, other: Clock) -> None:
+        """Overwrite some of the lanes."""
+        for mine, values in zip(self, other, strict=True):
+            mine[lanes] = values
+
+    def since_now(self) -> Clock:
+        """The same with the compute free at 0."""
+        now_s = self.now_s
+        return Clock(now_s - now_s, self.link_s - now_s, self.asked_s - now_s[:, None])
+
+    def apart(self, other: Clock) -> Flags:
+        """Which lanes stand differently, both with the compute free at 0: what comes next tells.
+
+        A link that has been free for a while could as well have been for longer, but for what was
+        asked for ahead in the meantime.
+        """
+        busy = [np.maximum(clock.link_s, 0.0) for clock in (self, other)]
+        asked = [np.maximum(clock.link_s[:, None], clock.asked_s) for clock in (self, other)]
+        differ: Flags = np.abs(busy[0] - busy[1]) > _SAME_S
+        differ |= np.any(np.abs(asked[0] - asked[1]) > _SAME_S, axis=1)
+        return differ
+
+
+def ahead_slots(frames: int, experts: int, ahead: int) -> int:
+    """Columns of :attr:`Clock.asked_s`.
+
+    Parameters
+    ----------
+    experts, ahead
+        The most that a pass consumes, and that is asked for ahead of the next one. Where there are
+        frames for all of them none has to wait for one.
+    """
+    return 1 if not ahead or frames >= experts + ahead else frames
 
 
 class Work(NamedTuple):
@@ -55,9 +104,9 @@ class Work(NamedTuple):
 
     Attributes
     ----------
-    before_s, after_s : [lanes] or float
-        Compute before the routing is known (attention, router), and that needs no routed expert
-        (shared expert).
+    before_s, guess_s, after_s : [lanes] or float
+        Compute before the routing is known (attention, router), then of guessing the next layer's
+        experts, which are asked for then, and then what needs no routed expert (shared expert).
     compute_s : [lanes, segments]
         In the order of summation; 0 where a segment is not needed.
     fetch_s : [lanes, segments]
@@ -66,14 +115,18 @@ class Work(NamedTuple):
         Seconds of the link for what was asked for ahead, in its order; 0 for nothing.
     ahead_of : [lanes, segments]
         Which of these brings a segment; the number of columns where none does.
+    wasted_s : [lanes] or float
+        What a transfer that nobody needed costs the compute.
     """
 
     before_s: Seconds | float
+    guess_s: Seconds | float
     after_s: Seconds | float
     compute_s: Seconds
     fetch_s: Seconds
     ahead_s: Seconds
     ahead_of: Columns
+    wasted_s: Seconds | float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -108,55 +161,123 @@ def advance(
     Parameters
     ----------
     as_ready
-        Whether resident segments are computed while others arrive; the shared expert then too.
+        Whether resident segments are computed while others arrive.
     frames
         Experts in flight at once. Where they are fewer than a pass may lack, a fetch waits until
-        the frame of an earlier one has been consumed (engines that consume in order only).
+        the frame of an earlier one has been consumed.
     segments_per_expert
         1 or 2: neighbouring segments that share a frame.
     """
     routed_s = clock.now_s + work.before_s
-    link_s = clock.link_s
-    missing = work.fetch_s > 0.0
-    if work.ahead_s.shape[1]:
-        ends_s = np.maximum(link_s, clock.asked_s)[:, None] + np.cumsum(work.ahead_s, axis=1)
-        begun = (ends_s - work.ahead_s < routed_s[:, None]) & (work.ahead_s > 0.0)
-        link_s = np.maximum(link_s, np.where(begun, ends_s, -_NEVER).max(axis=1))
-        comes_s = np.full((len(ends_s), ends_s.shape[1] + 1), _NEVER)
+    begun, ends_s = _fetched_ahead(clock, work.ahead_s, routed_s, segments_per_expert)
+    link_s = np.maximum(clock.link_s, np.where(begun, ends_s, -_NEVER).max(axis=1, initial=-_NEVER))
+    lacking = work.fetch_s > 0.0
+    arrives_s = np.full(lacking.shape, -_NEVER)
+    asked_s = routed_s + work.guess_s
+    begin_s = asked_s + work.after_s
+    if begun.any():
+        comes_s = np.full((len(begun), begun.shape[1] + 1), _NEVER)
         np.copyto(comes_s[:, :-1], ends_s, where=begun)
         brought_s = np.take_along_axis(comes_s, work.ahead_of, axis=1)
-        coming = missing & (brought_s < _NEVER)
-        demanded = missing & ~coming
-        ready = ~missing | (coming & (brought_s <= routed_s[:, None]))
+        coming = lacking & (brought_s < _NEVER)
+        np.copyto(arrives_s, brought_s, where=coming)
+        ready = ~lacking | (coming & (brought_s <= routed_s[:, None]))
+        begin_s = begin_s + work.wasted_s * (begun.sum(axis=1) - coming.sum(axis=1))
+        rest = lacking & ~coming & _of_expert(coming, segments_per_expert)
+        if rest.any():  # of an expert that is coming: it goes first
+            rest_s = np.where(rest, work.fetch_s, 0.0).sum(axis=1)
+            link_s = np.where(rest_s > 0.0, np.maximum(link_s, routed_s) + rest_s, link_s)
+            np.copyto(arrives_s, link_s[:, None], where=rest)
     else:
-        begun = np.zeros(work.ahead_s.shape, dtype=np.bool_)
-        brought_s = np.full(missing.shape, _NEVER)
-        coming, demanded, ready = np.zeros_like(missing), missing, ~missing
-    asked_s = np.where(demanded, work.fetch_s, 0.0)
-    experts = missing.shape[1] // segments_per_expert
-    if not as_ready and frames < experts:
-        return _advance_in_frames(
-            work, routed_s, link_s, brought_s, demanded, begun, ready, frames, segments_per_expert
-        )
-    arrives_s = np.maximum(link_s, routed_s)[:, None] + np.cumsum(asked_s, axis=1)
-    link_s = np.where(demanded.any(axis=1), arrives_s[:, -1], link_s)
-    arrives_s = np.where(coming, brought_s, np.where(demanded, arrives_s, -_NEVER))
-    total_s = work.compute_s.sum(axis=1)
+        coming = rest = np.zeros_like(lacking)
+        ready = ~lacking
+    lane = _Lane(
+        routed_s, begin_s, link_s, work, arrives_s, lacking & ~coming & ~rest, coming, rest, ready
+    )
+    slots = clock.asked_s.shape[1]
+    if slots == 1 and frames >= lacking.shape[1] // segments_per_expert:
+        done_s, link_s = _ample(lane, as_ready)
+        frees_s = asked_s[:, None]
+    else:
+        done_s, link_s, frees_s = _in_frames(lane, as_ready, frames, segments_per_expert, slots)
+        frees_s = np.maximum(frees_s, asked_s[:, None])
+    wait_s = done_s - begin_s - work.compute_s.sum(axis=1)
+    return Outcome(Clock(done_s, link_s, frees_s), ready, lacking & ~coming, begun, wait_s)
+
+
+def _fetched_ahead(
+    clock: Clock, ahead_s: Seconds, routed_s: Seconds, segments_per_expert: int
+) -> tuple[Flags, Seconds]:
+    """What of it was begun before the routing was known, and when each ends, [lanes, ahead]."""
+    columns = ahead_s.shape[1]
+    if not columns:
+        return np.zeros(ahead_s.shape, dtype=np.bool_), ahead_s
+    asked = ahead_s > 0.0
+    total_s = np.cumsum(ahead_s, axis=1)
+    slots = clock.asked_s.shape[1]
+    if slots == 1:
+        ends_s = np.maximum(clock.link_s, clock.asked_s[:, 0])[:, None] + total_s
+        return (ends_s - ahead_s < routed_s[:, None]) & asked, ends_s
+    # Each expert that lacks something takes the next frame.
+    some = asked.reshape(len(asked), -1, segments_per_expert).any(axis=2)
+    turn = np.minimum(np.maximum(np.cumsum(some, axis=1) - 1, 0), slots - 1)
+    frees_s = np.take_along_axis(clock.asked_s, turn, axis=1)
+    frees_s = np.repeat(frees_s, segments_per_expert, axis=1)
+    late_s = np.where(asked, frees_s - (total_s - ahead_s), -_NEVER)
+    late_s = np.maximum(np.maximum.accumulate(late_s, axis=1), clock.link_s[:, None])
+    ends_s = late_s + total_s
+    return (ends_s - ahead_s < routed_s[:, None]) & asked, ends_s
+
+
+def _of_expert(flags: Flags, segments_per_expert: int) -> Flags:
+    """Of every segment, whether any of its expert's is flagged."""
+    if segments_per_expert == 1:
+        return flags
+    some = flags.reshape(len(flags), -1, segments_per_expert).any(axis=2)
+    return np.repeat(some, segments_per_expert, axis=1)
+
+
+class _Lane(NamedTuple):
+    """One pass from its routing on: seconds [lanes], and of every segment [lanes, segments].
+
+    ``arrives_s`` is set of what is ``coming`` and of the ``rest`` of its expert; what is
+    ``demanded`` beside them needs a frame of its own.
+    """
+
+    routed_s: Seconds
+    begin_s: Seconds
+    link_s: Seconds
+    work: Work
+    arrives_s: Seconds
+    demanded: Flags
+    coming: Flags
+    rest: Flags
+    ready: Flags
+
+
+def _ample(lane: _Lane, as_ready: bool) -> tuple[Seconds, Seconds]:
+    """When the last segment has been computed, and the link is free, with a frame for everything.
+
+    Bound by the compute, or by an arrival and what is computed from then on.
+    """
+    compute_s, demanded = lane.work.compute_s, lane.demanded
+    arrives_s = np.maximum(lane.link_s, lane.routed_s)[:, None] + np.cumsum(
+        np.where(demanded, lane.work.fetch_s, 0.0), axis=1
+    )
+    link_s = np.where(demanded.any(axis=1), arrives_s[:, -1], lane.link_s)
+    arrives_s = np.where(demanded, arrives_s, lane.arrives_s)
     if as_ready:
-        # What arrives in flight comes before everything that is demanded now.
-        late_s = np.where(ready, 0.0, work.compute_s).sum(axis=1)
-        last_s = _suffix(np.where(demanded, work.compute_s, 0.0))
-        behind_s = np.where(coming, late_s[:, None], last_s)
-        total_s = total_s + work.after_s
-        bound_s = np.where(ready, -_NEVER, arrives_s + behind_s).max(axis=1)
-        done_s = np.maximum(routed_s + total_s, bound_s)
-        now_s = done_s
+        # One transfer at most is in flight; behind it comes the rest of its expert.
+        behind_s = _suffix(np.where(demanded, compute_s, 0.0))
+        if lane.coming.any():
+            late_s = np.where(lane.ready, 0.0, compute_s)
+            rest_s = np.where(lane.rest, late_s, 0.0).sum(axis=1)[:, None] + behind_s[:, :1]
+            behind_s = np.where(lane.coming, late_s.sum(axis=1)[:, None], behind_s)
+            behind_s = np.where(lane.rest, rest_s, behind_s)
+        bound_s = np.where(lane.ready, -_NEVER, arrives_s + behind_s).max(axis=1)
     else:
-        bound_s = (arrives_s + _suffix(work.compute_s)).max(axis=1)
-        done_s = np.maximum(routed_s + total_s, bound_s)
-        now_s = done_s + work.after_s
-    wait_s = done_s - routed_s - total_s
-    return Outcome(Clock(now_s, link_s, routed_s), ready, demanded, begun, wait_s)
+        bound_s = (arrives_s + _suffix(compute_s)).max(axis=1)
+    return np.maximum(lane.begin_s + compute_s.sum(axis=1), bound_s), link_s
 
 
 def _suffix(values_s: Seconds) -> Seconds:
@@ -164,38 +285,62 @@ def _suffix(values_s: Seconds) -> Seconds:
     return np.cumsum(values_s[:, ::-1], axis=1)[:, ::-1]
 
 
-def _advance_in_frames(
-    work: Work,
-    routed_s: Seconds,
-    link_s: Seconds,
-    brought_s: Seconds,
-    demanded: Flags,
-    begun: Flags,
-    ready: Flags,
-    frames: int,
-    segments_per_expert: int,
-) -> Outcome:
-    """The same in order, expert by expert: a fetch takes over the frame of an earlier one."""
-    lanes, segments = demanded.shape
-    everyone = np.arange(lanes)
-    # When each frame was last given back; the fetches of a lane take them in turn.
-    given_s = np.repeat(routed_s[:, None], frames, axis=1)
-    turn = np.zeros(lanes, dtype=np.intp)
-    done_s = routed_s.copy()
-    link_s = link_s.copy()
-    for first in range(0, segments, segments_per_expert):
-        parts = range(first, first + segments_per_expert)
-        fetched = demanded[:, parts].any(axis=1)
-        link_s = np.where(fetched, np.maximum(link_s, given_s[everyone, turn]), link_s)
-        arrives_s = []
-        for part in parts:
-            link_s = link_s + np.where(demanded[:, part], work.fetch_s[:, part], 0.0)
-            late = np.where(ready[:, part], -_NEVER, brought_s[:, part])
-            arrives_s.append(np.where(demanded[:, part], link_s, late))
-        for part, arrival_s in zip(parts, arrives_s, strict=True):
-            done_s = np.maximum(done_s, arrival_s) + work.compute_s[:, part]
-        given_s[everyone[fetched], turn[fetched]] = done_s[fetched]
-        turn[fetched] = (turn[fetched] + 1) % frames
-    wait_s = done_s - routed_s - work.compute_s.sum(axis=1)
-    now_s = done_s + work.after_s
-    return Outcome(Clock(now_s, link_s, routed_s), ready, demanded, begun, wait_s)
+def _in_frames(
+    lane: _Lane, as_ready: bool, frames: int, segments_per_expert: int, slots: int
+) -> tuple[Seconds, Seconds, Seconds]:
+    """The same expert by expert: a fetch takes over the frame of one that has been computed.
+
+    Returns
+    -------
+    done_s, link_s : [lanes]
+    frees_s : [lanes, slots]
+        When each frame is free for what is fetched ahead.
+    """
+    everyone = np.arange(len(lane.routed_s))
+    shape = (len(everyone), -1, segments_per_expert)
+    compute_s, arrives_s = (each.reshape(shape) for each in (lane.work.compute_s, lane.arrives_s))
+    asked_s = np.where(lane.demanded, lane.work.fetch_s, 0.0).reshape(shape)
+    done_s, link_s = lane.begin_s, lane.link_s
+    demanded: Flags = np.any(asked_s, axis=2)
+    flies: Flags = demanded | np.any(lane.coming.reshape(shape), axis=2)
+    if as_ready:
+        lacking = (lane.work.fetch_s > 0.0).reshape(shape)
+        done_s = done_s + np.where(lacking, 0.0, compute_s).sum(axis=(1, 2))
+        order = _as_they_come(lane, demanded, flies, shape)
+        compute_s, arrives_s, asked_s = (
+            np.take_along_axis(each, order[..., None], axis=1)
+            for each in (np.where(lacking, compute_s, 0.0), arrives_s, asked_s)
+        )
+        demanded, flies = (np.take_along_axis(each, order, axis=1) for each in (demanded, flies))
+    # When each frame was last given back. The frames that nothing lies in are taken first, then
+    # each as it comes back; what was brought ahead has one already.
+    given_s = np.repeat(lane.routed_s[:, None], frames, axis=1)
+    gives = np.zeros(len(everyone), dtype=np.intp)
+    takes = flies.sum(axis=1) - demanded.sum(axis=1)
+    for expert in range(flies.shape[1]):
+        wants, flying = demanded[:, expert], flies[:, expert]
+        if wants.any():
+            frame_s = np.maximum(link_s, given_s[everyone, takes % frames])
+            link_s = np.where(wants, frame_s, link_s)
+            takes += wants
+        for part in range(segments_per_expert):
+            link_s = link_s + asked_s[:, expert, part]
+            there_s = np.where(asked_s[:, expert, part] > 0.0, link_s, arrives_s[:, expert, part])
+            done_s = np.maximum(done_s, there_s) + compute_s[:, expert, part]
+        if flying.any():
+            given_s[everyone[flying], gives[flying] % frames] = done_s[flying]
+            gives += flying
+    frees_s = given_s[everyone[:, None], (gives[:, None] + np.arange(slots)) % frames]
+    return done_s, link_s, frees_s
+
+
+def _as_they_come(
+    lane: _Lane, demanded: Flags, flies: Flags, shape: tuple[int, int, int]
+) -> Columns:
+    """The order of the experts: what was brought ahead, what is demanded, what is there."""
+    experts = flies.shape[1]
+    ahead = lane.work.ahead_s.shape[1]
+    place = np.where(lane.coming, lane.work.ahead_of, ahead).reshape(shape).min(axis=2)
+    there = np.where(flies, 0, experts)
+    key = np.where(demanded, ahead, place) + there + np.arange(experts) * (demanded | ~flies)
+    return np.argsort(key, axis=1, kind="stable")

@@ -17,12 +17,12 @@ from moepack.plan import Plan
 from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest
 from moepack.rates import LinkCurve
 from moepack.segments import PARTS
-from moepack.strategies import Contender, computes_as_ready
+from moepack.strategies import Contender
 
 
 def contender_of(request: PlanRequest, plan: Plan) -> Contender:
     """A finished plan, ready to be replayed again."""
-    as_ready = computes_as_ready(request, plan.placement)
+    as_ready = request.engine.as_ready
     return Contender(plan.planner.chosen, plan.layout, plan.placement, as_ready)
 
 

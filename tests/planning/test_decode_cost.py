@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moepack.cost import Array, Held, LayerTimes, Parts
 from moepack.decode_cost import decode_ahead_s, decode_layer_s, ranks_in_time
+from moepack.in_order import as_ready_s
 from moepack.plan import PrefetchMode
 from moepack.prefetching import Ahead, brought
 from tests.support.links import StackOfLayers
@@ -138,13 +139,41 @@ def test_each_missing_part_is_a_transfer_for_the_computing_thread() -> None:
     assert seconds(half, Held(0.75, 0.0)) == pytest.approx(nothing + 5.0)
 
 
-def test_the_shared_expert_hides_transfers_only_of_an_engine_that_computes_as_ready() -> None:
+@pytest.mark.parametrize("as_ready", [False, True])
+def test_the_shared_expert_hides_transfers(as_ready: bool) -> None:
     times = LayerTimes(other_s=0.0, expert_s=0.0, shared_s=3.0)
     none = Held(0.0, 1.0)
-    in_order = decode_layer_s(times, 4, WHOLE, none, staging_experts=8)
-    as_ready = decode_layer_s(times, 4, WHOLE, none, staging_experts=8, as_ready=True)
-    assert in_order.item() == pytest.approx(7.0)
-    assert as_ready.item() == pytest.approx(4.0)
+    found = decode_layer_s(times, 4, WHOLE, none, staging_experts=8, as_ready=as_ready)
+    assert found.item() == pytest.approx(4.0)
+
+
+def test_as_ready_what_is_there_hides_the_first_transfer_whatever_the_frames() -> None:
+    """Two of four are there: computed until 4, when the first has come at 1.
+
+    With a frame for each the other two follow at once; with one the second comes at 6 + 1.
+    """
+    times = LayerTimes(other_s=0.0, expert_s=2.0)
+    always = Held(np.array([0.5]), 1.0)
+    expert_s, top_s, bottom_s = np.array([2.0]), np.array([0.0]), np.array([1.0])
+    ample, one = (as_ready_s(4, expert_s, top_s, bottom_s, top_s, frames) for frames in (4, 1))
+    assert ample[2, 0].item() == 8.0
+    assert one[2, 0].item() == 9.0
+    slow, fast = (
+        decode_layer_s(times, 4, WHOLE, always, staging_experts=frames, as_ready=True).item()
+        for frames in (1, 4)
+    )
+    assert fast < slow
+
+
+def test_guesses_and_what_they_waste_cost_the_compute() -> None:
+    """Every guess is wrong, and begun in a long window: each costs what a transfer does."""
+    wrong = Ahead("all", 100.0, np.zeros(2), Held(np.zeros(2), np.ones(2)), guess_s=0.5)
+    times = LayerTimes(100.0, 10.0, transfer_s=0.25)
+    plain = decode_layer_s(times, 2, WHOLE, Held(1.0, 1.0), staging_experts=4, as_ready=True)
+    found = decode_ahead_s(
+        times, 2, WHOLE, Held(1.0, 1.0), wrong, 2, staging_experts=4, as_ready=True
+    )
+    assert found[:, 0, 0] == pytest.approx(plain.item() + np.array([0.75, 1.0]))
 
 
 def test_a_window_for_all_that_is_lacking_leaves_the_compute() -> None:

@@ -7,20 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack.timeline import Clock, Work, advance
+from moepack.timeline import Clock, Work, advance, ahead_slots
 from tests.support.simulation import Segment, Simulation
 
+WASTED = 0.25
 
-def work_of(before: float, after: float, experts: list[list[Segment]], ahead: list[float]) -> Work:
+Pass = tuple[float, float, float, list[list[Segment]], list[float]]
+
+
+def work_of(
+    before: float,
+    guess: float,
+    after: float,
+    experts: list[list[Segment]],
+    ahead: list[float],
+    wasted: float = 0.0,
+) -> Work:
     """One lane."""
     parts = [part for expert in experts for part in expert]
     return Work(
         before_s=before,
+        guess_s=guess,
         after_s=after,
         compute_s=np.array([[part.compute for part in parts]]),
         fetch_s=np.array([[part.fetch for part in parts]]),
         ahead_s=np.array([ahead]).reshape(1, -1),
         ahead_of=np.array([[len(ahead) if p.ahead is None else p.ahead for p in parts]]),
+        wasted_s=wasted,
     )
 
 
@@ -29,14 +42,14 @@ quarters = st.integers(0, 12).map(lambda n: n / 4)
 
 
 @st.composite
-def layers(draw: st.DrawFn, parts: int) -> tuple[float, float, list[list[Segment]], list[float]]:
+def layers(draw: st.DrawFn, parts: int, frames: int) -> Pass:
     """A pass of three experts, some predicted rightly, with wrong guesses between."""
     experts = [
         [Segment(draw(quarters) + 0.25, draw(quarters), None) for _ in range(parts)]
         for _ in range(3)
     ]
     ahead: list[float] = []
-    for guess in draw(st.lists(st.integers(0, 5), max_size=4, unique=True)):
+    for guess in draw(st.lists(st.integers(0, 5), max_size=min(4, frames), unique=True)):
         for part in range(parts):
             if guess < 3:  # a right one: it brings the segment if that is missing
                 segment = experts[guess][part]
@@ -45,45 +58,83 @@ def layers(draw: st.DrawFn, parts: int) -> tuple[float, float, list[list[Segment
                 ahead.append(segment.fetch)
             else:
                 ahead.append(draw(quarters))
-    return draw(quarters), draw(quarters), experts, ahead
+    return draw(quarters), draw(quarters), draw(quarters), experts, ahead
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("as_ready", [False, True])
-@pytest.mark.parametrize("frames", [1, 2, 8])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_passes_end_when_a_plain_simulation_says(
     parts: int, as_ready: bool, frames: int, data: st.DataObject
 ) -> None:
-    passes = data.draw(st.lists(layers(parts), min_size=1, max_size=4))
-    plain = Simulation(as_ready=as_ready, frames=frames)
-    clock = Clock.start(1)
+    """In order, one frame has to be left for what nobody guessed."""
+    most = frames if as_ready else frames - 1
+    passes = data.draw(st.lists(layers(parts, most), min_size=1, max_size=4))
+    plain = Simulation(as_ready=as_ready, frames=frames, wasted=WASTED)
+    clock = Clock.start(1, ahead_slots(frames, 3, 4))
     for one in passes:
-        seen = plain.run(*one)
-        done = advance(
-            clock, work_of(*one), as_ready=as_ready, frames=frames, segments_per_expert=parts
-        )
+        groups = [one[4][place : place + parts] for place in range(0, len(one[4]), parts)]
+        seen = plain.run(*one[:4], groups)
+        work = work_of(*one, WASTED)
+        done = advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
         clock = done.clock
         assert clock.now_s[0] == seen.end
+        assert clock.link_s[0] == plain.link
         assert set(np.flatnonzero(done.ready[0])) == seen.ready
         assert set(np.flatnonzero(done.demanded[0])) == seen.demanded
         assert set(np.flatnonzero(done.begun[0])) == seen.begun
 
 
 def test_two_misses_by_hand() -> None:
-    """Routed at 2; transfers end at 5 and 8; 1 of compute each: 9 in order, resident or not."""
+    """Routed at 2, guessed and shared until 3; transfers end at 5 and 8; 1 of compute each: 9."""
     experts = [[Segment(1.0, 0.0, None)], [Segment(1.0, 3.0, None)], [Segment(1.0, 3.0, None)]]
     done = advance(
         Clock.start(1),
-        work_of(2.0, 0.5, experts, []),
+        work_of(2.0, 0.25, 0.75, experts, []),
         as_ready=False,
         frames=3,
         segments_per_expert=1,
     )
-    assert done.clock.now_s[0] == 9.5
+    assert done.clock.now_s[0] == 9.0
     assert done.clock.link_s[0] == 8.0
-    assert done.wait_s[0] == 9.0 - 2.0 - 3.0
+    assert done.clock.asked_s[0] == 2.25
+    assert done.wait_s[0] == 9.0 - 3.0 - 3.0
+
+
+@pytest.mark.parametrize(("as_ready", "end"), [(True, 14.0), (False, 17.0)])
+def test_two_misses_with_one_frame_by_hand(as_ready: bool, end: float) -> None:
+    """Routed at 2; the first comes at 5 and is computed until 8; only then the second is fetched.
+
+    It comes at 11 and ends at 14. The resident one hides behind the first transfer where it is
+    computed first; in order it comes last.
+    """
+    experts = [[Segment(3.0, 3.0, None)], [Segment(3.0, 3.0, None)], [Segment(3.0, 0.0, None)]]
+    done = advance(
+        Clock.start(1),
+        work_of(2.0, 0.0, 0.0, experts, []),
+        as_ready=as_ready,
+        frames=1,
+        segments_per_expert=1,
+    )
+    assert done.clock.now_s[0] == end
+
+
+def test_what_is_fetched_ahead_waits_for_a_frame() -> None:
+    """Two frames, two misses: routed at 1, they come at 3 and 5, and end at 4 and 6.
+
+    So the next layer's first may come from 5 on, when the link is free, and its second from 6 on.
+    """
+    first = work_of(1.0, 0.5, 0.0, [[Segment(1.0, 2.0)], [Segment(1.0, 2.0)]], [])
+    done = advance(Clock.start(1, 2), first, as_ready=True, frames=2, segments_per_expert=1)
+    assert done.clock.link_s[0] == 5.0
+    assert done.clock.asked_s[0].tolist() == [4.0, 6.0]
+    second = work_of(1.5, 0.0, 0.0, [[Segment(1.0, 0.25, 1)], [Segment(1.0, 0.0)]], [0.25, 0.25])
+    done = advance(done.clock, second, as_ready=True, frames=2, segments_per_expert=1)
+    assert done.begun.all()
+    assert done.ready.all()
+    assert done.clock.link_s[0] == 6.25
 
 
 def test_a_wrong_guess_in_flight_delays_a_demand_and_a_queued_one_is_dropped() -> None:
@@ -91,7 +142,7 @@ def test_a_wrong_guess_in_flight_delays_a_demand_and_a_queued_one_is_dropped() -
     experts = [[Segment(1.0, 4.0, None)]]
     done = advance(
         Clock.start(1),
-        work_of(5.0, 0.0, experts, [4.0, 4.0, 4.0]),
+        work_of(5.0, 0.0, 0.0, experts, [4.0, 4.0, 4.0]),
         as_ready=True,
         frames=8,
         segments_per_expert=1,
@@ -105,7 +156,7 @@ def test_a_right_guess_hides_its_transfer() -> None:
     experts = [[Segment(1.0, 4.0, 0)]]
     done = advance(
         Clock.start(1),
-        work_of(5.0, 0.0, experts, [4.0]),
+        work_of(5.0, 0.0, 0.0, experts, [4.0]),
         as_ready=True,
         frames=8,
         segments_per_expert=1,
@@ -122,18 +173,21 @@ def test_lanes_do_not_touch_each_other() -> None:
     work = Work(
         rng.random(lanes),
         rng.random(lanes),
+        rng.random(lanes),
         rng.random((lanes, segments)),
         rng.random((lanes, segments)) * (rng.random((lanes, segments)) < 0.5),
         rng.random((lanes, ahead)),
         rng.integers(0, ahead + 1, (lanes, segments)),
     )
-    clock = Clock(rng.random(lanes), rng.random(lanes), rng.random(lanes))
-    for as_ready, frames in ((True, 8), (False, 8), (False, 2)):
+    for as_ready, frames, slots in ((True, 8, 1), (False, 8, 1), (False, 3, 3), (True, 3, 3)):
+        clock = Clock(
+            rng.random(lanes), rng.random(lanes), np.sort(rng.random((lanes, slots)), axis=1)
+        )
         together = advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=2)
         for lane in range(lanes):
             alone = advance(
                 Clock(*(values[lane : lane + 1] for values in clock)),
-                Work(*(np.asarray(values)[lane : lane + 1] for values in work)),
+                Work(*(np.asarray(values)[lane : lane + 1] for values in work[:-1])),
                 as_ready=as_ready,
                 frames=frames,
                 segments_per_expert=2,

@@ -26,6 +26,7 @@ class Seen:
     """What one pass did, by the place of a segment or of what was asked for ahead."""
 
     routed: float
+    begin: float
     end: float
     ready: set[int] = field(default_factory=set)
     demanded: set[int] = field(default_factory=set)
@@ -33,81 +34,118 @@ class Seen:
 
 
 class Simulation:
-    """One serial link and one compute queue."""
+    """One serial link, one compute queue, and frames that each hold one expert in flight."""
 
-    def __init__(self, *, as_ready: bool, frames: int) -> None:
-        self.now = self.link = self.asked = 0.0
+    def __init__(self, *, as_ready: bool, frames: int, wasted: float = 0.0) -> None:
+        self.now = self.link = 0.0
         self._as_ready = as_ready
         self._frames = frames
+        self.wasted = wasted
+        # When each frame may be filled ahead of the next routing, in the order of being taken.
+        self._frees = [0.0] * frames
 
-    def run(self, before: float, after: float, experts: Experts, ahead: Sequence[float]) -> Seen:
-        """One pass: ``ahead`` are the seconds of what was asked for ahead, 0 for nothing."""
+    def run(
+        self,
+        before: float,
+        guess: float,
+        after: float,
+        experts: Experts,
+        ahead: Sequence[Sequence[float]],
+    ) -> Seen:
+        """One pass: ``ahead`` are the seconds of what was asked for ahead, expert by expert.
+
+        0 stands for nothing; the places of segments run on from one expert to the next.
+        """
         routed = self.now + before
-        seen = Seen(routed, 0.0)
-        # What was asked for ahead, one after the other, as long as the routing is not known.
-        clock = max(self.link, self.asked)
-        came: dict[int, float] = {}
-        for number, seconds in enumerate(ahead):
-            if seconds == 0:
-                continue
-            if clock >= routed:
-                break
-            clock += seconds
-            came[number] = self.link = clock
-            seen.begun.add(number)
+        seen = Seen(routed, 0.0, 0.0)
+        came = self._fetch_ahead(routed, ahead)
+        seen.begun = set(came)
+        arrives: list[list[float | None]] = []  # None: still to be asked for
         place = 0
         for expert in experts:
+            arrives.append([])
             for part in expert:
-                arrival = None if part.ahead is None else came.get(part.ahead)
-                if part.fetch == 0 or (arrival is not None and arrival <= routed):
-                    seen.ready.add(place)
-                elif arrival is None:
+                arrival = (
+                    routed
+                    if part.fetch == 0
+                    else came.get(-1 if part.ahead is None else part.ahead)
+                )
+                arrives[-1].append(arrival)
+                if arrival is None:
                     seen.demanded.add(place)
+                elif arrival <= routed:
+                    seen.ready.add(place)
                 place += 1
-        consume = self._consume_as_ready if self._as_ready else self._consume_in_order
-        seen.end = self.now = consume(experts, came, routed, after)
-        self.asked = routed
+        used = {part.ahead for expert in experts for part in expert if part.fetch}
+        seen.begin = routed + guess + after + self.wasted * len(set(came) - used)
+        seen.end = self.now = self._consume(experts, arrives, routed, seen.begin)
+        self._frees = [max(free, routed + guess) for free in self._frees]
         return seen
 
-    def _consume_as_ready(
-        self, experts: Experts, came: dict[int, float], routed: float, after: float
-    ) -> float:
-        """What is there first, then each segment as it arrives."""
-        computed = routed + after
-        late = []
-        for part in (part for expert in experts for part in expert):
-            arrival = None if part.ahead is None else came.get(part.ahead)
-            if part.fetch == 0 or (arrival is not None and arrival <= routed):
-                computed += part.compute
-            elif arrival is not None:
-                late.append((arrival, part.compute))
-            else:
-                self.link = max(self.link, routed) + part.fetch
-                late.append((self.link, part.compute))
-        for arrival, seconds in sorted(late):
-            computed = max(computed, arrival) + seconds
-        return computed
+    def _fetch_ahead(self, routed: float, ahead: Sequence[Sequence[float]]) -> dict[int, float]:
+        """When what was begun before the routing was known arrives, by its place."""
+        came: dict[int, float] = {}
+        frees = iter(self._frees)
+        place = -1
+        for expert in ahead:
+            free = next(frees) if any(expert) else 0.0
+            for seconds in expert:
+                place += 1
+                start = max(self.link, free)
+                if seconds and start >= routed:
+                    return came
+                if seconds:
+                    came[place] = self.link = start + seconds
+        return came
 
-    def _consume_in_order(
-        self, experts: Experts, came: dict[int, float], routed: float, after: float
+    def _consume(
+        self, experts: Experts, arrives: list[list[float | None]], routed: float, begin: float
     ) -> float:
-        """Expert by expert; a fetch waits for the frame of the one so many fetches before it."""
-        computed = routed
-        free = [routed] * self._frames
-        fetched = 0
-        for expert in experts:
-            arrivals = [0.0 if part.ahead is None else came.get(part.ahead, 0.0) for part in expert]
-            demanded = [part.fetch > 0 and part.ahead not in came for part in expert]
-            if any(demanded):
-                self.link = max(self.link, routed, free[fetched % self._frames])
-            for place, part in enumerate(expert):
-                if demanded[place]:
-                    self.link += part.fetch
-                    arrivals[place] = self.link
-            for part, arrival in zip(expert, arrivals, strict=True):
-                there = routed if part.fetch == 0 else arrival
-                computed = max(computed, there) + part.compute
-            if any(demanded):
-                free[fetched % self._frames] = computed
-                fetched += 1
-        return computed + after
+        """Compute everything; leaves in ``_frees`` the frames as they come free."""
+        fetched = [any(part.fetch for part in expert) for expert in experts]
+        brought = [
+            has and any(a is not None for p, a in zip(e, arrival, strict=True) if p.fetch)
+            for e, arrival, has in zip(experts, arrives, fetched, strict=True)
+        ]
+        # The rest of what is coming needs no frame of its own, and goes first.
+        for number, expert in enumerate(experts):
+            if brought[number]:
+                self._ask(expert, arrives[number], routed)
+        free = [routed] * (self._frames - sum(brought))
+        waiting = [n for n in range(len(experts)) if fetched[n] and not brought[n]]
+
+        def fetch_on() -> None:
+            while waiting and free:
+                number = waiting.pop(0)
+                self._ask(experts[number], arrives[number], free.pop(0))
+
+        fetch_on()
+        order = list(range(len(experts)))
+        now = begin
+        if self._as_ready:
+            for expert in experts:
+                now += sum(part.compute for part in expert if part.fetch == 0)
+            order = sorted((n for n in order if brought[n]), key=lambda n: _first(experts[n]))
+            order += [n for n in range(len(experts)) if fetched[n] and not brought[n]]
+        for number in order:
+            for part, arrival in zip(experts[number], arrives[number], strict=True):
+                if self._as_ready and part.fetch == 0:
+                    continue
+                assert arrival is not None, "consumed before it has a frame"
+                now = max(now, arrival) + part.compute
+            if fetched[number]:
+                free.append(now)
+                fetch_on()
+        self._frees = free
+        return now
+
+    def _ask(self, expert: Sequence[Segment], arrives: list[float | None], begin: float) -> None:
+        """Fetch the parts of an expert that nothing has brought."""
+        for place, part in enumerate(expert):
+            if arrives[place] is None:
+                self.link = max(self.link, begin) + part.fetch
+                arrives[place] = self.link
+
+
+def _first(expert: Sequence[Segment]) -> int:
+    return min(part.ahead for part in expert if part.fetch and part.ahead is not None)

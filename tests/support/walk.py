@@ -16,7 +16,7 @@ from moepack.compute import LayerCompute
 from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
 from moepack.residency import LayerCache, SharedCache
 from moepack.segments import PARTS, Part
-from moepack.trace import NO_PREDICTION, ROUTING_PARTS, RoutingPart
+from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart
 from tests.support.caches import cache_of
 from tests.support.routed import Setting
 from tests.support.simulation import Seen, Segment, Simulation
@@ -91,21 +91,22 @@ class _Layer:
         self,
         clock: Simulation,
         before: float,
+        guess: float,
         after: float,
         experts: Mapping[int, list[Segment]],
         guesses: Sequence[int],
         ahead: Sequence[Sequence[Part]],
     ) -> tuple[Seen, list[tuple[int, Part]]]:
         """One pass; also which expert's which part each transfer asked for ahead is."""
-        seconds: list[float] = []
+        seconds: list[list[float]] = []
         what: list[tuple[int, Part]] = []
         for expert, parts in zip(guesses, ahead, strict=True):
+            seconds.append([self.link_s[part] for part in parts])
             for part in parts:
                 if expert in experts:
-                    experts[expert][list(self.sizes).index(part)].ahead = len(seconds)
-                seconds.append(self.link_s[part])
+                    experts[expert][list(self.sizes).index(part)].ahead = len(what)
                 what.append((expert, part))
-        return clock.run(before, after, [experts[e] for e in sorted(experts)], seconds), what
+        return clock.run(before, guess, after, [experts[e] for e in sorted(experts)], seconds), what
 
 
 def other_s(entry: LayerCompute, tokens: int) -> tuple[float, float]:
@@ -114,6 +115,20 @@ def other_s(entry: LayerCompute, tokens: int) -> tuple[float, float]:
         piece.at(tokens) for piece in (entry.attention, entry.router, entry.fixed) if piece
     )
     return before, entry.ffn.at(tokens) if entry.ffn else 0.0
+
+
+def guessed_of(
+    layers: Sequence[_Layer], placement: Placement, shapes: Sequence[LayerShape]
+) -> list[bool]:
+    """Which layers are guessed: those that fetch ahead, and lack anything."""
+    found = []
+    for layer, shape in zip(layers, shapes, strict=True):
+        slots = {"top": layer.place.top_slots, "bottom": layer.place.bottom_slots}
+        lacks = placement.pool is not None or any(
+            slots[part] < shape.num_experts for part in layer.sizes
+        )
+        found.append(layer.place.prefetch != "off" and lacks)
+    return found
 
 
 def caches_of(layout: Layout, placement: Placement) -> list[dict[Part, LayerCache]]:
@@ -148,6 +163,7 @@ def walk(
         _Layer(setting, cut, place)
         for cut, place in zip(layout.layers, placement.layers, strict=True)
     ]
+    guessed = guessed_of(layers, placement, shapes)
     caches = caches_of(layout, placement)
     clock = Simulation(as_ready=as_ready, frames=placement.staging_experts)
     walked = Walked(layer_wait_s=dict.fromkeys(range(len(layers)), 0.0))
@@ -171,8 +187,13 @@ def walk(
                 guesses = [e for e in named[: place.prefetch_depth] if e != NO_PREDICTION]
                 ahead = layer.asked_ahead(guesses, held, placement.staging_experts)
                 experts = {expert: layer.segments(expert, held, (1,)) for expert in ids}
-                seen, what = layer.run(clock, waiting_s + before, after, experts, guesses, ahead)
-                _count(walked, index, layer, ids, held, experts, seen, what, after)
+                following = (index + 1) % len(layers)
+                guess = layers[following].entry.guess_s(1) * guessed[following]
+                clock.wasted = layer.entry.transfer_s
+                seen, what = layer.run(
+                    clock, waiting_s + before, guess, after, experts, guesses, ahead
+                )
+                _count(walked, index, layer, ids, held, experts, seen, what)
             waiting_s = 0.0
             index += 1
         if counts:
@@ -190,7 +211,6 @@ def _count(
     experts: Mapping[int, list[Segment]],
     seen: Seen,
     what: Sequence[tuple[int, Part]],
-    after: float,
 ) -> None:
     first = next(iter(layer.sizes))
     place = 0
@@ -212,7 +232,7 @@ def _count(
             walked.ahead_wasted_bytes += layer.sizes[part]
         walked.link_s += layer.link_s[part]
     computed = sum(segment.compute for expert in experts.values() for segment in expert)
-    walked.layer_wait_s[index] += seen.end - seen.routed - computed - after
+    walked.layer_wait_s[index] += seen.end - seen.begin - computed
 
 
 def first_token_s(
@@ -221,13 +241,17 @@ def first_token_s(
     placement: Placement,
     tokens: Sequence[int],
     *,
-    as_ready: bool,
     perfect: bool = False,
 ) -> float:
     """A prompt of these tokens of the trace, through one layer after the other."""
     trace, shapes = setting.tables.trace, setting.tables.layers
     caches = caches_of(layout, placement)
-    clock = Simulation(as_ready=as_ready, frames=placement.staging_experts)
+    clock = Simulation(as_ready=False, frames=placement.staging_experts)
+    layers = [
+        _Layer(setting, cut, place)
+        for cut, place in zip(layout.layers, placement.layers, strict=True)
+    ]
+    guessed = guessed_of(layers, placement, shapes)
     size = layout.prefill_block_tokens
     blocks = [list(tokens[start : start + size]) for start in range(0, len(tokens), size)]
     waiting_s = 0.0
@@ -238,19 +262,23 @@ def first_token_s(
         if setting.spec.layers[number].moe is None:
             waiting_s += before + after
             continue
-        layer = _Layer(setting, layout.layers[index], placement.layers[index])
+        layer = layers[index]
         held = {name: set(cache.resident) for name, cache in caches[index].items()}
         top_k = shapes[index].top_k
         used = [trace.ids[block, index, :top_k].ravel() for block in blocks]
         needed = np.unique(np.concatenate(used)).tolist()
         named = np.unique(trace.predicted[list(tokens), index, :top_k]).tolist()
         guesses = needed if perfect else [e for e in named if e != NO_PREDICTION]
-        ahead = layer.asked_ahead(guesses if index else [], held, placement.staging_experts)
+        ahead = layer.asked_ahead(guesses if index else [], held, placement.staging_experts - 1)
         experts = {
             expert: layer.segments(expert, held, [int((ids == expert).sum()) for ids in used])
             for expert in needed
         }
-        layer.run(clock, waiting_s + before, after, experts, guesses if index else [], ahead)
+        following = (index + 1) % len(layers)
+        lengths = [len(block) for block in blocks] if following else [1]
+        guess = sum(map(layers[following].entry.guess_s, lengths)) * guessed[following]
+        clock.wasted = layer.entry.transfer_s
+        layer.run(clock, waiting_s + before, guess, after, experts, guesses if index else [], ahead)
         waiting_s = 0.0
         index += 1
     return clock.now + waiting_s + setting.compute.head_s
