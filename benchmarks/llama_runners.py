@@ -118,7 +118,7 @@ def llama_runners(
     known = subprocess.run([str(binary), "--help"], capture_output=True, text=True, check=False)
     options = known.stdout + known.stderr
     common = [option for option in ("--no-repack", "-no-cnv") if option in options]
-    plain = LlamaRunner(f"{name}, mmap", threads, "", binary, gguf, tuple(common))
+    plain = LlamaRunner(f"{name}, mmap, as it is", threads, "", binary, gguf, tuple(common))
     found: list[Runner] = [plain]
 
     def variant(what: str, *extra: str, over: Path = gguf, absent: str = "") -> None:

@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
     Attributes
     ----------
     decode_ratio, prefill_ratio : float or None
-        Over what is asked for; None where there is nothing to compare with.
+        Over what is asked for; None where there is nothing to compare.
     """
 
     best_peer: str
@@ -105,7 +105,8 @@ def judge(rows: Sequence[Row], bar: Bar) -> Verdict:
     prefill = max((row.prefill_tokens_per_s for row in peers), default=None)
     decode_ratio = own.decode_tokens_per_s / asked if own and asked else None
     prefill_ratio = own.prefill_tokens_per_s / prefill if own and prefill else None
-    passed = own is not None and min(decode_ratio or 1.0, prefill_ratio or 1.0) >= 1
+    compared = [ratio for ratio in (decode_ratio, prefill_ratio) if ratio is not None]
+    passed = bool(compared) and min(compared) >= 1
     return Verdict(best.name if best else "", asked, decode_ratio, prefill_ratio, passed)
 
 
@@ -137,15 +138,14 @@ def sentence(verdict: Verdict, bar: Bar, rows: Sequence[Row], *, judged: bool) -
         Whether the bar holds at this share.
     """
     missed = {row.name: format_size(round(row.bytes_per_token)) for row in rows if not row.failure}
-    parts = [
-        (
-            f"Missed for each token: {bar.policy or 'no policy'} "
-            f"{format_size(round(bar.missed_bytes_per_token))} in replay, moepack "
-            f"{missed.get(OWN, '-')}, {verdict.best_peer or 'no peer'} "
-            f"{missed.get(verdict.best_peer, '-')}; the disk gives "
-            f"{format_rate(bar.bandwidth_bytes_per_s)}."
+    own, best = missed.get(OWN, "-"), missed.get(verdict.best_peer, "-")
+    parts = [f"Missed for each token: moepack {own}, {verdict.best_peer or 'no peer'} {best}"]
+    if bar.policy:
+        parts[0] += (
+            f", {bar.policy} {format_size(round(bar.missed_bytes_per_token))} in replay; the disk "
+            f"gives {format_rate(bar.bandwidth_bytes_per_s)}"
         )
-    ]
+    parts[0] += "."
     if verdict.decode_ratio is not None and verdict.bar_tokens_per_s is not None:
         parts.append(
             f"Decode: {verdict.decode_ratio:.2f} of the bar of {verdict.bar_tokens_per_s:.2f} "
