@@ -1,0 +1,320 @@
+"""Everything in the fast tier: moepack's engine beside transformers on the same checkpoint.
+
+    python -m benchmarks.resident --model DIR
+    python -m benchmarks.resident --model DIR --llama-bench PATH --gguf FILE
+
+Same weights, dtype, tokens and threads; both models are in memory at once (peak: twice the model)
+and take turns, so ratios are within one round. transformers runs with the implementation of its
+experts that a first round found fastest for each phase. Without a model: the one that ships; for
+the shape of a published one, ``python -m benchmarks.synthetic`` writes a checkpoint.
+
+The engine's own overhead is measured on a model whose experts have the least width, as published
+ones have it otherwise (16 layers, 8 of 64 experts): a decode step, less its experts' products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers  # noqa: TID251 - what is compared with
+from moepack_runtime.engine import Engine
+from moepack_runtime.ffn import FfnWeights, gated_ffn
+from moepack_runtime.loading import open_checkpoint
+from moepack_runtime.weights import TORCH_DTYPE
+
+from moepack.budget import memory_breakdown
+from moepack.checkpoint import Checkpoint
+from moepack.layouts import uniform_layout
+from moepack.model_spec import ModelSpec
+from moepack.plan import LayerPlacement, Placement
+from moepack.shipped import shipped_model
+
+#: moepack's speed over transformers', at least; and microseconds a layer, at most.
+DECODE_BAR, PREFILL_BAR, OVERHEAD_BAR_US = 1.5, 1.0, 150.0
+
+#: transformers' ways to compute experts. The third copies the weights of every token's experts.
+PREFILL_WAYS = ("eager", "grouped_mm")
+DECODE_WAYS = ("eager", "grouped_mm", "batched_mm")
+
+#: Least widths, everything else as in OLMoE.
+LEAST = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 16,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+
+Work = Callable[[], object]
+
+
+class Speeds(NamedTuple):
+    """Of one contender, tokens per second of each round."""
+
+    prefill: list[float]
+    decode: list[float]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table, and end with a line of JSON."""
+    args = _parser().parse_args(arguments)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = shipped_model() if args.model is None else args.model
+    checkpoint = Checkpoint.open(folder)
+    report: dict[str, Any] = {"model": checkpoint.spec.name, "torch": torch.__version__}
+    report["transformers"] = transformers.__version__
+    report["runs"] = [_compare(checkpoint, folder, args, threads) for threads in args.threads]
+    report["overhead_us"] = overhead_us(args.rounds)
+    print(f"engine's own overhead a layer: {report['overhead_us']:.0f} us", end=" ")
+    print(f"(bar: under {OVERHEAD_BAR_US:.0f})")
+    report["met"] = report["overhead_us"] < OVERHEAD_BAR_US and all(
+        run["decode_ratio"] >= DECODE_BAR and run["prefill_ratio"] >= PREFILL_BAR
+        for run in report["runs"]
+    )
+    print(json.dumps(report))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--prompt", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--new", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    return parser
+
+
+def _compare(
+    checkpoint: Checkpoint, folder: Path, args: argparse.Namespace, threads: int
+) -> dict[str, Any]:
+    """The engine and transformers in turns; llama.cpp behind them, where it is given."""
+    spec = checkpoint.spec
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, spec.vocab_size, (args.prompt + args.new,), generator=generator)
+    prompt, following = tokens[: args.prompt].tolist(), tokens[args.prompt :].tolist()
+    theirs = Theirs(folder, TORCH_DTYPE[spec.dtype], prompt, following)
+    with open_resident(checkpoint, len(tokens) + 1, threads) as engine:
+        ours = Ours(engine, prompt, following)
+        torch.set_num_threads(threads)
+        ways = theirs.fastest_ways()
+        found = {"moepack": Speeds([], []), "transformers": Speeds([], [])}
+        for number in range(args.rounds):
+            turns = [("moepack", ours.prefill, ours.decode), ("transformers", *theirs.works(ways))]
+            for name, prefill, decode in turns if number % 2 == 0 else reversed(turns):
+                found[name].prefill.append(args.prompt / seconds(prefill))
+                found[name].decode.append(args.new / seconds(decode))
+    run: dict[str, Any] = {"threads": threads, "prompt": args.prompt, "new": args.new}
+    run["transformers_experts"] = {"prefill": ways[0], "decode": ways[1]}
+    for phase in ("prefill", "decode"):
+        mine, other = (getattr(found[name], phase) for name in ("moepack", "transformers"))
+        run[f"moepack_{phase}"] = statistics.median(mine)
+        run[f"transformers_{phase}"] = statistics.median(other)
+        run[f"{phase}_ratio"] = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+    if args.llama_bench is not None and args.gguf is not None:
+        run |= llama_speeds(args.llama_bench, args.gguf, args, threads)
+    _print(spec, run)
+    return run
+
+
+def _print(spec: ModelSpec, run: dict[str, Any]) -> None:
+    ways = run["transformers_experts"]
+    print(f"\n{spec.name}, {spec.dtype}, {run['threads']} threads, ", end="")
+    print(f"prompt of {run['prompt']}, {run['new']} new tokens")
+    print("| tokens/s | prefill | decode |\n| --- | --- | --- |")
+    for name in ("moepack", "transformers", "llama_cpp"):
+        if f"{name}_decode" in run:
+            print(f"| {name} | {run[f'{name}_prefill']:.1f} | {run[f'{name}_decode']:.2f} |")
+    print(f"| ratio | {run['prefill_ratio']:.2f} | {run['decode_ratio']:.2f} |")
+    print(f"(transformers' experts: {ways['prefill']} and {ways['decode']}; ", end="")
+    print(f"bars: {PREFILL_BAR:.1f} and {DECODE_BAR:.1f})")
+
+
+def seconds(work: Work) -> float:
+    """What it takes."""
+    began_s = time.perf_counter()
+    work()
+    return time.perf_counter() - began_s
+
+
+def _thread_seconds(work: Work) -> float:
+    """What it takes of this thread's time on a processor."""
+    began_s = time.thread_time()
+    work()
+    return time.thread_time() - began_s
+
+
+class Ours:
+    """The engine on a prompt, then on given tokens."""
+
+    def __init__(self, engine: Engine, prompt: list[int], following: list[int]) -> None:
+        self._engine, self._prompt, self._following = engine, prompt, following
+        self.prefill()
+
+    def prefill(self) -> None:
+        """From an empty cache."""
+        self._engine.reset()
+        self._engine.prefill(self._prompt)
+
+    def decode(self) -> None:
+        """Behind the prompt."""
+        for token in self._following:
+            self._engine.decode(token)
+
+
+class Theirs:
+    """transformers on the same."""
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, prompt: list[int], following: list[int]
+    ) -> None:
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._prompt = torch.tensor([prompt])
+        self._following = [torch.tensor([[token]]) for token in following]
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def _prefill(self) -> None:
+        found = self._model(self._prompt, use_cache=True, logits_to_keep=1)
+        self._cache = found.past_key_values
+
+    @torch.inference_mode()
+    def _decode(self) -> None:
+        for token in self._following:
+            self._model(token, past_key_values=self._cache, use_cache=True)
+
+    def _by(self, way: str, work: Work) -> Work:
+        def run() -> None:
+            self._model.set_experts_implementation(way)
+            work()
+
+        return run
+
+    def works(self, ways: tuple[str, str]) -> tuple[Work, Work]:
+        """Prefill and decode."""
+        return self._by(ways[0], self._prefill), self._by(ways[1], self._decode)
+
+    def fastest_ways(self) -> tuple[str, str]:
+        """The ways to compute experts that take the least time, each tried after a warm-up."""
+        prefill = {way: self._by(way, self._prefill) for way in PREFILL_WAYS}
+        decode = {way: self._by(way, self._decode) for way in DECODE_WAYS}
+        return _fastest(prefill), _fastest(decode)
+
+
+def _fastest(works: dict[str, Work]) -> str:
+    for work in works.values():
+        work()
+    times = {way: min(seconds(work) for _ in range(2)) for way, work in works.items()}
+    return min(times, key=lambda way: times[way])
+
+
+def open_resident(checkpoint: Checkpoint, context_tokens: int, threads: int) -> Engine:
+    """An engine with a slot for every expert."""
+    spec = checkpoint.spec
+    layout = uniform_layout(spec, 1.0)
+    layers = tuple(
+        LayerPlacement(
+            layer=cut.layer,
+            budget_bytes=0,
+            top_slots=spec.moe(cut.layer).num_experts,
+            bottom_slots=0,
+            policy="lru",
+            hot=tuple(range(spec.moe(cut.layer).num_experts)),
+        )
+        for cut in layout.layers
+    )
+    memory = memory_breakdown(
+        spec,
+        layout,
+        layers,
+        staging_experts=1,
+        context_tokens=context_tokens,
+        threads=threads,
+    )
+    placement = Placement(
+        device="cpu",
+        fast_budget_bytes=memory.total_bytes,
+        staging_experts=1,
+        context_tokens=context_tokens,
+        prompt_tokens=context_tokens // 2,
+        new_tokens=context_tokens // 2,
+        memory=memory,
+        layers=layers,
+        threads=threads,
+    )
+    return open_checkpoint(checkpoint, spec, layout, placement)
+
+
+def overhead_us(rounds: int) -> float:
+    """Median microseconds a layer of a decode step without its experts' products, one thread.
+
+    Of that thread's own time: what else runs on the machine does not count.
+    """
+    config = transformers.OlmoeConfig(**LEAST)
+    model = transformers.OlmoeForCausalLM(config).to(torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with open_resident(Checkpoint.open(Path(folder)), 512, threads=1) as engine:
+            ours = Ours(engine, list(range(3, 35)), [7] * 20)
+            layers = len(engine.spec.layers)
+            experts = _expert_products(engine.spec, layers * 20)
+            found = []
+            for _ in range(3 * rounds):
+                ours.prefill()
+                own_s = _thread_seconds(ours.decode) - _thread_seconds(experts)
+                found.append(own_s / (layers * 20) * 1e6)
+    return statistics.median(found)
+
+
+@torch.inference_mode()
+def _expert_products(spec: ModelSpec, times: int) -> Work:
+    """What the experts of so many layers compute for one token."""
+    moe = spec.moe(spec.moe_layers[0])
+    gate_up = torch.randn(2 * moe.intermediate_size, spec.hidden_size).bfloat16()
+    gate, up = gate_up.chunk(2)
+    down = torch.randn(spec.hidden_size, moe.intermediate_size).bfloat16()
+    weights = FfnWeights(gate, up, down, gate_up=gate_up)
+    x = torch.randn(1, spec.hidden_size).bfloat16()
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(times * moe.top_k):
+            gated_ffn(x, weights, moe.activation_spec)
+
+    return run
+
+
+def llama_speeds(
+    program: Path, gguf: Path, args: argparse.Namespace, threads: int
+) -> dict[str, Any]:
+    """Tokens per second of llama.cpp's own benchmark."""
+    command = [str(program), "-m", str(gguf), "-o", "json", "-t", str(threads)]
+    command += ["-p", str(args.prompt), "-n", str(args.new), "-r", str(args.rounds)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return parse_llama(answer)
+
+
+def parse_llama(answer: str) -> dict[str, Any]:
+    """What ``llama-bench -o json`` prints, as this benchmark's figures."""
+    found: dict[str, Any] = {}
+    for test in json.loads(answer):
+        phase = "prefill" if test["n_prompt"] else "decode"
+        found[f"llama_cpp_{phase}"] = statistics.median(test["samples_ts"])
+    return found
+
+
+if __name__ == "__main__":
+    main()
