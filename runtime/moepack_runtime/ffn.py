@@ -66,10 +66,10 @@ def _gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec)
     else:
         gate = F.linear(x, weights.gate, weights.gate_bias)
         up = F.linear(x, weights.up, weights.up_bias)
-    return F.linear(_activate(gate, up, activation), weights.down, weights.down_bias)
+    return F.linear(activate(gate, up, activation), weights.down, weights.down_bias)
 
 
-def _activate(gate: torch.Tensor, up: torch.Tensor, activation: ActivationSpec) -> torch.Tensor:
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: ActivationSpec) -> torch.Tensor:
     """[tokens, neurons] twice to [tokens, neurons]."""
     if activation.kind == "silu":
         return F.silu(gate).mul_(up)
