@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from random import Random
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from moepack.segments import SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import Twin, all_logits, open_engine
 from tests.support.plans import mixed_layout, placement
+from tests.support.predictors import Guesses
 
 PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(45)]
 FOLLOWING = [17, 99, 4, 250, 31, 8]
@@ -38,19 +38,6 @@ TWINS: dict[str, Twin] = {
     "hostile-2": partial(HostileTransfer, seed=2),
     "throttled": partial(ThrottledTransfer, rate_bytes_per_s=1e9, latency_s=2e-5),
 }
-
-
-class Guesses(Predictor):
-    """Any experts at all, as many as are asked for."""
-
-    def __init__(self, experts: int, seed: int) -> None:
-        self._experts = experts
-        self._random = Random(seed)
-
-    @override
-    def rank(self, target: int, residual: torch.Tensor, depth: int) -> torch.Tensor:
-        everyone = range(self._experts)
-        return torch.tensor([self._random.sample(everyone, depth) for _ in residual])
 
 
 class Recorder(Transfer):
