@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         if asked.check is not None:
-            check(asked.check, asked.recording, draws=asked.draws)
+            check(asked.check, asked.recording, draws=asked.draws, generate=not asked.no_drawn)
         else:
             _write(asked)
     except MoepackError as failure:
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recording", type=Path, metavar="FILE", help="recorded routing, an .npz")
     parser.add_argument("--draws", type=int, default=4, help="sets of random texts (default 4)")
+    parser.add_argument("--no-drawn", action="store_true", help="it draws no texts of its own")
     return parser
 
 
