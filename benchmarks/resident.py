@@ -46,7 +46,7 @@ PREFILL_WAYS = ("eager", "grouped_mm")
 DECODE_WAYS = ("eager", "grouped_mm", "batched_mm")
 
 #: Least widths, everything else as in OLMoE.
-LEAST = {
+LEAST: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 16,
@@ -54,6 +54,8 @@ LEAST = {
     "num_attention_heads": 4,
     "num_experts": 64,
     "num_experts_per_tok": 8,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 
 Work = Callable[[], object]
