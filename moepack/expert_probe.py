@@ -126,6 +126,7 @@ def measure_transfer(
         Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
         Held(top=0.0, bottom=1.0),
         staging_experts=top_k,
+        as_ready=True,
     )
     return max(0.0, missing_s - priced_s.item()) / top_k
 
