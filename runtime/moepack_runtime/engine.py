@@ -10,38 +10,30 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from time import perf_counter
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
 from moepack.errors import ContextLengthError, RunError
-from moepack.model_spec import ModelSpec, MoeSpec
+from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.layer_loop import Hidden, LayerLoop
 from moepack_runtime.live_routing import Replan, Replanning
 from moepack_runtime.look_ahead import LookAhead
 from moepack_runtime.memory import peak_resident_bytes, refusals_named
-from moepack_runtime.model import Decoder, DecoderLayer
-from moepack_runtime.moe import Block, add_experts
+from moepack_runtime.model import Decoder
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.predict import NextRouter, Predictor
-from moepack_runtime.progress import NO_PROGRESS, Progress, working
+from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.rearranging import rearrange, require_same_slots
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import LinkStatistics, Transfer
-
-
-class _Hidden(NamedTuple):
-    """A block of the residual stream: its first position, and [tokens, hidden]."""
-
-    start: int
-    hidden: torch.Tensor
 
 
 class Engine:
@@ -114,12 +106,10 @@ class Engine:
             )
             self._experts.warm(progress)
         self._predictor = predictor or NextRouter(self.decoder.layers)
-        self._look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
+        look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
+        meter = Meter(0, transfer.statistics)
+        self._loop = LayerLoop(spec, self.decoder, self.kv, self._experts, look_ahead, meter)
         self._replanning: Replanning | None = None
-        self._observer: Observer | None = None
-        self._pass_observer: PassObserver | None = None
-        self._timeline: Timeline | None = None
-        self._meter = Meter(0, transfer.statistics)
         self._broken = False
         self._tokens: list[int] = []  # what is in the cache
         self._drawn: int | None = None  # behind that, drawn and not yet run
@@ -144,15 +134,15 @@ class Engine:
 
     def observe(self, observer: Observer | None) -> None:
         """Show every routing decision to ``observer`` from now on."""
-        self._observer = observer
+        self._loop.watching.routing = observer
 
     def observe_passes(self, observer: PassObserver | None) -> None:
         """Show what every pass finds to ``observer`` from now on."""
-        self._pass_observer = observer
+        self._loop.watching.passes = observer
 
     def observe_time(self, timeline: Timeline | None) -> None:
         """Show ``timeline`` from now on when things happen."""
-        self._timeline = timeline
+        self._loop.watching.time = timeline
         self._experts.observe_time(timeline)
 
     def replan_every(self, tokens: int, replan: Replan) -> None:
@@ -162,6 +152,7 @@ class Engine:
         allocated here and is no part of the fast tier.
         """
         self._replanning = Replanning(self.spec, replan, tokens)
+        self._loop.watching.live = self._replanning.window
 
     def rearrange(self, layers: Sequence[LayerPlacement]) -> int:
         """Let the layers have other numbers of slots, between two passes.
@@ -194,7 +185,9 @@ class Engine:
         moved_bytes = rearrange(self._experts, layers)
         self._broken = False
         self._placement = replace(self._placement, layers=tuple(layers))
-        self._look_ahead = LookAhead(self.spec, self._placement, self._experts, self._predictor)
+        self._loop.look_ahead = LookAhead(
+            self.spec, self._placement, self._experts, self._predictor
+        )
         return moved_bytes
 
     @property
@@ -220,7 +213,7 @@ class Engine:
 
     def stats(self) -> RunStats:
         """Of the last (or current) generation."""
-        return self._meter.stats(
+        return self._loop.meter.stats(
             self._transfer.statistics,
             peak_fast_bytes=self._peak_fast_bytes(),
             peak_process_bytes=peak_resident_bytes(),
@@ -262,10 +255,10 @@ class Engine:
         self._require_room(len(prompt), max_new_tokens)
         self._plan_again()
         self.reset()
-        self._meter = Meter(len(prompt), self._transfer.statistics)
-        self._meter.begin(self._transfer.statistics)
+        meter = self._loop.meter = Meter(len(prompt), self._transfer.statistics)
+        meter.begin(self._transfer.statistics)
         token = self._drawn = sampler.draw(self.prefill(prompt, progress))
-        self._meter.first_token()
+        meter.first_token()
         yield token
         if token not in stop_ids:
             yield from self._go_on(max_new_tokens - 1, sampler, stop_ids)
@@ -302,9 +295,9 @@ class Engine:
         for _ in range(new_tokens):
             token = self._drawn
             assert token is not None
-            self._meter.begin(self._transfer.statistics)
+            self._loop.meter.begin(self._transfer.statistics)
             token = self._drawn = sampler.draw(self.decode(token))
-            self._meter.next_token(self._transfer.statistics)
+            self._loop.meter.next_token(self._transfer.statistics)
             yield token
             if token in stop_ids:
                 return
@@ -359,14 +352,10 @@ class Engine:
         self.kv.advance(len(run))
         self._tokens.extend(run)
         with torch.inference_mode(), self._refusals_named():
-            slices = _Slices(self._timeline, len(self.spec.layers))
-            if all_logits:
-                hidden = torch.cat([block.hidden for block in blocks])[-len(tokens) :]
-            else:
-                hidden = blocks[-1].hidden[-1:]
-            logits = self.decoder.logits(hidden)
-            slices.end("head")
-        return logits
+            if not all_logits:
+                return self._loop.logits(blocks[-1].hidden[-1:])
+            hidden = torch.cat([block.hidden for block in blocks])
+            return self._loop.logits(hidden[-len(tokens) :])
 
     def survey(self, sequences: Sequence[Sequence[int]]) -> None:
         """Run many sequences at once, for what the observer sees of them.
@@ -384,16 +373,12 @@ class Engine:
     @torch.inference_mode()
     def _run(
         self, sequences: Sequence[tuple[int, Sequence[int]]], progress: Progress = NO_PROGRESS
-    ) -> list[_Hidden]:
+    ) -> list[Hidden]:
         """All layers over all blocks of (first position, tokens); the residual stream of each."""
         self._require_whole()
         self._broken = True  # until the pass has gone through: an error leaves slots half-written
         with self._refusals_named():
-            stream = self._embed(sequences)
-            with working(progress, "run the prompt (layers)", len(self.spec.layers), "items"):
-                for layer in range(len(self.spec.layers)):
-                    stream = self._run_layer(layer, stream)
-                    progress.advance(1)
+            stream = self._loop.run(self._embed(sequences), progress)
         self._broken = False
         if self._replanning is not None:
             self._replanning.window.advance(sum(len(tokens) for _, tokens in sequences))
@@ -403,7 +388,7 @@ class Engine:
         if self._broken:
             raise RunError("the engine failed in an earlier step; open it again")
 
-    def _embed(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[_Hidden]:
+    def _embed(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[Hidden]:
         """The residual stream before the first layer, block by block."""
         stream = []
         for start, tokens in sequences:
@@ -411,84 +396,6 @@ class Engine:
             for offset in range(0, len(tokens), self._block_tokens):
                 # A copy: a view would keep the embeddings of the whole prompt.
                 block = embedded[offset : offset + self._block_tokens].clone()
-                stream.append(_Hidden(start + offset, block))
+                stream.append(Hidden(start + offset, block))
             del embedded
         return stream
-
-    def _run_layer(self, number: int, stream: list[_Hidden]) -> list[_Hidden]:
-        """One layer over all blocks. Empties ``stream``: the residual exists once at a time."""
-        whole = _Slices(self._timeline, number)
-        layer = self.decoder.layers[number]
-        moe = self.spec.layers[number].moe
-        residuals: list[_Hidden] = []
-        blocks: list[Block] = []
-        stream.reverse()
-        while stream:
-            start, hidden = stream.pop()
-            slices = _Slices(self._timeline, number)
-            if start == 0:
-                self.kv.layers[number].truncate(0)  # a survey passes from one sequence to the next
-            residual = layer.attend(hidden, start)
-            slices.end("attention")
-            inputs = layer.mlp_norm(residual)
-            if moe is None:
-                residuals.append(_Hidden(start, residual + layer.dense(inputs)))
-                slices.end("dense")
-                continue
-            residuals.append(_Hidden(start, residual))
-            routing = layer.route(inputs)
-            slices.end("route")
-            if self._observer is not None:
-                self._observer.routed(number, residual, routing)
-            blocks.append(Block(inputs, routing))
-        if moe is not None:
-            self._add_experts(number, moe, layer, residuals, blocks)
-        whole.end("layer")
-        return residuals
-
-    def _add_experts(
-        self,
-        number: int,
-        moe: MoeSpec,
-        layer: DecoderLayer,
-        residuals: list[_Hidden],
-        blocks: list[Block],
-    ) -> None:
-        """Add the second half of a layer to the residual stream, in place."""
-        slices = _Slices(self._timeline, number)
-        tokens = [row for block in blocks for row in block.routing.ids.tolist()]
-        layer_pass = self._experts.step(number, tokens)
-        slices.end("route")
-        # Behind the demands, before anything else: the link is to have work from now on.
-        if self._look_ahead.looks_from(number):
-            self._look_ahead.look(number, [hidden for _, hidden in residuals])
-            layer_pass.fetch_ahead()
-            slices.end("predict")
-        totals = [layer.begin_sum(block.inputs) for block in blocks]
-        slices.end("shared")
-        add_experts(moe, blocks, totals, layer_pass)
-        for (_, residual), total in zip(residuals, totals, strict=True):
-            residual.add_(total.to(residual.dtype))
-        self._meter.count(number, layer_pass.report())
-        if self._replanning is not None:
-            self._replanning.window.record(number, tokens)
-        if self._pass_observer is not None:
-            self._pass_observer.passed(number, tokens, layer_pass.hits)
-
-
-class _Slices:
-    """Cuts the time of a layer into pieces for a timeline, if there is one."""
-
-    __slots__ = ("_began_s", "_layer", "_timeline")
-
-    def __init__(self, timeline: Timeline | None, layer: int) -> None:
-        self._timeline = timeline
-        self._layer = layer
-        self._began_s = perf_counter()
-
-    def end(self, what: str) -> None:
-        """End a piece; the next one begins."""
-        if self._timeline is not None:
-            now_s = perf_counter()
-            self._timeline.computed(what, self._layer, self._began_s, now_s)
-            self._began_s = now_s

@@ -1,0 +1,162 @@
+"""The walk through the layers: attention, router, experts, over all blocks of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from moepack.model_spec import ModelSpec, MoeSpec
+from moepack_runtime.experts import ExpertMemory
+from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.live_routing import RoutingWindow
+from moepack_runtime.look_ahead import LookAhead
+from moepack_runtime.model import Decoder, DecoderLayer
+from moepack_runtime.moe import Block, add_experts
+from moepack_runtime.observers import Observer, PassObserver, Timeline
+from moepack_runtime.progress import Progress, working
+from moepack_runtime.stats import Meter
+
+
+class Hidden(NamedTuple):
+    """A block of the residual stream: its first position, and [tokens, hidden]."""
+
+    start: int
+    hidden: torch.Tensor
+
+
+@dataclass
+class Watching:
+    """Who is shown what happens; nobody where None."""
+
+    routing: Observer | None = None
+    passes: PassObserver | None = None
+    time: Timeline | None = None
+    live: RoutingWindow | None = None
+
+
+class LayerLoop:
+    """Runs every layer of a decoder over blocks of tokens, one layer after the other.
+
+    Attributes
+    ----------
+    look_ahead : LookAhead
+        Asks for the next layer's experts while one runs.
+    watching : Watching
+    meter : Meter
+        Is told what every pass over a layer's experts found.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: Decoder,
+        kv: KvCache,
+        experts: ExpertMemory,
+        look_ahead: LookAhead,
+        meter: Meter,
+    ) -> None:
+        self._spec = spec
+        self._decoder = decoder
+        self._kv = kv
+        self._experts = experts
+        self.look_ahead = look_ahead
+        self.meter = meter
+        self.watching = Watching()
+
+    def run(self, stream: list[Hidden], progress: Progress) -> list[Hidden]:
+        """All layers. Empties ``stream``, and returns the residual stream behind the last one."""
+        layers = len(self._spec.layers)
+        with working(progress, "run the prompt (layers)", layers, "items"):
+            for number in range(layers):
+                stream = self._run_layer(number, stream)
+                progress.advance(1)
+        return stream
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head makes of [tokens, hidden]: float32 [tokens, vocab]."""
+        slices = _Slices(self.watching.time, len(self._spec.layers))
+        logits = self._decoder.logits(hidden)
+        slices.end("head")
+        return logits
+
+    def _run_layer(self, number: int, stream: list[Hidden]) -> list[Hidden]:
+        """One layer over all blocks. Empties ``stream``: the residual exists once at a time."""
+        whole = _Slices(self.watching.time, number)
+        layer = self._decoder.layers[number]
+        moe = self._spec.layers[number].moe
+        residuals: list[Hidden] = []
+        blocks: list[Block] = []
+        stream.reverse()
+        while stream:
+            start, hidden = stream.pop()
+            slices = _Slices(self.watching.time, number)
+            if start == 0:
+                self._kv.layers[number].truncate(0)  # a survey passes from sequence to sequence
+            residual = layer.attend(hidden, start)
+            slices.end("attention")
+            inputs = layer.mlp_norm(residual)
+            if moe is None:
+                residuals.append(Hidden(start, residual + layer.dense(inputs)))
+                slices.end("dense")
+                continue
+            residuals.append(Hidden(start, residual))
+            routing = layer.route(inputs)
+            slices.end("route")
+            if self.watching.routing is not None:
+                self.watching.routing.routed(number, residual, routing)
+            blocks.append(Block(inputs, routing))
+        if moe is not None:
+            self._add_experts(number, moe, layer, [hidden for _, hidden in residuals], blocks)
+        whole.end("layer")
+        return residuals
+
+    def _add_experts(
+        self,
+        number: int,
+        moe: MoeSpec,
+        layer: DecoderLayer,
+        residuals: Sequence[torch.Tensor],
+        blocks: Sequence[Block],
+    ) -> None:
+        """Add the second half of a layer to the residual stream, in place."""
+        slices = _Slices(self.watching.time, number)
+        tokens = [row for block in blocks for row in block.routing.ids.tolist()]
+        layer_pass = self._experts.step(number, tokens)
+        slices.end("route")
+        # Behind the demands, before anything else: the link is to have work from now on.
+        if self.look_ahead.looks_from(number):
+            self.look_ahead.look(number, residuals)
+            layer_pass.fetch_ahead()
+            slices.end("predict")
+        totals = [layer.begin_sum(block.inputs) for block in blocks]
+        slices.end("shared")
+        add_experts(moe, blocks, totals, layer_pass)
+        for residual, total in zip(residuals, totals, strict=True):
+            residual.add_(total.to(residual.dtype))
+        self.meter.count(number, layer_pass.report())
+        if self.watching.live is not None:
+            self.watching.live.record(number, tokens)
+        if self.watching.passes is not None:
+            self.watching.passes.passed(number, tokens, layer_pass.hits)
+
+
+class _Slices:
+    """Cuts the time of a layer into pieces for a timeline, if there is one."""
+
+    __slots__ = ("_began_s", "_layer", "_timeline")
+
+    def __init__(self, timeline: Timeline | None, layer: int) -> None:
+        self._timeline = timeline
+        self._layer = layer
+        self._began_s = perf_counter()
+
+    def end(self, what: str) -> None:
+        """End a piece; the next one begins."""
+        if self._timeline is not None:
+            now_s = perf_counter()
+            self._timeline.computed(what, self._layer, self._began_s, now_s)
+            self._began_s = now_s
