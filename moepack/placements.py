@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from moepack.budget import fixed_bytes, memory_breakdown, staging_bytes, stored_bytes
@@ -86,6 +87,11 @@ def placement(
         layers=tuple(layers),
         ram_budget_bytes=request.ram_budget_bytes,
         threads=request.compute.threads,
-        readers=request.hardware.disk.readers,
+        readers=request.hardware.disk.readers_for(_mean_segment_bytes(request, layout)),
         pool=pool,
     )
+
+
+def _mean_segment_bytes(request: PlanRequest, layout: Layout) -> float:
+    sizes = [stored_bytes(request.spec, cut, part) for cut in layout.layers for part in PARTS]
+    return statistics.fmean(size for size in sizes if size)

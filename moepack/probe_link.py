@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -191,7 +192,7 @@ class DiskProbe:
 def _curve(
     batches_s: dict[int, dict[int, list[float]]], latency_s: float, *, past_cache: bool, how: str
 ) -> LinkCurve:
-    """One curve, for the number of readers that a runtime should use."""
+    """One curve, for the numbers of readers that a runtime should use."""
     timings = {
         readers: {size: summarise(durations_s) for size, durations_s in sizes.items()}
         for readers, sizes in batches_s.items()
@@ -203,13 +204,18 @@ def _curve(
     }
     best = min(slowness.values())
     readers = min(r for r, value in slowness.items() if value <= best + log(_WORTHWHILE))
-    return LinkCurve(
+    curve = LinkCurve(
         readers=readers,
         latency_s=rounded(latency_s),
         past_cache=past_cache,
         how=how,
         points=tuple(_point(size, timing) for size, timing in timings[readers].items()),
     )
+    # Each size as a runtime reads it: with as many readers as it takes, of the numbers measured.
+    sizes = timings[readers]
+    used = {size: max(r for r in timings if r <= curve.readers_for(size)) for size in sizes}
+    points = tuple(_point(size, timings[count][size]) for size, count in used.items())
+    return dataclasses.replace(curve, points=points)
 
 
 def _point(size_bytes: int, timing: Timing) -> LinkPoint:

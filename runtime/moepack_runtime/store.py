@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from typing_extensions import override
 
 from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
@@ -187,8 +187,9 @@ class PackStore(SegmentStore):
             raise TransferError(f"{segment}: {failure}") from None
         if check is CheckMode.NEVER or (check is CheckMode.FIRST and segment in self._checked):
             return
-        # Without the interpreter lock, so that the other readers go on.
-        if zlib.crc32(destination[: entry.size_bytes].data) != entry.crc32:
+        # In a tenth of zlib's time, which is two thirds of the read's, and without the
+        # interpreter lock, so that the other readers go on.
+        if isal_zlib.crc32(destination[: entry.size_bytes].data) != entry.crc32:
             raise DamagedSegmentError(
                 f"{segment}: its bytes in {self._packed.path(entry)} do not match their checksum; "
                 "check the folder with moepack verify, then pack again"
@@ -229,7 +230,7 @@ class PackStore(SegmentStore):
             )
             destination[done : done + count].copy_(step[:count])
             if check is not CheckMode.NEVER:
-                checksum = zlib.crc32(buffer[:count].data, checksum)
+                checksum = isal_zlib.crc32(buffer[:count].data, checksum)
             progress.advance(count)
         if check is not CheckMode.NEVER and checksum != entry.crc32:
             raise DamagedSegmentError(

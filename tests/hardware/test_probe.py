@@ -16,7 +16,7 @@ from moepack.hardware import HardwareProfile, load_hardware
 from moepack.progress import NO_PROGRESS, Progress, Unit
 from moepack.rates import LinkCurve
 from moepack.timing import Timing
-from moepack.units import GIB, MIB
+from moepack.units import GIB, KIB, MIB
 
 
 class Recorder:
@@ -204,6 +204,16 @@ def test_the_fewest_readers_that_are_about_as_fast_are_taken() -> None:
     faster = curve({1: {4096: 1e8, MIB: 1.0e9}, 2: {4096: 2e8, MIB: 1.5e9}})
     assert faster.readers == 2
     assert [point.bytes_per_s for point in faster.points] == [2e8, 1.5e9]
+
+
+def test_large_transfers_are_measured_as_they_are_made_one_by_one() -> None:
+    sizes = (256 * KIB, 2 * MIB, 16 * MIB)
+    found = curve({r: {size: 1e9 * r + size for size in sizes} for r in (1, 2, 4)})
+    assert found.readers == 4
+    assert [found.readers_for(size) for size in sizes] == [4, 2, 1]
+    assert [point.bytes_per_s for point in found.points] == [
+        pytest.approx(1e9 * readers + size) for readers, size in zip((4, 2, 1), sizes, strict=True)
+    ]
 
 
 @pytest.fixture
