@@ -9,7 +9,8 @@ experts that a first round found fastest for each phase. Without a model: the on
 the shape of a published one, ``python -m benchmarks.synthetic`` writes a checkpoint.
 
 The engine's own overhead is measured on a model whose experts have the least width, as published
-ones have it otherwise (16 layers, 8 of 64 experts): a decode step, less its experts' products.
+ones have it otherwise (16 layers, 8 of 64 experts): what a layer takes from the routing to the sum
+over its experts, less their products; and beside it a whole layer, less the same.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from typing import Any, NamedTuple
 import torch
 import transformers  # noqa: TID251 - what is compared with
 from moepack_runtime.engine import Engine
-from moepack_runtime.ffn import FfnWeights, gated_ffn
-from moepack_runtime.loading import open_checkpoint
+from moepack_runtime.experts import ExpertMemory
+from moepack_runtime.ffn import gated_ffn
+from moepack_runtime.loading import open_checkpoint, open_transfer
+from moepack_runtime.moe import Block, add_experts
+from moepack_runtime.router import Routing
+from moepack_runtime.store import CheckpointStore
 from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Placement
+from moepack.plan import LayerPlacement, Layout, Placement
 from moepack.shipped import shipped_model
 
 #: moepack's speed over transformers', at least; and microseconds a layer, at most.
@@ -78,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"model": checkpoint.spec.name, "torch": torch.__version__}
     report["transformers"] = transformers.__version__
     report["runs"] = [_compare(checkpoint, folder, args, threads) for threads in args.threads]
-    report["overhead_us"] = overhead_us(args.rounds)
-    print(f"engine's own overhead a layer: {report['overhead_us']:.0f} us", end=" ")
-    print(f"(bar: under {OVERHEAD_BAR_US:.0f})")
+    found = overhead(args.rounds)
+    report["overhead_us"], report["layer_us"] = found
+    print(f"engine's own overhead a layer: {found.own_us:.0f} us", end=" ")
+    print(f"(bar: under {OVERHEAD_BAR_US:.0f}); a whole layer {found.layer_us:.0f} us")
     report["met"] = report["overhead_us"] < OVERHEAD_BAR_US and all(
         run["decode_ratio"] >= DECODE_BAR and run["prefill_ratio"] >= PREFILL_BAR
         for run in report["runs"]
@@ -260,43 +266,76 @@ def open_resident(checkpoint: Checkpoint, context_tokens: int, threads: int) -> 
     return open_checkpoint(checkpoint, spec, layout, placement)
 
 
-def overhead_us(rounds: int) -> float:
-    """Median microseconds a layer of a decode step without its experts' products, one thread.
+class Overhead(NamedTuple):
+    """Microseconds of a decode step for one layer whose experts have the least width.
 
-    Of that thread's own time: what else runs on the machine does not count.
+    Attributes
+    ----------
+    own_us
+        The engine's own: everything from the routing to the sum over the experts, without their
+        products.
+    layer_us
+        A whole layer without its experts' products: attention, norms and router as well.
     """
-    config = transformers.OlmoeConfig(**LEAST)
-    model = transformers.OlmoeForCausalLM(config).to(torch.bfloat16)
+
+    own_us: float
+    layer_us: float
+
+
+def overhead(rounds: int) -> Overhead:
+    """Medians on one thread, of that thread's own time: what else runs does not count."""
+    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**LEAST)).to(torch.bfloat16)
+    halves, layers_us = [], []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        with open_resident(Checkpoint.open(Path(folder)), 512, threads=1) as engine:
+        checkpoint = Checkpoint.open(Path(folder))
+        with open_resident(checkpoint, 512, threads=1) as engine:
             ours = Ours(engine, list(range(3, 35)), [7] * 20)
-            layers = len(engine.spec.layers)
-            experts = _expert_products(engine.spec, layers * 20)
-            found = []
+            times = len(engine.spec.layers) * 20
+            half, products = _expert_half(checkpoint, times)
             for _ in range(3 * rounds):
                 ours.prefill()
-                own_s = _thread_seconds(ours.decode) - _thread_seconds(experts)
-                found.append(own_s / (layers * 20) * 1e6)
-    return statistics.median(found)
+                products_s = _thread_seconds(products)
+                halves.append((_thread_seconds(half) - products_s) / times * 1e6)
+                layers_us.append((_thread_seconds(ours.decode) - products_s) / times * 1e6)
+    return Overhead(statistics.median(halves), statistics.median(layers_us))
 
 
-@torch.inference_mode()
-def _expert_products(spec: ModelSpec, times: int) -> Work:
-    """What the experts of so many layers compute for one token."""
-    moe = spec.moe(spec.moe_layers[0])
-    gate_up = torch.randn(2 * moe.intermediate_size, spec.hidden_size).bfloat16()
-    gate, up = gate_up.chunk(2)
-    down = torch.randn(spec.hidden_size, moe.intermediate_size).bfloat16()
-    weights = FfnWeights(gate, up, down, gate_up=gate_up)
-    x = torch.randn(1, spec.hidden_size).bfloat16()
+def _expert_half(checkpoint: Checkpoint, times: int) -> tuple[Work, Work]:
+    """So many passes of one token over a layer's experts, and so many times their products."""
+    spec = checkpoint.spec
+    number = spec.moe_layers[0]
+    moe = spec.moe(number)
+    layout = Layout(spec.digest, uniform_layout(spec, 1.0).layers[:1])
+    transfer = open_transfer(spec, layout, CheckpointStore(checkpoint, spec, layout), "cpu")
+    everyone = tuple(range(moe.num_experts))
+    place = LayerPlacement(number, 0, moe.num_experts, 0, "lru", everyone)
+    memory = ExpertMemory(spec, layout, [place], staging_experts=1, transfer=transfer)
+    memory.warm()
+    transfer.close()
+    with torch.inference_mode():
+        x = torch.randn(1, spec.hidden_size).bfloat16()
+        ids = torch.arange(moe.top_k).unsqueeze(0)
+        block = Block(x, Routing(ids, torch.full(ids.shape, 1 / moe.top_k)))
+        slots = memory.layers[number]
+        pieces = slots.slots["top"].pieces[: moe.top_k]
+        weights = [piece.weights(slots.shapes["top"]) for piece in pieces]
 
     @torch.inference_mode()
-    def run() -> None:
-        for _ in range(times * moe.top_k):
-            gated_ffn(x, weights, moe.activation_spec)
+    def half() -> None:
+        for _ in range(times):
+            layer_pass = memory.step(number, ids.tolist())
+            total = torch.zeros_like(x, dtype=torch.float32)
+            add_experts(moe, [block], [total], layer_pass)
+            layer_pass.report()
 
-    return run
+    @torch.inference_mode()
+    def products() -> None:
+        for _ in range(times):
+            for one in weights:
+                gated_ffn(x, one, moe.activation_spec)
+
+    return half, products
 
 
 def llama_speeds(

@@ -170,24 +170,35 @@ class LayerPass:
         self._tokens = tokens
         self._named = claim.named
         self._computing: tuple[SegmentId, float] | None = None
-        missing = [e for e in self._needed if self._lacks(e)]
-        self._unready = {expert for expert in missing if not self._is_ready(expert)}
-        self._missing = deque(expert for expert in missing if expert not in self._fetches)
+        self._lacking = self._find_lacking()
+        self._unready = {expert for expert in self._lacking if not self._is_ready(expert)}
+        self._missing = deque(expert for expert in self._lacking if expert not in self._fetches)
         for expert, fetch in self._fetches.items():
             self._demand(expert, fetch)  # a part that had not begun
         self._fetch_on()
 
-    def _lacks(self, expert: int) -> bool:
-        return any(expert not in access.resident for access in self._access.values())
+    def _find_lacking(self) -> dict[int, list[Part]]:
+        """The needed experts of which something is missing, and what, in ascending order."""
+        lacking: dict[int, list[Part]] = {}
+        for part, access in self._access.items():
+            if len(access.resident) < len(self._needed):
+                for expert in self._needed:
+                    if expert not in access.resident:
+                        lacking.setdefault(expert, []).append(part)
+        return lacking if len(self._access) == 1 else dict(sorted(lacking.items()))
 
     def _is_ready(self, expert: int) -> bool:
         """Whether all that an expert lacked has been brought ahead."""
         fetch = self._fetches.get(expert)
         return fetch is not None and all(
-            expert in access.resident
-            or (part in fetch.tickets and self._transfer.is_ready(fetch.tickets[part]))
-            for part, access in self._access.items()
+            part in fetch.tickets and self._transfer.is_ready(fetch.tickets[part])
+            for part in self._lacking[expert]
         )
+
+    @property
+    def parts(self) -> Collection[Part]:
+        """The parts that the layer's experts have, top first."""
+        return self._access.keys()
 
     @property
     def hits(self) -> Collection[int]:
@@ -236,8 +247,8 @@ class LayerPass:
 
     def _demand(self, expert: int, fetch: Fetch) -> None:
         layer = self._layer
-        for part, access in self._access.items():
-            if expert not in access.resident and part not in fetch.tickets:
+        for part in self._lacking[expert]:
+            if part not in fetch.tickets:
                 segment = SegmentId(layer.number, expert, part)
                 fetch.tickets[part] = self._transfer.start(segment, layer.room(fetch.frame, part))
                 fetch.demanded.add(part)
@@ -248,28 +259,33 @@ class LayerPass:
         Each stays valid until the next one is asked for.
         """
         for expert in self._needed:
-            if self._lacks(expert) and expert not in self._fetches:
+            if expert in self._lacking and expert not in self._fetches:
                 self._make_room(expert)
             for part in self._layer.slots:
                 yield self._arrival(expert, part)
             if expert in self._fetches:
                 self._settle(expert)
 
-    def as_ready(self) -> Iterator[Arrival]:
-        """Yield each needed segment once: what is resident, then the others as they arrive.
+    def as_ready(self) -> Iterator[list[Arrival]]:
+        """Yield each needed segment once, in portions: what is resident, the others as they arrive.
 
-        Each stays valid until the next one is asked for.
+        Each portion stays valid until the next one is asked for.
         """
-        waiting = 0
-        for expert in self._needed:
-            waiting += self._lacks(expert)
-            for part, access in self._access.items():
-                if expert in access.resident:
-                    yield self._arrival(expert, part)
-        for _ in range(waiting):
+        there = [
+            (expert, part)
+            for expert in self._needed
+            for part, access in self._access.items()
+            if expert in access.resident
+        ]
+        if self._timeline is None and there:
+            yield [self._arrival(expert, part) for expert, part in there]
+        else:
+            for expert, part in there:  # to be told apart
+                yield [self._arrival(expert, part)]
+        for _ in range(len(self._lacking)):
             expert = self._next_arrival()
             for part in self._fetches[expert].tickets:
-                yield self._arrival(expert, part)
+                yield [self._arrival(expert, part)]
             self._settle(expert)
 
     def _next_arrival(self) -> int:

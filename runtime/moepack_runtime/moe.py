@@ -1,8 +1,9 @@
 """The mixture-of-experts half of a layer: stream the experts, add the partial sums.
 
-Every partial sum (expert x part) is weighted and added in float32, behind the shared expert,
-ascending by expert and top before bottom, and the sum is rounded once. What was resident or came
-first plays no role in any of it, so the result does not depend on the budget.
+Every partial sum (expert x part) is weighted and added in float32, behind the shared expert, in one
+fixed order (of several tokens ascending by expert, of one token as its router has them; top before
+bottom), and the sum is rounded once. What was resident or came first plays no role in any of it, so
+the result does not depend on the budget.
 
 The experts of one token are computed as they become ready, and their outputs kept until they can be
 added. Those of several tokens are computed in the order of summation, since their outputs together
@@ -11,6 +12,7 @@ may be larger than the model's hidden states; the link then works ahead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,9 +21,9 @@ import torch.nn.functional as F
 
 from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import MoeSpec
-from moepack.segments import PARTS, Part
 from moepack_runtime.experts import LayerPass
 from moepack_runtime.ffn import gated_ffn
+from moepack_runtime.grouped import experts_one_token
 from moepack_runtime.router import Routing
 
 #: Elements of a gate from which a product is dear enough to be made of as many rows as there are:
@@ -99,13 +101,15 @@ def _rows_by_expert(
 
 
 def _add_one_token(moe: MoeSpec, block: Block, total: torch.Tensor, layer_pass: LayerPass) -> None:
-    routing, activation = block.routing, moe.activation_spec
-    partial_sums: dict[tuple[int, Part], torch.Tensor] = {}
-    for expert, part, segment in layer_pass.as_ready():
-        partial_sums[expert, part] = gated_ffn(block.inputs, segment, activation)
-    weights = zip(routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True)
-    for expert, weight in sorted(weights):
-        for part in PARTS:
-            partial = partial_sums.get((expert, part))
-            if partial is not None:
-                total.add_(partial, alpha=weight)
+    """The rows are weighted and added in the router's order, top before bottom, all in float32."""
+    parts = layer_pass.parts
+    keys = itertools.product(block.routing.ids[0].tolist(), parts)
+    place = {key: number for number, key in enumerate(keys)}
+    rows = [total] * len(place)  # each is replaced by one of [hidden]
+    for portion in layer_pass.as_ready():
+        segments = [arrival.weights for arrival in portion]
+        outputs = experts_one_token(block.inputs, segments, moe.activation_spec)
+        for arrival, row in zip(portion, outputs.unbind(), strict=True):
+            rows[place[arrival.expert, arrival.part]] = row
+    weights = block.routing.weights[0].repeat_interleave(len(parts)).unsqueeze(1)
+    total.add_(torch.stack(rows).float().mul_(weights).sum(0))
