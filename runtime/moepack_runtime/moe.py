@@ -26,10 +26,6 @@ from moepack_runtime.ffn import gated_ffn
 from moepack_runtime.grouped import experts_one_token
 from moepack_runtime.router import Routing
 
-#: Elements of a gate from which a product is dear enough to be made of as many rows as there are:
-#: what rows that fill up cost in one prompt is more than a new kernel for each number of rows.
-_LARGE = 1 << 18
-
 
 class Block(NamedTuple):
     """One block of tokens on its way through a layer.
@@ -68,9 +64,8 @@ def add_experts(
     activation = moe.activation_spec
     for expert, _, segment in layer_pass.in_order():
         for inputs, total, tokens, weights in chosen[expert]:
-            multiple = 1 if segment.gate.numel() >= _LARGE else ROW_MULTIPLE
             # The rows that fill up are of token 0, and are dropped.
-            padded = F.pad(tokens, (0, -len(tokens) % multiple))
+            padded = F.pad(tokens, (0, -len(tokens) % ROW_MULTIPLE))
             partial = gated_ffn(inputs.index_select(0, padded), segment, activation)
             total.index_add_(0, tokens, partial[: len(tokens)].float().mul_(weights))
 

@@ -41,6 +41,7 @@ def test_the_pass_is_told_from_its_experts(
         return Curve(TOKENS, tuple(seconds))
 
     monkeypatch.setattr("moepack_runtime.moe.gated_ffn", counted)
+    monkeypatch.setattr("moepack_runtime.grouped.gated_ffn", counted)
     checkpoint = Checkpoint.open(tiny_folder(architecture, "plain"))
     spec = checkpoint.spec
     layout = mixed_layout(spec, (1.0,), block_tokens=8)

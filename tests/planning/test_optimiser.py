@@ -99,7 +99,7 @@ def test_more_memory_and_a_faster_link_are_never_dearer(engine: EngineCapabiliti
     # The quanta of one budget are not those of another, and slots are large here: 8 in a layer.
     by_budget = [optimise(tables, full * step // 40).seconds for step in range(41)]
     for less, more in itertools.pairwise(by_budget):
-        assert more <= less * 1.01
+        assert more <= less * 1.02
     assert by_budget[-1] < by_budget[0]
     by_link = [
         optimise(some_layers(engine=engine, bytes_per_s=speed), full // 3).exact_s
