@@ -221,6 +221,11 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...], timer: _Timer) -> Laye
         ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
         return LayerCompute(numbers, attention, None, None, None, ffn)
     experts = measure_experts(probe, numbers[0], curve)
+
+    def beside() -> None:
+        attend_prompt(sample[:1])
+        engine.decoder.logits(sample[:1])
+
     return LayerCompute(
         layers=numbers,
         attention=attention,
@@ -229,7 +234,7 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...], timer: _Timer) -> Laye
         expert_split=experts.split,
         ffn=curve(layer.shared) if moe.shared_intermediate_size else None,
         fixed=experts.fixed,
-        transfer_s=measure_transfer(probe, numbers[0], sample[:1], experts, timer.median_s),
+        transfer_s=measure_transfer(probe, numbers[0], sample[:1], experts, beside, timer.median_s),
     )
 
 

@@ -93,12 +93,19 @@ def measure_transfer(
     number: int,
     token: torch.Tensor,
     curves: ExpertCurves,
+    beside: Callable[[], object],
     median_s: Callable[[Callable[[], object]], float],
 ) -> float:
     """What a pass with every expert missing takes beyond the cost model, for each transfer.
 
     The interpreter's lock, waking threads, weights that are in no processor cache: none of it is
     the link's, all of it is there for each transfer.
+
+    Parameters
+    ----------
+    beside
+        What a model computes between two such passes: meanwhile readers fall asleep and caches
+        fill with other things, as they do when tokens are generated.
     """
     import torch
     from moepack_runtime.scratch_store import ScratchStore
@@ -119,7 +126,7 @@ def measure_transfer(
             _open_layer(probe, layout, store, slots=0) as run,
             torch.inference_mode(),
         ):
-            missing_s = median_s(lambda: run(token, top_k))
+            missing_s = median_s(lambda: (beside(), run(token, top_k))) - median_s(beside)
     priced_s = decode_layer_s(
         LayerTimes(curves.fixed.at(1), curves.whole.at(1)),
         top_k,
