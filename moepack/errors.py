@@ -16,12 +16,16 @@ what is wrong, what was found, what was expected, and what to do.
     |   |-- MissingTensorError          the checkpoint lacks a tensor that the config implies
     |   |-- LeftoverTensorError         the checkpoint has a tensor that nothing uses
     |   |-- TensorMismatchError         a tensor of another shape or dtype than the config implies
+    |   |-- NonFiniteWeightError        NaN or infinity where a weight is to be rounded
     |   `-- DamagedCheckpointError      config, index or shard that cannot be parsed
     |-- ProfileError                    a hardware, compute or routing profile that is not one
     |   `-- PresetNotFoundError         no preset of that name
     |-- PlanError                       a plan that cannot be read, or cannot be carried out
     |   |-- BudgetTooSmallError         the budget lacks a stated number of bytes
     |   |-- PlanMismatchError           plan, pack and model do not belong together
+    |   |-- EncodingError               experts cannot be stored so
+    |   |   |-- UnknownEncodingError    no encoding of that name
+    |   |   `-- GroupMismatchError      the encoding's group does not divide the model's sizes
     |   `-- CapabilityError             the plan asks for what the engine cannot do
     |-- PackError                       a packed folder
     |   |-- PackFormatError             the folder breaks a rule of the format
@@ -92,6 +96,10 @@ class TensorMismatchError(CheckpointError):
     """A tensor has another shape or dtype than the configuration implies."""
 
 
+class NonFiniteWeightError(CheckpointError):
+    """A weight that is to be rounded is NaN or infinite."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A configuration, index or shard of the checkpoint cannot be parsed."""
 
@@ -124,6 +132,18 @@ class BudgetTooSmallError(PlanError):
 
 class PlanMismatchError(PlanError):
     """Plan, pack and model do not belong together."""
+
+
+class EncodingError(PlanError):
+    """Experts cannot be stored in the encoding that was asked for."""
+
+
+class UnknownEncodingError(EncodingError):
+    """No encoding has this name."""
+
+
+class GroupMismatchError(EncodingError):
+    """A model's sizes are not multiples of the encoding's group."""
 
 
 class CapabilityError(PlanError):

@@ -21,6 +21,7 @@ SHARED = {
     "units",
     "records",
     "model_spec",
+    "encodings",
     "segments",
     "plan",
     "budget",
