@@ -31,8 +31,9 @@ TRUNK_ALIGNMENT_BYTES = 64
 
 def layer_segment(spec: ModelSpec, layout: LayerLayout, part: Part) -> SegmentShape | None:
     """Geometry of one part of a layer's experts under its layout."""
+    moe = spec.moe(layout.layer)
     return segment_shape(
-        spec.moe(layout.layer), spec.hidden_size, layout.encoding, layout.split, part
+        moe, spec.hidden_size, layout.encoding, layout.split, part, bias_dtype=spec.dtype
     )
 
 

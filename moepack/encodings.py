@@ -55,6 +55,10 @@ class EncodedTensor(NamedTuple):
         """Bytes of the tensor."""
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
+    def of(self, matrix: str) -> EncodedTensor:
+        """The same under the name of its matrix: ``down.scales``."""
+        return self._replace(name=f"{matrix}.{self.name}")
+
 
 @record
 class Encoding:
@@ -179,7 +183,9 @@ def _alternatives(refused: Encoding, divisor: int) -> str:
     return " or ".join((*others, "the model's own dtype"))
 
 
-def pack_tiles(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def pack_tiles(
+    codes: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
     """Two 4-bit codes a byte, in the order of the tiles.
 
     Parameters
@@ -187,14 +193,16 @@ def pack_tiles(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     codes
         [inputs, outputs], 0 to 15; the outputs even. Columns are the matrix's rows: in this order
         they are both rounded and stored.
+    out
+        [outputs * inputs / 2], contiguous; made anew where there is none.
 
     Returns
     -------
     array
-        [outputs * inputs / 2]: the bytes of ``codes`` as stored.
+        ``out``: the bytes of the tensor ``codes`` as stored.
     """
     inputs, outputs = codes.shape
-    packed = np.empty(outputs * inputs // 2, np.uint8)
+    packed = np.empty(outputs * inputs // 2, np.uint8) if out is None else out
     whole = outputs // TILE_ROWS * TILE_ROWS
     tiles = codes[:, :whole].reshape(inputs, -1, 2, TILE_ROWS // 2).transpose(1, 0, 2, 3)
     end = whole * inputs // 2

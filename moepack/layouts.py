@@ -12,25 +12,43 @@ from moepack.segments import cuts, granularity
 PREFILL_BLOCK_TOKENS = 512
 
 
-def layer_layout(spec: ModelSpec, layer: int, ratio: float) -> LayerLayout:
-    """One layer cut as near to ``ratio`` (0 to 1) as its granularity allows."""
+def layer_layout(
+    spec: ModelSpec, layer: int, ratio: float, encoding: str | None = None
+) -> LayerLayout:
+    """One layer cut as near to ``ratio`` (0 to 1) as its granularity allows.
+
+    Parameters
+    ----------
+    encoding
+        What its experts are stored in (:mod:`moepack.encodings`), here and below; None: the
+        model's dtype.
+
+    Raises
+    ------
+    UnknownEncodingError, GroupMismatchError
+        When the experts cannot be stored so; here and below.
+    """
     moe = spec.moe(layer)
-    options = cuts(moe, spec.hidden_size, spec.dtype)
+    options = cuts(moe, spec.hidden_size, encoding or spec.dtype)
     split = min(options, key=lambda cut: abs(cut - ratio * moe.intermediate_size))
-    return cut_layout(spec, layer, split)
+    return cut_layout(spec, layer, split, encoding)
 
 
-def cut_layout(spec: ModelSpec, layer: int, split: int) -> LayerLayout:
+def cut_layout(spec: ModelSpec, layer: int, split: int, encoding: str | None = None) -> LayerLayout:
     """One layer cut after so many neurons."""
     moe = spec.moe(layer)
-    step = granularity(moe, spec.hidden_size, spec.dtype)
-    return LayerLayout(layer, split, moe.intermediate_size, step, spec.dtype)
+    name = encoding or spec.dtype
+    step = granularity(moe, spec.hidden_size, name)
+    return LayerLayout(layer, split, moe.intermediate_size, step, name)
 
 
 @functools.lru_cache(maxsize=16)
 def uniform_layout(
-    spec: ModelSpec, ratio: float, block_tokens: int = PREFILL_BLOCK_TOKENS
+    spec: ModelSpec,
+    ratio: float,
+    block_tokens: int = PREFILL_BLOCK_TOKENS,
+    encoding: str | None = None,
 ) -> Layout:
-    """Every layer cut near the same ratio."""
-    layers = tuple(layer_layout(spec, number, ratio) for number in spec.moe_layers)
+    """Every layer cut near the same ratio, in the same encoding."""
+    layers = tuple(layer_layout(spec, number, ratio, encoding) for number in spec.moe_layers)
     return Layout(spec.digest, layers, block_tokens)

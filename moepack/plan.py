@@ -57,7 +57,8 @@ def require_half_life(what: str, policy: Policy, half_life_tokens: float | None)
 class LayerLayout:
     """How the experts of one layer are cut: ``split`` neurons of ``width`` go to the top.
 
-    ``encoding`` is the dtype of the segments, as safetensors spells it.
+    ``encoding`` is how they are stored, by its name in :mod:`moepack.encodings`: the model's dtype,
+    as safetensors spells it, or a quantised one.
     """
 
     layer: int
