@@ -33,9 +33,11 @@ from moepack.errors import MoepackError
 from moepack.half_lives import fitted_half_lives
 from moepack.layouts import uniform_layout
 from moepack.plan import Policy
-from moepack.profiling import read_texts, record_routing, streaming_placement
+from moepack.profiling import SEQUENCE_TOKENS, record_routing
 from moepack.shipped import shipped_model, shipped_texts
 from moepack.stack_ranks import stack_ranks
+from moepack.streaming import most_experts_of_a_token, streaming_placement
+from moepack.texts import read_texts
 from moepack.trace import (
     NO_PREDICTION,
     ROUTING_PARTS,
@@ -130,7 +132,14 @@ def run_texts(name: str, model: str, tokens: int) -> Routing:
     texts = [
         (text, raw, tokenizer.encode(words)) for text, raw, words in read_texts(shipped_texts())
     ]
-    placement = streaming_placement(spec, layout, "cpu", threads=1)
+    placement = streaming_placement(
+        spec,
+        layout,
+        "cpu",
+        threads=1,
+        context_tokens=min(SEQUENCE_TOKENS, spec.context_length),
+        staging_experts=2 * most_experts_of_a_token(spec),
+    )
     with open_checkpoint(checkpoint, spec, layout, placement) as engine:
         profile = record_routing(engine, texts, how="for a benchmark", tokens=tokens)
     layers = [(number, spec.moe(number)) for number in spec.moe_layers]

@@ -20,6 +20,7 @@ what is wrong, what was found, what was expected, and what to do.
     |   `-- DamagedCheckpointError      config, index or shard that cannot be parsed
     |-- ProfileError                    a hardware, compute or routing profile that is not one
     |   `-- PresetNotFoundError         no preset of that name
+    |-- TextError                       a text that cannot be read, run or scored
     |-- PlanError                       a plan that cannot be read, or cannot be carried out
     |   |-- BudgetTooSmallError         the budget lacks a stated number of bytes
     |   |-- PlanMismatchError           plan, pack and model do not belong together
@@ -110,6 +111,10 @@ class ProfileError(MoepackError):
 
 class PresetNotFoundError(ProfileError):
     """No preset has this name."""
+
+
+class TextError(MoepackError):
+    """A text cannot be read, or holds nothing to run or to score."""
 
 
 class PlanError(MoepackError):

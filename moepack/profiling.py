@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepack.budget import memory_breakdown
 from moepack.compute import ComputeProfile
 from moepack.compute_probe import measure_compute, probe_context_tokens
 from moepack.errors import ProfileError
 from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
-from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.routing import RoutingProfile, TextSource, make_profile
+from moepack.streaming import most_experts_of_a_token, streaming_placement
+from moepack.texts import read_texts
 from moepack.trace import NO_PREDICTION, Trace, part_of_tokens
 
 if TYPE_CHECKING:
@@ -118,8 +118,10 @@ def profile_model(
 
     Raises
     ------
+    TextError
+        When a text cannot be read.
     ProfileError
-        When a text cannot be used.
+        When the texts are too short.
     RunError
         When the model has no tokenizer, or cannot be run here.
     """
@@ -137,7 +139,14 @@ def profile_model(
     encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
     layout = uniform_layout(spec, 1.0)
     # Opening an engine sets the number of threads: here to what it is, the most to be measured.
-    placement = streaming_placement(spec, layout, hardware.device, torch.get_num_threads())
+    placement = streaming_placement(
+        spec,
+        layout,
+        hardware.device,
+        torch.get_num_threads(),
+        context_tokens=max(min(SEQUENCE_TOKENS, spec.context_length), probe_context_tokens(spec)),
+        staging_experts=2 * most_experts_of_a_token(spec),
+    )
     with open_checkpoint(checkpoint, spec, layout, placement, progress=progress) as engine:
         compute = measure_compute(checkpoint, engine, hardware, scratch=scratch, progress=progress)
         routing = record_routing(
@@ -147,37 +156,6 @@ def profile_model(
             progress=progress,
         )
     return compute, routing
-
-
-def streaming_placement(
-    spec: ModelSpec, layout: Layout, device: DeviceKind, threads: int
-) -> Placement:
-    """Nothing resident, two experts of each token in flight."""
-    layers = tuple(
-        LayerPlacement(number, 0, 0, 0, "lru", tuple(range(spec.moe(number).num_experts)))
-        for number in spec.moe_layers
-    )
-    staging = 2 * max(spec.moe(number).top_k for number in spec.moe_layers)
-    context = max(min(SEQUENCE_TOKENS, spec.context_length), probe_context_tokens(spec))
-    memory = memory_breakdown(
-        spec,
-        layout,
-        layers,
-        staging_experts=staging,
-        context_tokens=context,
-        threads=threads,
-    )
-    return Placement(
-        device=device,
-        fast_budget_bytes=memory.total_bytes,
-        staging_experts=staging,
-        context_tokens=context,
-        prompt_tokens=context - 1,
-        new_tokens=1,
-        memory=memory,
-        layers=layers,
-        threads=threads,
-    )
 
 
 def record_routing(
@@ -259,23 +237,3 @@ def _chunks(sequences: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
             chunks.append([])
         chunks[-1].append(piece)
     return chunks
-
-
-def read_texts(paths: Sequence[Path]) -> list[tuple[str, bytes, str]]:
-    """Name, bytes and text of each file.
-
-    Raises
-    ------
-    ProfileError
-        When a file cannot be read or is not UTF-8.
-    """
-    texts = []
-    for path in paths:
-        try:
-            content = path.read_bytes()
-            texts.append((path.name, content, content.decode()))
-        except OSError as failure:
-            raise ProfileError(f"text {path}: {failure.strerror}; name a readable file") from None
-        except UnicodeDecodeError as failure:
-            raise ProfileError(f"text {path}: not UTF-8 ({failure}); convert it first") from None
-    return texts

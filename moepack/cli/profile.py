@@ -121,7 +121,7 @@ def _compare(before: HardwareProfile | None, now: HardwareProfile) -> list[Compa
 
 
 def _check_texts(texts: Sequence[Path]) -> None:
-    from moepack.profiling import read_texts
+    from moepack.texts import read_texts
 
     if not texts:
         raise ProfileError(

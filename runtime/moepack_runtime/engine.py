@@ -357,18 +357,38 @@ class Engine:
             hidden = torch.cat([block.hidden for block in blocks])
             return self._loop.logits(hidden[-len(tokens) :])
 
-    def survey(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Run many sequences at once, for what the observer sees of them.
+    def survey(
+        self, sequences: Sequence[Sequence[int]], progress: Progress = NO_PROGRESS
+    ) -> list[Hidden]:
+        """Run many sequences at once, for what the observer sees of them, or for their logits.
 
         Layer by layer over all of them, so that each expert is fetched once for the lot. Each
         sequence begins at position 0 and must fit the planned context; the cache is empty
         afterwards. The hidden states of all sequences are held: keep their number of tokens
-        within what the placement's ``hidden_bytes`` were planned for, or plan them apart.
+        within what the placement's ``hidden_bytes`` were planned for, or plan them apart. Where
+        the rotary embedding switches at a length, all must be on one side of it.
+
+        Returns
+        -------
+        list of Hidden
+            What the last layer leaves, for :meth:`logits`: each sequence's blocks in order, from
+            position 0 on. Of two tokens or more, a sequence's bits are the same whatever runs
+            beside it.
         """
         for tokens in sequences:
             self._require_room(len(tokens), 0)
-        self._run([(0, tokens) for tokens in sequences])
+        stream = self._run([(0, tokens) for tokens in sequences], progress)
         self.reset()
+        return stream
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What final norm and head make of [tokens, hidden]: float32 [tokens, vocab].
+
+        Memory: 4 bytes a logit, and once more what they take in the model's dtype meanwhile. The
+        plan holds room for one token's.
+        """
+        with torch.inference_mode(), self._refusals_named():
+            return self._loop.logits(hidden)
 
     @torch.inference_mode()
     def _run(

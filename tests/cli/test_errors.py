@@ -266,8 +266,8 @@ def test_garbage_for_the_current_model(
 def test_texts_that_cannot_be_read(home: Path, moepack: Moepack, tmp_path: Path) -> None:
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
-    assert_named(moepack("profile", "--text", binary), "ProfileError", "UTF-8")
-    assert_named(moepack("profile", "--text", tmp_path / "none"), "ProfileError", "none")
+    assert_named(moepack("profile", "--text", binary), "TextError", "UTF-8")
+    assert_named(moepack("profile", "--text", tmp_path / "none"), "TextError", "none")
 
 
 def test_a_damaged_pack_can_be_packed_again(packed: Path, moepack: Moepack, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import transformers
 from moepack import compute_probe
 from moepack.checkpoint import Checkpoint
 from moepack.compute import ComputeProfile
-from moepack.errors import ProfileError
+from moepack.errors import TextError
 from moepack.hardware import find_hardware
-from moepack.profiling import profile_model, read_texts, record_routing
+from moepack.profiling import profile_model, record_routing
 from moepack.routing import RoutingProfile
+from moepack.texts import read_texts
 from moepack.trace import NO_PREDICTION
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
@@ -160,7 +161,7 @@ def test_a_whole_profile_of_a_model_with_texts(
 def test_texts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ProfileError, match=r"binary: not UTF-8"):
+    with pytest.raises(TextError, match=r"binary: not UTF-8"):
         read_texts([binary])
-    with pytest.raises(ProfileError, match="No such file"):
+    with pytest.raises(TextError, match="No such file"):
         read_texts([tmp_path / "absent"])
