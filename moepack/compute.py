@@ -20,7 +20,7 @@ from moepack.records import record
 if TYPE_CHECKING:
     from moepack.model_spec import ModelSpec
 
-COMPUTE_VERSION = 1
+COMPUTE_VERSION = 2
 
 #: More threads are taken where they need less than this share of the time. A smaller gain is not
 #: worth it: where the cores have other work, threads wait for one another ten times as long.
@@ -81,6 +81,9 @@ class LayerCompute:
         making room for the sum, adding it; None for a dense layer.
     transfer_s : float
         What one transfer costs the computing thread beside the link's own time.
+    burst_s : float
+        What a pass that transfers anything costs it beside that, however much it is: threads that
+        wake one another, and the time until the first of it comes.
     """
 
     layers: tuple[int, ...]
@@ -91,6 +94,7 @@ class LayerCompute:
     ffn: Curve | None
     transfer_s: float = 0.0
     fixed: Curve | None = None
+    burst_s: float = 0.0
 
     def guess_s(self, tokens: float) -> float:
         """Seconds of guessing, for one block, which experts this layer will need: its router's."""

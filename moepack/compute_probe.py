@@ -1,17 +1,20 @@
-"""Measuring a model's compute: its own layers, at several numbers of tokens, nothing in flight.
+"""Measuring a model's compute: its own layers, at several numbers of tokens.
 
-Each kind of layer is measured once, on its first layer; its routed experts in
-:mod:`moepack.expert_probe`. Peak memory beyond the engine's: the experts of one token, twice.
+Each kind of layer is measured in walks through its layers (:mod:`moepack.layer_walk`), which find
+weights where a run finds them: not in a processor's cache. The ways of having experts take turns
+within one walk after the other, so that a machine that slows down slows all of them. Peak memory
+beyond the engine's: 128 MiB of experts, or the experts of one token twice.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from moepack.compute import (
@@ -23,13 +26,19 @@ from moepack.compute import (
     token_seconds,
     worthwhile_threads,
 )
-from moepack.expert_probe import Probe, measure_experts, measure_transfer
+from moepack.expert_probe import (
+    Probe,
+    missing_experts,
+    priced_missing_s,
+    resident_experts,
+    walked,
+)
 from moepack.hardware import HardwareProfile
+from moepack.layer_walk import Experts, Laps, LayerWalk, median_laps
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.timing import measure, summarise
+from moepack.timing import Stopwatch, summarise
 
 if TYPE_CHECKING:
-    import torch
     from moepack_runtime.engine import Engine
     from moepack_runtime.store import ExpertSource
 
@@ -42,22 +51,16 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXT_TOKENS = 512
 
 # Everything is measured in so many rounds, so that a burst of other work spoils one of them and
-# not the median; in a round, a point until it has this many repeats or has taken this long.
+# not the median; in a round, a number of tokens until it has this many walks of every kind or has
+# taken this long. The first walk of each warms up and is not counted.
 _ROUNDS = 3
-_REPEATS = 7
-_LIMIT_S = 0.1
+_WALKS = 7
+_LIMIT_S = 0.4
 
-
-class _Timer:
-    """Medians of repeated calls."""
-
-    def __init__(self, synchronize: Callable[[], object] | None) -> None:
-        self._synchronize = synchronize
-
-    def median_s(self, call: Callable[[], object]) -> float:
-        return measure(
-            call, repeats=_REPEATS, limit_s=_LIMIT_S, synchronize=self._synchronize
-        ).median_s
+# How a walk has its experts: as many as a token has, whole or in two segments; one; no experts at
+# all. And with all that a token has, or one of them, to be fetched.
+_MANY, _SPLIT, _ONE, _DENSE = "many", "split", "one", "dense"
+_ALL_MISSING, _ONE_MISSING = "all missing", "one missing"
 
 
 def measure_compute(
@@ -94,7 +97,7 @@ def measure_compute(
         kinds.setdefault(layer, []).append(number)
     progress.start(
         f"measure the compute of {engine.spec.name}",
-        (len(kinds) + 1) * len(counts) * _ROUNDS,
+        len(kinds) * len(counts) * _ROUNDS,
         "items",
     )
     rounds: dict[int, list[ComputeProfile]] = {threads: [] for threads in sorted(counts)}
@@ -141,6 +144,7 @@ def _median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Comput
             ffn=curve([entry.ffn for entry in entries]),
             fixed=curve([entry.fixed for entry in entries]),
             transfer_s=middle([entry.transfer_s for entry in entries]),
+            burst_s=middle([entry.burst_s for entry in entries]),
         )
 
     head_s = middle([profile.head_s for profile in rounds])
@@ -154,97 +158,171 @@ def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -
     import torch
 
     spec = probe.engine.spec
-    device = probe.hardware.device
-    timer = _Timer(torch.cuda.synchronize if device == "cuda" else None)
-    layers = []
-    for numbers in kinds:
-        layers.append(_measure_kind(probe, tuple(numbers), timer))
-        progress.advance(1)
-    head_s = _measure_head(probe.engine, timer)
-    progress.advance(1)
+    layers, heads_s = [], []
+    with torch.inference_mode():
+        for numbers in kinds:
+            compute, head_s = _measure_kind(probe, tuple(numbers))
+            layers.append(compute)
+            heads_s.append(head_s)
+            progress.advance(1)
     return ComputeProfile(
         version=COMPUTE_VERSION,
         model_name=spec.name,
         model_digest=spec.digest,
-        device=device,
+        device=probe.hardware.device,
         threads=torch.get_num_threads(),
         source="measured",
         how=(
-            f"medians of {_ROUNDS} rounds of {_REPEATS} calls of the model's own layers, torch "
+            f"medians of {_ROUNDS} rounds of {_WALKS} walks through the model's own layers, torch "
             f"{torch.__version__}"
         ),
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         context_tokens=_context_tokens(spec),
-        head_s=head_s,
+        head_s=median(heads_s),
         spread=0.0,
         layers=tuple(layers),
     )
 
 
+#: Walks with one token in one measurement of a kind: each lengthens the context by one.
+_SINGLES = 5 * (_WALKS + 1)
+
+
 def probe_context_tokens(spec: ModelSpec) -> int:
     """Context that an engine must be open with to be measured."""
-    return _context_tokens(spec) + 2 * _REPEATS
+    return _context_tokens(spec) + _SINGLES
 
 
 def _context_tokens(spec: ModelSpec) -> int:
-    return min(CONTEXT_TOKENS, max(1, spec.context_length - 2 * _REPEATS))
+    return min(CONTEXT_TOKENS, max(1, spec.context_length - _SINGLES))
 
 
-def _measure_kind(probe: Probe, numbers: tuple[int, ...], timer: _Timer) -> LayerCompute:
+def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute, float]:
+    """The layers of one kind, and the head behind them."""
     import torch
 
     engine = probe.engine
-    spec = engine.spec
-    layer = engine.decoder.layers[numbers[0]]
-    moe = spec.layers[numbers[0]].moe
-    context = _context_tokens(spec)
+    moe = engine.spec.layers[numbers[0]].moe
+    context = _context_tokens(engine.spec)
     tokens = [count for count in TOKENS if count <= context]
-    sample = engine.decoder.embed(torch.arange(tokens[-1], device=engine.device) % spec.vocab_size)
-    cache = engine.kv.layers[numbers[0]]
-
-    def curve(call: Callable[[torch.Tensor], object]) -> Curve:
-        with torch.inference_mode():
-            times_s = [timer.median_s(partial(call, sample[:count])) for count in tokens]
-        return Curve(tuple(tokens), tuple(times_s))
-
-    def attend_prompt(hidden: torch.Tensor) -> torch.Tensor:
-        cache.truncate(0)
-        return layer.attend(hidden, 0)
-
-    attention = curve(attend_prompt)
-    positions = itertools.count(tokens[-1])
-    with torch.inference_mode():
-        attend_prompt(sample)
-        token_s = timer.median_s(lambda: layer.attend(sample[:1], next(positions)))
-    attention = Curve(attention.tokens, (token_s, *attention.seconds[1:]))
+    synchronize = torch.cuda.synchronize if probe.hardware.device == "cuda" else None
+    stopwatch = Stopwatch(synchronize)
     if moe is None:
-        ffn = curve(lambda hidden: hidden + layer.dense(layer.mlp_norm(hidden)))
-        return LayerCompute(numbers, attention, None, None, None, ffn)
-    experts = measure_experts(probe, numbers[0], curve)
+        walk = LayerWalk(engine, numbers, context, stopwatch)
+        found = {count: _take_turns(walk, count, {_DENSE: None})[_DENSE] for count in tokens}
+        return _dense_compute(numbers, found)
+    those = walked(probe, numbers)
+    many = min(max(2, moe.top_k), those.experts)
+    walk = LayerWalk(engine, those.numbers, context, stopwatch)
+    with ExitStack() as stack:
+        whole = stack.enter_context(resident_experts(probe, those, 1.0))
+        split = stack.enter_context(resident_experts(probe, those, 0.5))
+        missing = stack.enter_context(missing_experts(probe, numbers[0]))
+        ways = {_MANY: Experts(whole, many), _ONE: Experts(whole, 1), _SPLIT: Experts(split, many)}
+        laps = {count: _take_turns(walk, count, ways) for count in tokens if count > 1}
+        fetched = {
+            _ALL_MISSING: Experts(missing.every, moe.top_k),
+            _ONE_MISSING: Experts(missing.one, moe.top_k),
+        }
+        laps = {1: _take_turns(walk, 1, {**ways, **fetched}), **laps}
+    return _moe_compute(probe, numbers, those.numbers, many, laps)
 
-    def beside() -> None:
-        attend_prompt(sample[:1])
-        engine.decoder.logits(sample[:1])
 
-    return LayerCompute(
-        layers=numbers,
-        attention=attention,
-        router=curve(lambda hidden: layer.route(layer.mlp_norm(hidden)).ids.tolist()),
-        expert=experts.whole,
-        expert_split=experts.split,
-        ffn=curve(layer.shared) if moe.shared_intermediate_size else None,
-        fixed=experts.fixed,
-        transfer_s=measure_transfer(probe, numbers[0], sample[:1], experts, beside, timer.median_s),
+def _take_turns(
+    walk: LayerWalk, tokens: int, ways: Mapping[str, Experts | None]
+) -> dict[str, Laps]:
+    """Walk in every way, one behind the other, several times; the medians of each."""
+    if tokens == 1:
+        walk.fill_context()
+    taken: dict[str, list[Laps]] = {way: [] for way in ways}
+    for experts in ways.values():
+        walk.walk(tokens, experts)
+    begin_s = perf_counter()
+    for _ in range(_WALKS):
+        for way, experts in ways.items():
+            taken[way].append(walk.walk(tokens, experts))
+        if perf_counter() - begin_s > _LIMIT_S:
+            break
+    return {way: median_laps(laps) for way, laps in taken.items()}
+
+
+def _dense_compute(
+    numbers: tuple[int, ...], laps: Mapping[int, Laps]
+) -> tuple[LayerCompute, float]:
+    tokens = tuple(laps)
+    attention = Curve(tokens, tuple(lap.attention_s for lap in laps.values()))
+    ffn = Curve(tokens, tuple(lap.ffn_s for lap in laps.values()))
+    return LayerCompute(numbers, attention, None, None, None, ffn), laps[1].head_s
+
+
+def _moe_compute(
+    probe: Probe,
+    numbers: tuple[int, ...],
+    walked_over: Sequence[int],
+    many: int,
+    laps: Mapping[int, Mapping[str, Laps]],
+) -> tuple[LayerCompute, float]:
+    """What one expert adds is the difference between many and one; what is left is the pass."""
+    tokens = tuple(laps)
+    resident = [
+        median_laps([found[way] for way in (_MANY, _ONE, _SPLIT)]) for found in laps.values()
+    ]
+    fixed_s = tuple(
+        _fixed_s(found[_ONE].experts_s, found[_MANY].experts_s, many) for found in laps.values()
     )
 
+    def each(way: str) -> Curve:
+        pairs = zip(laps.values(), fixed_s, strict=True)
+        return Curve(
+            tokens, tuple(max(0.0, found[way].experts_s - rest_s) / many for found, rest_s in pairs)
+        )
 
-def _measure_head(engine: Engine, timer: _Timer) -> float:
-    """Embedding, final norm, head, and the choice of one token."""
-    import torch
+    moe = probe.engine.spec.moe(numbers[0])
+    expert, alone = each(_MANY), resident[0]
 
-    def step() -> int:
-        hidden = engine.decoder.embed(torch.zeros(1, dtype=torch.int64, device=engine.device))
-        return int(engine.decoder.logits(hidden)[-1].argmax())
+    def beyond_s(way: str, missing: int) -> float:
+        """What a layer takes longer than the cost model says when it has to fetch experts.
 
-    with torch.inference_mode():
-        return timer.median_s(step)
+        The whole walk is compared: readers that wake, and what they drive out of the caches, slow
+        down what follows as well.
+        """
+        found = laps[1][way]
+        longer_s = found.around_s + found.experts_s - alone.around_s
+        longer_s += (found.head_s - alone.head_s) / len(walked_over)
+        return longer_s - priced_missing_s(
+            probe, numbers[0], fixed_s[0], expert.at(1), missing=missing
+        )
+
+    transfer_s, burst_s = _transfer_and_burst_s(
+        beyond_s(_ONE_MISSING, 1), beyond_s(_ALL_MISSING, moe.top_k), moe.top_k
+    )
+    compute = LayerCompute(
+        layers=numbers,
+        attention=Curve(tokens, tuple(lap.attention_s for lap in resident)),
+        router=Curve(tokens, tuple(lap.router_s for lap in resident)),
+        expert=expert,
+        expert_split=each(_SPLIT),
+        ffn=Curve(tokens, tuple(lap.ffn_s for lap in resident))
+        if moe.shared_intermediate_size
+        else None,
+        fixed=Curve(tokens, fixed_s),
+        transfer_s=transfer_s,
+        burst_s=burst_s,
+    )
+    return compute, alone.head_s
+
+
+def _transfer_and_burst_s(one_s: float, all_s: float, many: int) -> tuple[float, float]:
+    """The line through (1, one_s) and (many, all_s): its slope, and where it begins.
+
+    Neither is negative, and for all of them they come to ``all_s``.
+    """
+    if many == 1:
+        return max(0.0, one_s), 0.0
+    slope_s = min(max(0.0, all_s - one_s) / (many - 1), max(0.0, all_s) / many)
+    return slope_s, max(0.0, all_s) - many * slope_s
+
+
+def _fixed_s(one_s: float, all_s: float, many: int) -> float:
+    """Where the line through (1, one_s) and (many, all_s) begins; 0 where noise makes it fall."""
+    return max(0.0, (many * one_s - all_s) / (many - 1)) if one_s < all_s else 0.0

@@ -37,6 +37,8 @@ class LayerTimes(NamedTuple):
         One routed expert, with all its segments.
     transfer_s : float
         What each transfer costs the computing thread beside the link's time.
+    burst_s : float
+        What having to transfer anything costs it, once.
     shared_s : float
         After the routing, before any routed expert: the shared expert.
     """
@@ -45,6 +47,7 @@ class LayerTimes(NamedTuple):
     expert_s: Number
     transfer_s: float = 0.0
     shared_s: float = 0.0
+    burst_s: float = 0.0
 
 
 class Lacks(NamedTuple):
@@ -122,6 +125,7 @@ def prefill_layer_s(
     other_s: float,
     experts_s: Number,
     transfer_s: float,
+    burst_s: float,
     parts: Parts,
     missing: tuple[Number, Number],
     *,
@@ -138,6 +142,8 @@ def prefill_layer_s(
     ----------
     other_s, experts_s
         Everything but the routed experts, and these, the latter a float or [C].
+    transfer_s, burst_s
+        See :class:`LayerTimes`.
     missing
         Tops and bottoms that have to be fetched, each a float or [S]: :func:`missing_after`.
     """
@@ -146,6 +152,7 @@ def prefill_layer_s(
     link_s = tops * top_s + bottoms * bottom_s
     transfers = tops * (top_s > 0.0) + bottoms * (bottom_s > 0.0)
     compute_s = np.atleast_1d(experts_s) + transfers * transfer_s
+    compute_s = compute_s + np.minimum(transfers, 1.0) * burst_s
     if staging_experts == 1:
         return np.asarray(other_s + link_s + compute_s)
     if ahead:

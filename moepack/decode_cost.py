@@ -28,8 +28,9 @@ def decode_layer_s(
 ) -> Array:
     """Expected seconds of one token through one layer that fetches on demand.
 
-    ``other + E[stage] + K * transfers * transfer_s``: the expectation is over how many of the K
-    experts lack what (multinomial), since that of a maximum is not the maximum of expectations.
+    ``other + E[stage] + K * transfers * transfer_s + P(any) * burst_s``: the expectation is over
+    how many of the K experts lack what (multinomial), since that of a maximum is not the maximum of
+    expectations.
 
     ``staging_experts`` and ``as_ready`` are those of :class:`~moepack.expert_stage.Stage`.
 
@@ -170,7 +171,13 @@ def _unhidden_s(times: LayerTimes, top_k: int, parts: Parts, held: Held) -> Arra
     Every transfer of something needed costs the computing thread its share, whenever it was asked
     for.
     """
-    return times.other_s + top_k * _transfers(held.lacking(), parts) * times.transfer_s
+    lacks = held.lacking()
+    any_of_it = 1.0 - (1.0 - np.minimum(lacks.bottom + lacks.both, 1.0)) ** top_k
+    return np.asarray(
+        times.other_s
+        + top_k * _transfers(lacks, parts) * times.transfer_s
+        + any_of_it[:, None] * times.burst_s
+    )
 
 
 def _transfers(lacks: Lacks, parts: Parts) -> Array:

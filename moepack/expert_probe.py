@@ -1,32 +1,30 @@
-"""Measuring the routed experts of a layer: one more of them, the pass around them, their transfers.
-
-Peak memory beyond the engine's: the experts of one token, twice.
-"""
+"""The routed experts of some layers, set up to be measured: all resident, or none."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moepack.atomic import output_error
 from moepack.budget import layer_segment
-from moepack.compute import Curve
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
 from moepack.hardware import HardwareProfile
+from moepack.layer_walk import ExpertPass
 from moepack.layouts import layer_layout
 from moepack.plan import LayerPlacement, Layout
+from moepack.units import MIB
 
 if TYPE_CHECKING:
     import torch
     from moepack_runtime.engine import Engine
     from moepack_runtime.store import ExpertSource, SegmentStore
 
-#: Times a call with 1, 2, 4 ... tokens of a sample.
-MeasureCurve = Callable[[Callable[["torch.Tensor"], object]], Curve]
+# Experts that are walked over: more than a processor's cache keeps, if the layers have as many.
+_WALKED_BYTES = 64 * MIB
 
 
 class Probe(NamedTuple):
@@ -38,113 +36,84 @@ class Probe(NamedTuple):
     scratch: Path
 
 
-class ExpertCurves(NamedTuple):
-    """Seconds over tokens: of a pass without its experts, and of each expert in it."""
+class Walked(NamedTuple):
+    """Which layers of a kind are walked over, and how many experts of each are there."""
 
-    fixed: Curve
-    whole: Curve
-    split: Curve
+    numbers: tuple[int, ...]
+    experts: int
 
 
-def measure_experts(probe: Probe, number: int, curve: MeasureCurve) -> ExpertCurves:
-    """Passes in which every token uses the same experts: as many as a token has, and one alone.
+def walked(probe: Probe, numbers: Sequence[int]) -> Walked:
+    """As many layers, and then experts, as it takes to find nothing in a processor's cache.
 
-    What one expert adds is the difference; what is left is the pass itself.
+    At least the experts of one token in one layer.
     """
-    many = max(2, probe.engine.spec.moe(number).top_k)
-    with _resident_layer(probe, number, 1.0, many) as run:
-        all_whole = curve(lambda hidden: run(hidden, many))
-        one_whole = curve(lambda hidden: run(hidden, 1))
-    with _resident_layer(probe, number, 0.5, many) as run:
-        all_split = curve(lambda hidden: run(hidden, many))
-    tokens = all_whole.tokens
-    fixed_s = tuple(
-        _fixed_s(one_s, all_s, many)
-        for one_s, all_s in zip(one_whole.seconds, all_whole.seconds, strict=True)
-    )
-
-    def each(passes: Curve) -> Curve:
-        pairs = zip(passes.seconds, fixed_s, strict=True)
-        return Curve(tokens, tuple(max(0.0, all_s - rest_s) / many for all_s, rest_s in pairs))
-
-    return ExpertCurves(Curve(tokens, fixed_s), each(all_whole), each(all_split))
-
-
-def _fixed_s(one_s: float, all_s: float, many: int) -> float:
-    """Where the line through (1, one_s) and (many, all_s) begins; 0 where noise makes it fall."""
-    return max(0.0, (many * one_s - all_s) / (many - 1)) if one_s < all_s else 0.0
+    spec = probe.engine.spec
+    moe = spec.moe(numbers[0])
+    least = min(moe.num_experts, max(2, moe.top_k))
+    fitting = max(least, _WALKED_BYTES // spec.expert_bytes(numbers[0]))
+    layers = min(len(numbers), fitting // least)
+    return Walked(tuple(numbers[:layers]), min(moe.num_experts, fitting // layers))
 
 
 @contextmanager
-def _resident_layer(
-    probe: Probe, number: int, ratio: float, slots: int
-) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
+def resident_experts(probe: Probe, those: Walked, ratio: float) -> Iterator[ExpertPass]:
+    """The expert half of some layers, cut at ``ratio``: every expert that is used is resident."""
     from moepack_runtime.store import CheckpointStore
 
     spec = probe.engine.spec
-    layout = Layout(spec.digest, (layer_layout(spec, number, ratio),))
+    layers = tuple(layer_layout(spec, number, ratio) for number in those.numbers)
+    layout = Layout(spec.digest, layers)
     store = CheckpointStore(probe.source, spec, layout)
-    with _open_layer(probe, layout, store, slots=slots) as run:
+    with _open(probe, layout, store, slots=those.experts, keeps=0) as run:
         yield run
 
 
-def measure_transfer(
-    probe: Probe,
-    number: int,
-    token: torch.Tensor,
-    curves: ExpertCurves,
-    beside: Callable[[], object],
-    median_s: Callable[[Callable[[], object]], float],
-) -> float:
-    """What a pass with every expert missing takes beyond the cost model, for each transfer.
+class Missing(NamedTuple):
+    """Passes over a layer with all experts of a token missing, and with one of them.
 
-    The interpreter's lock, waking threads, weights that are in no processor cache: none of it is
-    the link's, all of it is there for each transfer.
-
-    Parameters
-    ----------
-    beside
-        What a model computes between two such passes: meanwhile readers fall asleep and caches
-        fill with other things, as they do when tokens are generated.
+    Whatever layer is asked for, one and the same is run.
     """
-    import torch
-    from moepack_runtime.scratch_store import ScratchStore
 
-    spec = probe.engine.spec
-    top_k = spec.moe(number).top_k
-    cut = layer_layout(spec, number, 1.0)
-    shape = layer_segment(spec, cut, "top")
-    assert shape is not None
-    with tempfile.TemporaryDirectory(dir=probe.scratch, prefix=".probe.") as folder:
-        path = Path(folder) / "experts"
-        try:
-            store = ScratchStore(path, probe.source, number, shape, top_k)
-        except OSError as failure:
-            raise output_error(path, failure) from failure
-        layout = Layout(spec.digest, (cut,))
-        with (
-            _open_layer(probe, layout, store, slots=0) as run,
-            torch.inference_mode(),
-        ):
-            missing_s = median_s(lambda: (beside(), run(token, top_k))) - median_s(beside)
-    priced_s = decode_layer_s(
-        LayerTimes(curves.fixed.at(1), curves.whole.at(1)),
-        top_k,
-        Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
-        Held(top=0.0, bottom=1.0),
-        staging_experts=top_k,
-        as_ready=True,
-    )
-    return max(0.0, missing_s - priced_s.item()) / top_k
+    every: ExpertPass
+    one: ExpertPass
 
 
 @contextmanager
-def _open_layer(
-    probe: Probe, layout: Layout, store: SegmentStore, *, slots: int
-) -> Iterator[Callable[[torch.Tensor, int], torch.Tensor]]:
-    """The expert half of one layer, of which the first experts are resident.
+def missing_experts(probe: Probe, number: int) -> Iterator[Missing]:
+    """The expert half of a layer over a file: a transfer for each missing expert."""
+    from moepack_runtime.scratch_store import ScratchStore
 
-    Yields a pass over some tokens, all of which choose as many of the first experts as is asked.
+    spec = probe.engine.spec
+    cut = layer_layout(spec, number, 1.0)
+    shape = layer_segment(spec, cut, "top")
+    assert shape is not None
+    moe = spec.moe(number)
+    with tempfile.TemporaryDirectory(dir=probe.scratch, prefix=".probe.") as folder:
+        path = Path(folder) / "experts"
+        try:
+            store = ScratchStore(path, probe.source, number, shape, moe.top_k)
+        except OSError as failure:
+            raise output_error(path, failure) from failure
+        layout = Layout(spec.digest, (cut,))
+        there = min(moe.top_k, moe.num_experts) - 1
+        with ExitStack() as stack:
+            every = stack.enter_context(_open(probe, layout, store, slots=0, keeps=0))
+            one = stack.enter_context(_open(probe, layout, store, slots=there, keeps=there))
+            yield Missing(
+                lambda _, hidden, count: every(number, hidden, count),
+                lambda _, hidden, count: one(number, hidden, count),
+            )
+
+
+@contextmanager
+def _open(
+    probe: Probe, layout: Layout, store: SegmentStore, *, slots: int, keeps: int
+) -> Iterator[ExpertPass]:
+    """Passes in which all tokens choose the same experts: the next ones every time.
+
+    Where experts are resident they are among those; but for the first ``keeps``, which are resident
+    and chosen every time, beside others that are not.
     """
     import torch
     from moepack_runtime.experts import ExpertMemory
@@ -152,23 +121,51 @@ def _open_layer(
     from moepack_runtime.moe import Block, add_experts
     from moepack_runtime.router import Routing
 
-    spec, number = probe.engine.spec, layout.layers[0].layer
-    moe = spec.moe(number)
-    chosen = torch.arange(moe.num_experts, device=probe.engine.device)
-    everyone = tuple(range(moe.num_experts))
-    placement = LayerPlacement(number, 0, slots, slots, "lru", everyone)
+    spec = probe.engine.spec
+    places = []
+    for cut in layout.layers:
+        everyone = tuple(range(spec.moe(cut.layer).num_experts))
+        places.append(LayerPlacement(cut.layer, 0, slots, slots, "pinned", everyone))
+    staging = max(spec.moe(cut.layer).top_k for cut in layout.layers)
     with open_transfer(spec, layout, store, probe.hardware.device) as transfer:
-        memory = ExpertMemory(
-            spec, layout, [placement], staging_experts=moe.top_k, transfer=transfer
-        )
+        memory = ExpertMemory(spec, layout, places, staging_experts=staging, transfer=transfer)
         memory.warm()
+        turn = 0
 
-        def run(hidden: torch.Tensor, experts: int) -> torch.Tensor:
-            ids = chosen[:experts].expand(len(hidden), experts)
-            weights = torch.full(ids.shape, 1 / experts, device=hidden.device)
+        def run(number: int, hidden: torch.Tensor, count: int) -> torch.Tensor:
+            nonlocal turn
+            among = spec.moe(number).num_experts if keeps or not slots else slots
+            more = [keeps + (turn + place) % (among - keeps) for place in range(count - keeps)]
+            turn += len(more)
+            chosen = sorted((*range(keeps), *more))
+            ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
+            weights = torch.full(ids.shape, 1 / count, device=hidden.device)
             total = torch.zeros_like(hidden, dtype=torch.float32)
             block = Block(hidden, Routing(ids, weights))
-            add_experts(moe, [block], [total], memory.step(number, ids.tolist()))
-            return hidden + total.to(hidden.dtype)
+            layer_pass = memory.step(number, ids.tolist())
+            add_experts(spec.moe(number), [block], [total], layer_pass)
+            layer_pass.report()
+            return total.to(hidden.dtype)
 
         yield run
+
+
+def priced_missing_s(
+    probe: Probe, number: int, fixed_s: float, expert_s: float, *, missing: int
+) -> float:
+    """What the cost model says of one token's pass of which so many experts are missing."""
+    spec = probe.engine.spec
+    moe = spec.moe(number)
+    shape = layer_segment(spec, layer_layout(spec, number, 1.0), "top")
+    assert shape is not None
+    there = moe.top_k - missing
+    priced_s = decode_layer_s(
+        # What is there is computed while the first of the others comes, as a shared expert is.
+        LayerTimes(fixed_s, expert_s, shared_s=there * expert_s),
+        missing,
+        Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
+        Held(top=0.0, bottom=1.0),
+        staging_experts=moe.top_k,
+        as_ready=True,
+    )
+    return float(priced_s.item())

@@ -279,6 +279,7 @@ class _Pricer:
             prompt.other_s,
             self._prompt_s[columns],
             self._problem.token.transfer_s,
+            self._problem.token.burst_s,
             parts,
             lacking,
             staging_experts=self._problem.staging_experts,

@@ -172,6 +172,7 @@ class Optimised:
                 whole.at(1),
                 entry.transfer_s,
                 float(self._token.after_s[index]),
+                entry.burst_s,
             ),
             split_s=split.at(1),
             prompt=PromptTimes(float(self._prompt.before_s[index]), whole_s, split_s),

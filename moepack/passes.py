@@ -39,6 +39,8 @@ class Segments(NamedTuple):
         Of an expert's computing.
     transfer_s
         What one transfer costs the computing thread, [L].
+    burst_s
+        What having to transfer anything in a pass costs it, [L].
     has_top, interior
         Whether a layer has tops, and whether it has bottoms as well, [L].
     """
@@ -48,6 +50,7 @@ class Segments(NamedTuple):
     compute_s: Seconds
     share: Seconds
     transfer_s: Seconds
+    burst_s: Seconds
     has_top: Flags
     interior: Flags
 
@@ -67,7 +70,7 @@ def segments_of(
         expert_curve(entry, cut=cut).at(1) for entry, cut in zip(entries, interior, strict=True)
     ]
     compute_s = np.array(expert_s)[:, None] * share
-    transfer_s = np.array([entry.transfer_s for entry in entries])
+    transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
     known = {int(size): link(int(size)) for size in np.unique(sizes) if size}
     link_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
     if not interior.any():  # one segment each: the part that is there
@@ -75,7 +78,7 @@ def segments_of(
         link_s, compute_s, share = (
             values.sum(axis=1, keepdims=True) for values in (link_s, compute_s, share)
         )
-    return Segments(sizes, link_s, compute_s, share, transfer_s, has_top, interior)
+    return Segments(sizes, link_s, compute_s, share, transfer_s, burst_s, has_top, interior)
 
 
 def expert_curve(entry: LayerCompute, *, cut: bool) -> Curve:
@@ -193,8 +196,7 @@ def passes_with(
     missing = valid & ~held.reshape(flat)
     fetch_s = np.where(missing, _tiled(segments.link_s, flat[2]), 0.0)
     compute_s = np.where(valid, _tiled(segments.compute_s, flat[2]), 0.0)
-    if segments.transfer_s.any():
-        compute_s += (fetch_s > 0) * segments.transfer_s[:, None]
+    compute_s += disturbance_s(fetch_s, segments)
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
     asked = (np.arange(depth) < depths[:, None]) & named[:, :, :depth]
@@ -211,6 +213,19 @@ def passes_with(
         np.copyto(ahead_of, place, where=comes)
     hits = _cached_first(held, segments) & found.valid
     return DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
+
+
+def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:
+    """What transfers cost the computing thread: each its share, the first one the burst's as well.
+
+    Parameters
+    ----------
+    fetch_s : [.., L, segments]
+        As they are consumed; 0 where nothing is fetched.
+    """
+    comes = fetch_s > 0
+    first = comes & (np.cumsum(comes, axis=-1) == 1)
+    return np.asarray(comes * segments.transfer_s[:, None] + first * segments.burst_s[:, None])
 
 
 def ahead_seconds(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
-from moepack.passes import Oracle, Segments, ahead_seconds, expert_curve
+from moepack.passes import Oracle, Segments, ahead_seconds, disturbance_s, expert_curve
 from moepack.plan import Layout, Placement
 from moepack.routing_tables import RoutingTables
 from moepack.timeline import Seconds
@@ -125,7 +125,6 @@ def prompt_passes(
         seconds = np.array(_first_seconds(curve, longest))
         expert_s[:, index] = seconds[prompts.counts[:, index]].sum(axis=1)
     compute_s = expert_s[..., None] * segments.share[:, None, :]
-    compute_s = compute_s + (fetch_s > 0) * segments.transfer_s[:, None, None]
     named = used if oracle != "none" else prompts.predicted
     fetches = np.array([place.prefetch != "off" for place in placement.layers])
     asked = named & fetches[:, None]
@@ -138,7 +137,9 @@ def prompt_passes(
         placement.staging_experts - 1,
     )
     flat = (*used.shape[:2], used.shape[2] * parts)
-    return PromptPasses(compute_s.reshape(flat), fetch_s.reshape(flat), ahead_s)
+    fetch_s = fetch_s.reshape(flat)
+    compute_s = compute_s.reshape(flat) + disturbance_s(fetch_s, segments)
+    return PromptPasses(compute_s, fetch_s, ahead_s)
 
 
 @functools.lru_cache(maxsize=64)

@@ -68,6 +68,28 @@ def _run(work: Callable[[], object], synchronize: Callable[[], object] | None) -
     return perf_counter() - begin_s
 
 
+class Stopwatch:
+    """Tells how long each of several pieces of work took, one after the other.
+
+    Parameters
+    ----------
+    synchronize
+        Waits until a device has done what it was given; part of what is timed.
+    """
+
+    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
+        self._synchronize = synchronize
+        self._since_s = perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since this was made."""
+        if self._synchronize is not None:
+            self._synchronize()
+        now_s = perf_counter()
+        lap_s, self._since_s = now_s - self._since_s, now_s
+        return lap_s
+
+
 def rounded(value: float) -> float:
     """Four significant digits: more than any measurement here has."""
     return float(f"{value:.4g}")

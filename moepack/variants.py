@@ -90,7 +90,8 @@ def with_compute(request: PlanRequest, factor: float) -> PlanRequest:
 def without_transfer_cost(compute: ComputeProfile) -> ComputeProfile:
     """Transfers that cost the computing thread nothing beside the link's own time."""
     return replace(
-        compute, layers=tuple(replace(entry, transfer_s=0.0) for entry in compute.layers)
+        compute,
+        layers=tuple(replace(entry, transfer_s=0.0, burst_s=0.0) for entry in compute.layers),
     )
 
 
@@ -111,7 +112,12 @@ def _quicker(compute: ComputeProfile, factor: float) -> ComputeProfile:
             for field in fields(entry)
             if isinstance(curve := getattr(entry, field.name), Curve)
         }
-        return replace(entry, transfer_s=entry.transfer_s / factor, **curves)
+        return replace(
+            entry,
+            transfer_s=entry.transfer_s / factor,
+            burst_s=entry.burst_s / factor,
+            **curves,
+        )
 
     return replace(
         compute,

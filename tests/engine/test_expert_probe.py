@@ -1,55 +1,117 @@
-"""What one more expert adds, and what the pass costs without any."""
+"""What one more expert adds, what a pass costs without any, and what fetching disturbs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from moepack_runtime import ffn
+from moepack_runtime.direct_io import Buffer
+from moepack_runtime.scratch_store import ScratchStore
+from moepack_runtime.store import CheckMode
 
+from moepack import compute_probe
 from moepack.checkpoint import Checkpoint
-from moepack.compute import Curve
-from moepack.expert_probe import Probe, measure_experts
+from moepack.compute import ComputeProfile, Curve
+from moepack.compute_probe import measure_compute, probe_context_tokens
+from moepack.expert_probe import Probe, walked
 from moepack.hardware import find_hardware
+from moepack.segments import SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
 from tests.support.plans import mixed_layout, placement
 
-TOKENS = (1, 4)
+
+class Counted:
+    """A stopwatch of pretended seconds, by what was done since the last lap.
+
+    Every piece takes 5 s, each segment that is computed 3 s, each that is read 7 s, and having to
+    read anything 11 s.
+    """
+
+    products = 0
+    reads = 0
+
+    def __init__(self, synchronize: object = None) -> None:
+        del synchronize
+
+    def lap(self) -> float:
+        seconds = 5.0 + 3.0 * Counted.products + 7.0 * Counted.reads + 11.0 * (Counted.reads > 0)
+        Counted.products = Counted.reads = 0
+        return seconds
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
-def test_the_pass_is_told_from_its_experts(
-    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
-    products: list[int] = []
-    real = ffn.gated_ffn
+@pytest.fixture(name="counting")
+def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, read_into = ffn.gated_ffn, ScratchStore.read_into
 
     def counted(x: torch.Tensor, *arguments: object) -> torch.Tensor:
-        products.append(x.shape[0])
-        return real(x, *arguments)  # type: ignore[arg-type]
+        Counted.products += 1
+        return product(x, *arguments)  # type: ignore[arg-type]
 
-    def curve(call: Callable[[torch.Tensor], object]) -> Curve:
-        """As if a pass took 5 s, and 3 s for each segment that is computed in it."""
-        seconds = []
-        for tokens in TOKENS:
-            products.clear()
-            call(hidden[:tokens])
-            seconds.append(5.0 + 3.0 * len(products))
-        return Curve(TOKENS, tuple(seconds))
+    def counted_read(
+        self: ScratchStore, segment: SegmentId, destination: Buffer, check: CheckMode
+    ) -> None:
+        Counted.reads += 1
+        read_into(self, segment, destination, check)
 
     monkeypatch.setattr("moepack_runtime.moe.gated_ffn", counted)
     monkeypatch.setattr("moepack_runtime.grouped.gated_ffn", counted)
+    monkeypatch.setattr(ScratchStore, "read_into", counted_read)
+    monkeypatch.setattr(compute_probe, "Stopwatch", Counted)
+    monkeypatch.setattr(compute_probe, "_WALKS", 2)
+
+
+def measured(checkpoint: Checkpoint, scratch: Path) -> ComputeProfile:
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,), block_tokens=8)
+    context = probe_context_tokens(spec)
+    place = placement(spec, layout, tops=0, bottoms=0, staging=4, context=context)
+    with open_engine(checkpoint, layout, place) as engine:
+        return measure_compute(checkpoint, engine, find_hardware("cpu-sata"), scratch=scratch)
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_pieces_of_a_layer_are_told_apart(
+    tiny_folder: TinyFolder, tmp_path: Path, architecture: str
+) -> None:
     checkpoint = Checkpoint.open(tiny_folder(architecture, "plain"))
+    profile = measured(checkpoint, tmp_path)
+    (layer,) = profile.layers
+    tokens = layer.attention.tokens
+
+    def always(seconds: float) -> Curve:
+        return Curve(tokens, (seconds,) * len(tokens))
+
+    assert layer.layers == checkpoint.spec.moe_layers
+    assert layer.attention == always(5.0)
+    assert layer.router == always(5.0)
+    assert layer.fixed == always(5.0)
+    assert layer.expert == always(3.0)
+    assert layer.expert_split == always(6.0), "two segments"
+    assert profile.head_s == 5.0
+    # But for the link's own time, which is no disturbance.
+    assert layer.transfer_s == pytest.approx(7.0, rel=1e-3)
+    assert layer.burst_s == pytest.approx(11.0, rel=1e-3)
+
+
+def test_layers_are_walked_until_no_cache_holds_them(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
     spec = checkpoint.spec
     layout = mixed_layout(spec, (1.0,), block_tokens=8)
     place = placement(spec, layout, tops=0, bottoms=0, staging=4, context=64)
-    with open_engine(checkpoint, layout, place) as engine, torch.inference_mode():
-        hidden = engine.decoder.embed(torch.arange(max(TOKENS)))
+    numbers, moe = spec.moe_layers, spec.moe(spec.moe_layers[0])
+    with open_engine(checkpoint, layout, place) as engine:
         probe = Probe(checkpoint, engine, find_hardware("cpu-sata"), tmp_path)
-        curves = measure_experts(probe, spec.moe_layers[0], curve)
-    assert curves.fixed == Curve(TOKENS, (5.0, 5.0))
-    assert curves.whole == Curve(TOKENS, (3.0, 3.0))
-    assert curves.split == Curve(TOKENS, (6.0, 6.0)), "two segments"
+        assert walked(probe, numbers) == (numbers, moe.num_experts), "all of a small model"
+        each = spec.expert_bytes(numbers[0])
+        for fitting in range(1, 3 * moe.num_experts):
+            monkeypatch.setattr("moepack.expert_probe._WALKED_BYTES", fitting * each)
+            those = walked(probe, numbers)
+            assert those.experts >= moe.top_k
+            one_token = max(2, moe.top_k)
+            assert len(those.numbers) * those.experts <= max(fitting, one_token)

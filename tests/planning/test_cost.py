@@ -22,7 +22,14 @@ def test_a_prompt_fetches_each_missing_expert_once() -> None:
 
     def seconds(staging_experts: int, *, ahead: bool = False) -> float:
         made = prefill_layer_s(
-            1.0, 2.0, 0.0, whole, (missing[1], 0.0), staging_experts=staging_experts, ahead=ahead
+            1.0,
+            2.0,
+            0.0,
+            0.0,
+            whole,
+            (missing[1], 0.0),
+            staging_experts=staging_experts,
+            ahead=ahead,
         )
         return float(made.item())
 
@@ -35,13 +42,14 @@ def test_a_prompt_is_priced_for_all_states_and_cuts_at_once() -> None:
     parts = Parts(np.array([1.0, 0.25]), np.array([0.0, 0.75]), np.array([1.0, 0.25]))
     tops, bottoms = np.array([4.0, 1.0, 0.0]), np.array([4.0, 4.0, 2.0])
     experts_s = np.array([2.0, 3.0])
-    grid = prefill_layer_s(0.5, experts_s, 0.1, parts, (tops, bottoms), staging_experts=4)
+    grid = prefill_layer_s(0.5, experts_s, 0.1, 0.2, parts, (tops, bottoms), staging_experts=4)
     for state in range(3):
         for cut in range(2):
             one = prefill_layer_s(
                 0.5,
                 experts_s[cut],
                 0.1,
+                0.2,
                 Parts(*(values[cut] for values in parts.columns())),
                 (tops[state], bottoms[state]),
                 staging_experts=4,

@@ -139,6 +139,14 @@ def test_each_missing_part_is_a_transfer_for_the_computing_thread() -> None:
     assert seconds(half, Held(0.75, 0.0)) == pytest.approx(nothing + 5.0)
 
 
+def test_having_to_transfer_anything_costs_the_burst_once() -> None:
+    times = LayerTimes(0.0, expert_s=100.0, transfer_s=1.0, burst_s=10.0)
+    whole = Parts(1e-9, 0.0, 1.0)
+    for held, any_of_it in ((1.0, 0.0), (0.75, 1 - 0.75**4), (0.0, 1.0)):
+        made = decode_layer_s(times, 4, whole, Held(held, 1.0), staging_experts=8, as_ready=True)
+        assert made.item() == pytest.approx(400.0 + 4 * (1 - held) + 10.0 * any_of_it)
+
+
 @pytest.mark.parametrize("as_ready", [False, True])
 def test_the_shared_expert_hides_transfers(as_ready: bool) -> None:
     times = LayerTimes(other_s=0.0, expert_s=0.0, shared_s=3.0)
@@ -323,6 +331,7 @@ seconds = st.floats(0.0, 10.0)
     gap_s=seconds,
     shared_s=seconds,
     transfer_s=st.floats(0.0, 1.0),
+    burst_s=st.floats(0.0, 2.0),
     accuracy=st.lists(chances, min_size=1, max_size=8),
     rank_hits=st.lists(chances, min_size=8, max_size=8),
     mode=st.sampled_from(["off", "bottoms", "all"]),
@@ -340,6 +349,7 @@ def test_a_faster_link_is_never_dearer(
     gap_s: float,
     shared_s: float,
     transfer_s: float,
+    burst_s: float,
     accuracy: list[float],
     rank_hits: list[float],
     mode: PrefetchMode,
@@ -354,7 +364,7 @@ def test_a_faster_link_is_never_dearer(
     else:
         held, ranks = Held(hit, float(whole)), Held(hits, np.full(depth, float(whole)))
     share = 1.0 if whole else theta
-    times = LayerTimes(gap_s, 1.0, transfer_s, shared_s)
+    times = LayerTimes(gap_s, 1.0, transfer_s, shared_s, burst_s)
 
     def best_s(top: float, bottom: float) -> float:
         parts = Parts(share * ratio * top, (1.0 - share) * ratio * bottom, share)

@@ -47,6 +47,7 @@ def price_s(problem: LayerProblem, choice: Choice) -> float:
         problem.prompt.other_s,
         problem.prompt.split_s if two else problem.prompt.experts_s,
         problem.token.transfer_s,
+        problem.token.burst_s,
         parts,
         (lacking[0], lacking[1]),
         staging_experts=problem.staging_experts,

@@ -56,7 +56,7 @@ def layer_problem(
         top_k=top_k,
         cuts=cuts or even_cuts(256, 64, 4096),
         link=lambda size: 1e-5 + size / bytes_per_s,
-        token=LayerTimes(other_s=4e-4, expert_s=3e-4, transfer_s=1e-6, shared_s=1e-4),
+        token=LayerTimes(other_s=4e-4, expert_s=3e-4, transfer_s=1e-6, shared_s=1e-4, burst_s=2e-6),
         split_s=3.3e-4,
         prompt=PromptTimes(other_s=2e-3, experts_s=8e-3, split_s=8.5e-3),
         used=distinct_experts(shares / shares.sum(), 64, top_k),

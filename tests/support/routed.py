@@ -110,6 +110,7 @@ def drawn_compute(spec: ModelSpec, rng: np.random.Generator) -> ComputeProfile:
                 expert_split=curve() if routed else None,
                 ffn=curve() if not routed or rng.random() < 0.5 else None,
                 transfer_s=float(rng.choice([0.0, 1e-4])),
+                burst_s=float(rng.choice([0.0, 2e-4])),
                 fixed=curve(1e-4) if routed else None,
             )
         )

@@ -71,6 +71,17 @@ class _Layer:
             )
         return found
 
+    def experts(self, held: Held, tokens: Mapping[int, Sequence[int]]) -> dict[int, list[Segment]]:
+        """Of every expert its segments; the first to be fetched costs the burst as well."""
+        found = {
+            expert: self.segments(expert, held, counts) for expert, counts in sorted(tokens.items())
+        }
+        for segment in (segment for segments in found.values() for segment in segments):
+            if segment.fetch > 0:
+                segment.compute += self.entry.burst_s
+                break
+        return found
+
     def asked_ahead(self, guesses: Sequence[int], held: Held, frames: int) -> list[list[Part]]:
         """The parts that are fetched for each guess, as far as there are frames for them."""
         found: list[list[Part]] = []
@@ -186,7 +197,7 @@ def walk(
                 named = ids if perfect else trace.predicted[token, index].tolist()
                 guesses = [e for e in named[: place.prefetch_depth] if e != NO_PREDICTION]
                 ahead = layer.asked_ahead(guesses, held, placement.staging_experts)
-                experts = {expert: layer.segments(expert, held, (1,)) for expert in ids}
+                experts = layer.experts(held, dict.fromkeys(ids, (1,)))
                 following = (index + 1) % len(layers)
                 guess = layers[following].entry.guess_s(1) * guessed[following]
                 clock.wasted = layer.entry.transfer_s
@@ -270,10 +281,9 @@ def first_token_s(
         named = np.unique(trace.predicted[list(tokens), index, :top_k]).tolist()
         guesses = needed if perfect else [e for e in named if e != NO_PREDICTION]
         ahead = layer.asked_ahead(guesses if index else [], held, placement.staging_experts - 1)
-        experts = {
-            expert: layer.segments(expert, held, [int((ids == expert).sum()) for ids in used])
-            for expert in needed
-        }
+        experts = layer.experts(
+            held, {expert: [int((ids == expert).sum()) for ids in used] for expert in needed}
+        )
         following = (index + 1) % len(layers)
         lengths = [len(block) for block in blocks] if following else [1]
         guess = sum(map(layers[following].entry.guess_s, lengths)) * guessed[following]

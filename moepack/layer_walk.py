@@ -1,0 +1,132 @@
+"""Walking through the layers of a kind, as a pass over the model does, and timing each piece.
+
+What a piece takes depends on what ran before it: a layer's weights that were just used are in a
+processor's cache, and in a run they are not, since every other layer was used in between. So no
+piece is repeated by itself: the layers take turns, each with its attention, its router and its
+experts, and the head comes after them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from moepack.timing import Stopwatch
+
+if TYPE_CHECKING:
+    import torch
+    from moepack_runtime.engine import Engine
+    from moepack_runtime.router import Routing
+
+#: Runs the routed experts of a layer on [tokens, hidden], with so many experts for every token.
+ExpertPass = Callable[[int, "torch.Tensor", int], "torch.Tensor"]
+
+
+class Experts(NamedTuple):
+    """A way for the experts of a walk: what runs them, and how many of them each token has."""
+
+    run: ExpertPass
+    count: int
+
+
+class Laps(NamedTuple):
+    """Seconds of each piece of one layer, in a walk over several: their mean.
+
+    ``head_s`` is that of the whole walk.
+    """
+
+    attention_s: float
+    router_s: float
+    ffn_s: float
+    experts_s: float
+    head_s: float
+
+    @property
+    def around_s(self) -> float:
+        """Everything in the layer but its experts."""
+        return self.attention_s + self.router_s + self.ffn_s
+
+
+class LayerWalk:
+    """Walks through some layers of one kind.
+
+    Parameters
+    ----------
+    engine
+        Open, with an empty cache; what is walked fills it.
+    numbers
+        Layers of one kind, in their order.
+    context_tokens
+        The longest sequence that is walked with; one token comes behind so many.
+    stopwatch
+        Tells one piece from the next.
+    """
+
+    def __init__(
+        self, engine: Engine, numbers: Sequence[int], context_tokens: int, stopwatch: Stopwatch
+    ) -> None:
+        import torch
+        from moepack_runtime.sampling import Sampler, SamplingParams
+
+        self._engine = engine
+        self._numbers = numbers
+        self._stopwatch = stopwatch
+        ids = torch.arange(context_tokens, device=engine.device) % engine.spec.vocab_size
+        self._sample = engine.decoder.embed(ids)
+        self._first_id = ids[:1]
+        self._sampler = Sampler(SamplingParams(temperature=1.0))
+        self._positions = itertools.count(context_tokens)
+
+    def fill_context(self) -> None:
+        """Run the whole sample through the attention of every layer: what one token looks at."""
+        for number in self._numbers:
+            self._engine.kv.layers[number].truncate(0)
+            self._engine.decoder.layers[number].attend(self._sample, 0)
+
+    def walk(self, tokens: int, experts: Experts | None) -> Laps:
+        """All layers once: a prompt of some tokens, or one token behind the context.
+
+        Parameters
+        ----------
+        experts
+            None for layers that have none.
+        """
+        decoder = self._engine.decoder
+        hidden = self._sample[:tokens]
+        start = next(self._positions) if tokens == 1 else 0
+        attention_s = router_s = ffn_s = experts_s = 0.0
+        lap = self._stopwatch.lap
+        lap()
+        for number in self._numbers:
+            layer = decoder.layers[number]
+            if start == 0:
+                self._engine.kv.layers[number].truncate(0)
+            residual = layer.attend(hidden, start)
+            attention_s += lap()
+            inputs = layer.mlp_norm(residual)
+            if experts is None:
+                residual.add_(layer.dense(inputs))
+                ffn_s += lap()
+                continue
+            _on_host(layer.route(inputs))
+            router_s += lap()
+            layer.shared(inputs)
+            ffn_s += lap()
+            residual.add_(experts.run(number, inputs, experts.count))
+            experts_s += lap()
+        self._sampler.draw(decoder.logits(decoder.embed(self._first_id))[-1])
+        head_s = lap()
+        many = len(self._numbers)
+        return Laps(attention_s / many, router_s / many, ffn_s / many, experts_s / many, head_s)
+
+
+def _on_host(routing: Routing) -> None:
+    """As the engine needs it: who is missing is decided there."""
+    routing.ids.tolist()
+
+
+def median_laps(laps: Sequence[Laps]) -> Laps:
+    """Piece by piece."""
+    return Laps(*(median(piece) for piece in zip(*laps, strict=True)))
