@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from moepack.byte_division import Frontier
 from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import Integers, LayerProblem
@@ -51,14 +53,6 @@ class Choice(NamedTuple):
     seconds: float
 
 
-class Best(NamedTuple):
-    """The best options within some budgets, each [Q]: seconds, and their place in the table."""
-
-    seconds: Array
-    state: npt.NDArray[np.intp]
-    cut: npt.NDArray[np.intp]
-
-
 @dataclass(frozen=True, eq=False)
 class LayerTable:
     """Seconds of one layer by state and cut, and how they are reached.
@@ -86,22 +80,24 @@ class LayerTable:
         cuts = self.problem.cuts
         return int((cuts.top_bytes + cuts.bottom_bytes).max()) * self.problem.num_experts
 
-    def best(self, budget_bytes: Integers) -> Best:
-        """The best option within each of some budgets, [Q].
-
-        For every cut the most slots that fit, which no smaller number undercuts.
-        """
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The options that no other undercuts; of equals that of the earlier cut."""
         experts = self.problem.num_experts
-        first_bytes, second_bytes = self._slot_bytes()
-        money = budget_bytes[:, None]
-        tops = np.where(first_bytes > 0, money // np.maximum(first_bytes, 1), experts)
-        tops = np.minimum(tops, experts)
-        rest = np.where(tops == experts, money - tops * first_bytes, 0)
-        state = tops + np.minimum(rest // second_bytes, experts)
-        seconds = self.seconds[state, np.arange(len(first_bytes))]
-        cut = seconds.argmin(axis=1)
-        rows = np.arange(len(cut))
-        return Best(seconds[rows, cut], state[rows, cut], cut)
+        first_bytes, second_bytes = (sizes[:, None] for sizes in self._slot_bytes())
+        states = np.arange(2 * experts + 1)
+        sizes = np.minimum(states, experts) * first_bytes
+        sizes += np.maximum(states - experts, 0) * second_bytes  # [C, 2N + 1]
+        seconds = self.seconds.T.ravel()
+        places = np.flatnonzero(np.isfinite(seconds))
+        places = places[sizes.ravel()[places].argsort(kind="stable")]
+        lowest = np.minimum.accumulate(seconds[places])
+        places = places[np.diff(lowest, prepend=np.inf) < 0.0]
+        # Of one size the last is the best.
+        sizes = sizes.ravel()[places]
+        last = np.diff(sizes, append=sizes[-1] + 1) > 0
+        cut, state = np.divmod(places[last], len(states))
+        return Frontier(sizes[last], seconds[places[last]], state, cut)
 
     def choice(self, state: int, cut: int) -> Choice:
         """An option in words."""

@@ -3,25 +3,50 @@
 Minimise ``sum over layers of f(layer, bytes)`` subject to the bytes adding up to the budget, where
 f is the best that a layer can do with so many bytes (:mod:`moepack.layer_tables`: cut, slots,
 policy, prefetching). After MoEpic (arXiv 2509.08342): the inner solve divides, the outer one
-conquers, by exchanging quanta of the budget (:mod:`moepack.allocation`). Layers need not be convex
-(slots are whole), so the division is also solved exactly, and the better of the two is the answer.
+conquers. MoEpic exchanges quanta of the budget between layers; here the budget is divided to the
+byte (:mod:`moepack.byte_division`), since what does not fill a quantum is lost otherwise: slots are
+large beside quanta. What the exchange would lose (:mod:`moepack.allocation`) can still be asked
+for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from moepack.allocation import exact, exchange, total_cost
+from moepack.byte_division import Frontier, divide
 from moepack.cost import Array
 from moepack.layer_tables import Choice, LayerTable
 
 #: A quantum is this share of the budget, or this share of a layer's even part, if that is less.
 QUANTA = 100
 QUANTA_PER_LAYER = 10
+
+
+@dataclass(frozen=True)
+class InQuanta:
+    """The same budget divided into quanta.
+
+    Attributes
+    ----------
+    exchange_s, exact_s : float
+        The objective of the division that the exchange ended with, and of the best.
+    quanta : tuple of int
+        By layer, of the best.
+    """
+
+    exchange_s: float
+    exact_s: float
+    quanta: tuple[int, ...]
+
+    @property
+    def gap_to_exact(self) -> float:
+        """(exchange - exact) / exact: what the exchange alone would lose."""
+        return (self.exchange_s - self.exact_s) / self.exact_s if self.exact_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -33,31 +58,33 @@ class Optimum:
     choices : tuple of Choice
         By layer, in the order of the tables.
     seconds : float
-        The objective: the sum of the choices' seconds. Below ``exact_s`` where bytes that quanta
-        left over bought something.
-    exchange_s, exact_s : float
-        The objective of the division into quanta that the exchange ended with, and of the best.
-    quanta : tuple of int
-        By layer, of the better of the two.
+        The objective: the sum of the choices' seconds.
+    bound_s : float
+        No division of the budget takes less.
     """
 
     choices: tuple[Choice, ...]
     seconds: float
-    exchange_s: float
-    exact_s: float
-    quanta: tuple[int, ...]
+    bound_s: float
+    _frontiers: tuple[Frontier, ...] = field(repr=False)
+    _budget_bytes: int = field(repr=False)
 
-    @property
-    def gap_to_exact(self) -> float:
-        """(exchange - exact) / exact: what the exchange alone would lose."""
-        return (self.exchange_s - self.exact_s) / self.exact_s if self.exact_s else 0.0
+    @cached_property
+    def in_quanta(self) -> InQuanta:
+        """What dividing quanta comes to; see :mod:`moepack.allocation`.
+
+        The quantum is the smaller of 1 % of the budget and a tenth of a layer's even share.
+        """
+        quanta = max(QUANTA, QUANTA_PER_LAYER * len(self._frontiers))
+        costs = [_costs(each, self._budget_bytes, quanta) for each in self._frontiers]
+        by_exchange, best = exchange(costs, quanta), exact(costs, quanta)
+        exchange_s, exact_s = total_cost(costs, by_exchange), total_cost(costs, best)
+        # The sums of equals may differ by their rounding.
+        return InQuanta(exchange_s, min(exchange_s, exact_s), tuple(best.tolist()))
 
 
 def optimise(tables: Sequence[LayerTable], budget_bytes: int) -> Optimum:
     """Divide a budget among layers.
-
-    The quantum is the smaller of 1 % of the budget and a tenth of a layer's even share. Bytes that
-    no quantum uses are spent one option at a time, on what gains most for each of them.
 
     Parameters
     ----------
@@ -66,23 +93,14 @@ def optimise(tables: Sequence[LayerTable], budget_bytes: int) -> Optimum:
     budget_bytes
         For the slots of all layers.
     """
-    quanta = max(QUANTA, QUANTA_PER_LAYER * len(tables))
-    options = [_Options(table, budget_bytes, quanta) for table in tables]
-    costs = [option.seconds for option in options]
-    by_exchange, best = exchange(costs, quanta), exact(costs, quanta)
-    exchange_s, exact_s = total_cost(costs, by_exchange), total_cost(costs, best)
-    if exchange_s <= exact_s:  # of equals the one that began as an even division
-        best, exact_s = by_exchange, exchange_s
-    found = [option.at(int(count)) for option, count in zip(options, best, strict=True)]
-    found = _spend_rest(tables, found, budget_bytes)
-    choices = tuple(table.choice(*place) for table, place in zip(tables, found, strict=True))
-    return Optimum(
-        choices=choices,
-        seconds=sum(choice.seconds for choice in choices),
-        exchange_s=exchange_s,
-        exact_s=exact_s,
-        quanta=tuple(best.tolist()),
+    frontiers = tuple(table.frontier for table in tables)
+    found = divide(frontiers, budget_bytes)
+    choices = tuple(
+        table.choice(int(frontier.state[place]), int(frontier.cut[place]))
+        for table, frontier, place in zip(tables, frontiers, found.places, strict=True)
     )
+    seconds = sum(choice.seconds for choice in choices)
+    return Optimum(choices, seconds, found.bound_s, frontiers, budget_bytes)
 
 
 def fixed_point_split(window_share: float, budget_experts: float, hits: Array) -> float:
@@ -119,47 +137,11 @@ def fixed_point_split(window_share: float, budget_experts: float, hits: Array) -
     return low
 
 
-class _Options:
-    """What one layer can do with 0, 1 ... quanta: seconds that never rise, and how."""
-
-    def __init__(self, table: LayerTable, budget_bytes: int, quanta: int) -> None:
-        useful = 0 if budget_bytes <= 0 else -(-table.full_bytes * quanta // budget_bytes)
-        counts = range(min(quanta, useful) + 1)
-        # Exact in integers, so that the even division of a budget is even to the byte.
-        budgets = np.array([count * budget_bytes // quanta for count in counts], dtype=np.int64)
-        best = table.best(budgets)
-        self.seconds: Array = np.minimum.accumulate(best.seconds)
-        falls = np.diff(self.seconds, prepend=np.inf) < 0.0
-        self._reached: npt.NDArray[np.intp] = np.maximum.accumulate(
-            np.where(falls, np.arange(len(falls)), 0)
-        )
-        self._best = best
-
-    def at(self, count: int) -> tuple[int, int]:
-        """(state, cut) of the best option within so many quanta."""
-        place = self._reached[min(count, len(self._reached) - 1)]
-        return int(self._best.state[place]), int(self._best.cut[place])
-
-
-def _spend_rest(
-    tables: Sequence[LayerTable], found: list[tuple[int, int]], budget_bytes: int
-) -> list[tuple[int, int]]:
-    """Improve single layers, most seconds for a byte first, while bytes are left."""
-    found = list(found)
-    used = np.array([table.used_bytes(*place) for table, place in zip(tables, found, strict=True)])
-    while True:
-        rest_bytes = budget_bytes - int(used.sum())
-        rates = np.zeros(len(tables))
-        better: list[tuple[int, int]] = []
-        for index, (table, place) in enumerate(zip(tables, found, strict=True)):
-            best = table.best(np.array([used[index] + rest_bytes]))
-            better.append((int(best.state[0]), int(best.cut[0])))
-            gain_s = float(table.seconds[place]) - float(best.seconds[0])
-            more_bytes = table.used_bytes(*better[-1]) - int(used[index])
-            if gain_s > 0.0:
-                rates[index] = gain_s / more_bytes if more_bytes > 0 else np.inf
-        chosen = int(rates.argmax())
-        if rates[chosen] <= 0.0:
-            return found
-        found[chosen] = better[chosen]
-        used[chosen] = tables[chosen].used_bytes(*found[chosen])
+def _costs(frontier: Frontier, budget_bytes: int, quanta: int) -> Array:
+    """Seconds of one layer with 0, 1 ... quanta, as far as they fall."""
+    full_bytes = int(frontier.bytes[-1])
+    useful = 0 if budget_bytes <= 0 else -(-full_bytes * quanta // budget_bytes)
+    counts = range(min(quanta, useful) + 1)
+    # Exact in integers, so that the even division of a budget is even to the byte.
+    budgets = np.array([count * budget_bytes // quanta for count in counts], dtype=np.int64)
+    return frontier.seconds[frontier.within(budgets)]

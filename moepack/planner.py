@@ -153,7 +153,7 @@ class Planner:
             PlannerReport(
                 seconds=time.perf_counter() - began_s,
                 chosen=best.name,
-                gap_to_exact=None if optimum is None else optimum.gap_to_exact,
+                gap_to_exact=None if optimum is None else optimum.in_quanta.gap_to_exact,
                 replayed_events=self._events - began_events,
             ),
         )

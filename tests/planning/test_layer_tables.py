@@ -143,16 +143,34 @@ def test_only_policies_of_the_engine_are_chosen_and_of_equals_the_first() -> Non
     bytes_per_s=st.floats(1e8, 1e10),
 )
 @settings(max_examples=60)
-def test_no_option_that_fits_is_better_than_the_most_slots_of_some_cut(
+def test_no_option_that_fits_is_better_than_that_of_the_frontier(
     budget_bytes: int, exponent: float, bytes_per_s: float
 ) -> None:
     table = tabulate(layer_problem(exponent=exponent, bytes_per_s=bytes_per_s))
-    best = table.best(np.array([budget_bytes]))
+    frontier = table.frontier
+    place = int(frontier.within(np.array([budget_bytes]))[0])
     fitting = [choice for choice in options(table) if choice.budget_bytes <= budget_bytes]
-    assert best.seconds[0] == pytest.approx(min(choice.seconds for choice in fitting), rel=1e-9)
-    chosen = table.choice(int(best.state[0]), int(best.cut[0]))
-    assert chosen.budget_bytes <= budget_bytes
-    assert chosen.seconds == best.seconds[0]
+    assert frontier.seconds[place] == min(choice.seconds for choice in fitting)
+    chosen = table.choice(int(frontier.state[place]), int(frontier.cut[place]))
+    assert chosen.budget_bytes == frontier.bytes[place] <= budget_bytes
+    assert chosen.seconds == frontier.seconds[place]
+
+
+@pytest.mark.parametrize("engine", [ON_DEMAND, STREAMING])
+def test_the_frontier_holds_what_nothing_undercuts_and_nothing_else(
+    engine: EngineCapabilities,
+) -> None:
+    table = tabulate(layer_problem(engine=engine))
+    every = {(choice.budget_bytes, choice.seconds) for choice in options(table)}
+    best = {
+        one
+        for one in every
+        if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in every)
+    }
+    frontier = table.frontier
+    found = list(zip(frontier.bytes.tolist(), frontier.seconds.tolist(), strict=True))
+    assert found == sorted(best)
+    assert found[0][0] == 0
 
 
 def test_all_in_the_bottom_is_the_same_as_uncut() -> None:
@@ -166,11 +184,12 @@ def test_all_in_the_bottom_is_the_same_as_uncut() -> None:
 def test_everything_resident_leaves_the_compute() -> None:
     problem = layer_problem()
     table = tabulate(problem)
-    best = table.best(np.array([table.full_bytes]))
     token_s = problem.token.other_s + problem.token.shared_s + 2 * 3e-4
     prompt_s = problem.prompt.other_s + problem.prompt.experts_s
-    assert best.seconds[0] == pytest.approx(prompt_s + 63 * token_s)
-    assert table.choice(int(best.state[0]), int(best.cut[0])).tops == problem.num_experts
+    frontier = table.frontier
+    assert frontier.seconds[-1] == pytest.approx(prompt_s + 63 * token_s)
+    whole = table.choice(int(frontier.state[-1]), int(frontier.cut[-1]))
+    assert (whole.tops, whole.budget_bytes) == (problem.num_experts, table.full_bytes)
 
 
 @pytest.mark.parametrize("engine", [ON_DEMAND, STREAMING])
