@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec
-from moepack_runtime.products import is_one_row, without_onednn
+from moepack_runtime.products import is_one_row, is_weight_first, without_onednn
 
 
 class FfnWeights(NamedTuple):
@@ -61,6 +61,9 @@ def gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) 
 
 def _gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) -> torch.Tensor:
     if weights.gate_up is not None:
+        # A bias joins a product before that is rounded, which only tokens times weights does.
+        if weights.gate_up_bias is None and weights.down_bias is None and is_weight_first(x):
+            return _weight_first(x, weights.gate_up, weights.down, activation)
         both = F.linear(x, weights.gate_up, weights.gate_up_bias)
         gate, up = both.chunk(2, -1)
     else:
@@ -79,3 +82,11 @@ def activate(gate: torch.Tensor, up: torch.Tensor, activation: ActivationSpec) -
     gate = gate.clamp(max=activation.limit)
     up = up.clamp(-activation.limit, activation.limit)
     return (up + 1) * (gate * torch.sigmoid(gate * activation.alpha))
+
+
+def _weight_first(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, activation: ActivationSpec
+) -> torch.Tensor:
+    """The same with tokens as columns from end to end: ``W X^T``."""
+    gate, up = torch.mm(gate_up, x.t()).chunk(2)  # [neurons, tokens]
+    return torch.mm(down, activate(gate, up, activation)).t()
