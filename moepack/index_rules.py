@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from moepack.budget import layer_segment
-from moepack.errors import DeclaredSizeError, PackFormatError
+from moepack.encodings import ENCODINGS
+from moepack.errors import DeclaredSizeError, EncodingError, PackFormatError
 from moepack.manifest import TRUNK_FILE, Manifest, SegmentGroup
 from moepack.model_spec import DTYPE_BYTES, ModelSpec
 from moepack.segments import PARTS, align_up
@@ -43,11 +44,15 @@ def check_manifest(manifest: Manifest) -> None:
     )
     for cut in layout.layers:
         width = spec.moe(cut.layer).intermediate_size
-        require(cut.encoding in DTYPE_BYTES, f"layer {cut.layer} is encoded as {cut.encoding!r}")
+        require(cut.encoding in ENCODINGS, f"layer {cut.layer} is encoded as {cut.encoding!r}")
         require(
             cut.width == width and 0 <= cut.split <= width,
             f"layer {cut.layer} is split at {cut.split} of {cut.width}, its width is {width}",
         )
+        try:
+            layer_segment(spec, cut, "top")
+        except EncodingError as failure:
+            raise PackFormatError(f"manifest.json: layer {cut.layer}: {failure}") from None
     _check_groups(manifest)
     names = tuple(tensor.name for tensor in spec.trunk)
     require(

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moepack import records
+from moepack.encodings import ENCODINGS
 from moepack.errors import (
     DamagedSegmentError,
     DeclaredSizeError,
@@ -30,7 +31,9 @@ from moepack.plan import Layout
 from moepack.records import record
 from moepack.segments import Part, SegmentId, SegmentShape
 
-FORMAT_VERSION = 1
+#: Version 2 is version 1 with quantised experts. What needs none of it is written as version 1:
+#: the same bytes as ever, and readable by every moepack.
+VERSIONS = (1, 2)
 
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
@@ -46,6 +49,12 @@ def shard_file(layer: int, part: Part, variant: str = "base") -> str:
     """Where the segments of one layer, part and variant are, relative to the packed folder."""
     suffix = "" if variant == "base" else f".{variant}"
     return f"experts/layer-{layer:03d}.{part}{suffix}.safetensors"
+
+
+def version_for(encodings: Iterable[str]) -> int:
+    """The lowest format version that has all these encodings of experts."""
+    known = (ENCODINGS.get(name) for name in encodings)
+    return 2 if any(item is not None and item.quantised for item in known) else 1
 
 
 @record
@@ -181,6 +190,11 @@ class Manifest:
     groups: tuple[SegmentGroup, ...]
     auxiliary: tuple[AuxiliaryEntry, ...]
 
+    @property
+    def version(self) -> int:
+        """The format version that it is of."""
+        return version_for(cut.encoding for cut in self.layout.layers)
+
     def entries(self) -> Iterator[SegmentEntry]:
         """Every segment, by group."""
         for group in self.groups:
@@ -218,7 +232,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     content = body.encode()
     first = {
         "format": "moepack",
-        "version": FORMAT_VERSION,
+        "version": manifest.version,
         "digest": hashlib.sha256(content).hexdigest(),
     }
     line = json.dumps(first, separators=(",", ":")).removesuffix("}") + ",\n"
@@ -260,10 +274,16 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: {failure.strerror}; expected a folder made by moepack pack"
         ) from None
     first, _, content = data.partition(b"\n")
-    digest = _check_version(first, path)
+    version, digest = _check_version(first, path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise DamagedSegmentError(f"{path}: its bytes do not match its digest; pack again")
-    return records.decode(Manifest, b"{" + content, what=str(path), error=PackFormatError)
+    found = records.decode(Manifest, b"{" + content, what=str(path), error=PackFormatError)
+    if found.version != version:
+        raise PackFormatError(
+            f"{path}: format version {version}, its layout is one of version {found.version}; "
+            "pack again"
+        )
+    return found
 
 
 def is_manifest(path: Path) -> bool:
@@ -284,7 +304,8 @@ def _first_line(line: bytes) -> dict[str, Any] | None:
     return fields if known and type(fields.get("version")) is int else None
 
 
-def _check_version(line: bytes, path: Path) -> str:
+def _check_version(line: bytes, path: Path) -> tuple[int, str]:
+    """The version and the digest that the first line states."""
     fields = _first_line(line[:_MAX_FIRST_LINE_BYTES])
     if fields is None:
         raise PackFormatError(
@@ -292,12 +313,13 @@ def _check_version(line: bytes, path: Path) -> str:
             "expected a folder made by moepack pack, with its manifest unchanged"
         )
     version = fields["version"]
-    if version != FORMAT_VERSION:
-        cure = "update moepack" if version > FORMAT_VERSION else "pack again"
+    if version not in VERSIONS:
+        cure = "update moepack" if version > VERSIONS[-1] else "pack again"
+        known = " and ".join(map(str, VERSIONS))
         raise PackVersionError(
-            f"{path}: format version {version}, this moepack reads {FORMAT_VERSION}; {cure}"
+            f"{path}: format version {version}, this moepack reads {known}; {cure}"
         )
     digest = fields.get("digest")
     if not isinstance(digest, str) or len(fields) != 3:
         raise PackFormatError(f"{path}: expected format, version and digest in its first line")
-    return digest
+    return version, digest

@@ -18,9 +18,12 @@ from pathlib import Path
 
 from moepack import records
 from moepack.atomic import output_error, write_atomically
+from moepack.budget import layer_segment
+from moepack.encodings import encoding
 from moepack.errors import (
     CapabilityError,
     DiskFullError,
+    EncodingError,
     OutputError,
     PackFormatError,
     PlanMismatchError,
@@ -109,6 +112,10 @@ def pack(
         When the plan was made for another model.
     CapabilityError
         When the plan asks for another dtype than the checkpoint's.
+    EncodingError
+        When the plan asks for an encoding that is not there, or that experts do not fit.
+    NonFiniteWeightError
+        When a weight that is to be rounded is NaN or infinite.
     DiskFullError
         When the disk lacks room, before anything is written or, if others fill it, later.
     ReadOnlyError
@@ -169,6 +176,8 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
         When model, layers or widths differ.
     CapabilityError
         When a layer is to be stored in another dtype than the checkpoint's.
+    EncodingError
+        When it is to be stored in an encoding that is not there, or that its experts do not fit.
     """
     if not plan.model_digest == plan.layout.model_digest == spec.digest:
         raise PlanMismatchError(
@@ -187,10 +196,15 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
                 f"the plan cuts layer {cut.layer} at {cut.split} of {cut.width}, its experts are "
                 f"{width} wide; plan again"
             )
-        if cut.encoding != spec.dtype:
+        try:
+            stored = encoding(cut.encoding)
+            layer_segment(spec, cut, "top")
+        except EncodingError as failure:
+            raise type(failure)(f"the plan's layer {cut.layer}: {failure}") from None
+        if not stored.quantised and cut.encoding != spec.dtype:
             raise CapabilityError(
                 f"the plan stores layer {cut.layer} as {cut.encoding}, the checkpoint holds "
-                f"{spec.dtype}, and packing keeps it; plan again without another encoding"
+                f"{spec.dtype}; packing keeps that or quantises it: plan again"
             )
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from moepack.errors import DeclaredSizeError, PackFormatError, TruncatedShardError
-from moepack.model_spec import TensorInfo
 from moepack.segments import align_up
 from moepack.units import format_size
 
@@ -27,6 +26,26 @@ PAD_PREFIX = "__pad__."
 MAX_HEADER_BYTES = 100_000_000
 
 _LENGTH_BYTES = 8
+
+
+class SizedTensor(Protocol):
+    """What has a place in a shard: ``model_spec.TensorInfo``, ``segments.SegmentTensor``."""
+
+    @property
+    def name(self) -> str:
+        """As the header spells it."""
+
+    @property
+    def dtype(self) -> str:
+        """Likewise."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Likewise."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
 
 
 class TensorSpan(NamedTuple):
@@ -57,7 +76,7 @@ class ShardDraft(NamedTuple):
     size_bytes: int
 
 
-def draft_shard(blocks: Iterable[Iterable[TensorInfo]], metadata: Mapping[str, str]) -> ShardDraft:
+def draft_shard(blocks: Iterable[Iterable[SizedTensor]], metadata: Mapping[str, str]) -> ShardDraft:
     """Place blocks one after another and write the header for them."""
     spans: list[TensorSpan] = []
     starts_bytes: list[int] = []

@@ -4,7 +4,10 @@ Shards are written in *units* that finish together: the trunk, then each layer's
 because an expert is read once and cut into both.
 
 Peak memory: three experts (the one being cut, one being written, and one whose digests are being
-computed) beside what the source itself keeps, or two trunk tensors where they are larger.
+computed) beside what the source itself keeps, or two trunk tensors where they are larger. Quantised
+experts take no more: less than one while it is rounded and cut (a byte for each weight, and INT4's
+of gate and up once more), and two as they are stored; and 12 MiB for each core, which rounds a
+piece of its own (:mod:`moepack.quantise`).
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -22,18 +26,20 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 from moepack.budget import layer_segment
+from moepack.encodings import encoding
 from moepack.manifest import (
-    FORMAT_VERSION,
     TRUNK_FILE,
     SegmentGroup,
     SegmentRecord,
     ShardEntry,
     TrunkEntry,
     shard_file,
+    version_for,
 )
-from moepack.model_spec import ModelSpec, TensorInfo
+from moepack.model_spec import ModelSpec
 from moepack.plan import Layout
 from moepack.progress import Progress
+from moepack.quantise import quantise_expert
 from moepack.records import record
 from moepack.safetensors_io import ShardDraft, draft_shard
 from moepack.segments import ALIGNMENT_BYTES, PARTS, Bits, Part, SegmentShape, cut_expert_into
@@ -132,17 +138,20 @@ def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
 def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
     blocks = (
         [
-            TensorInfo(f"layers.{cut.layer}.experts.{expert}.{item.name}", item.dtype, item.shape)
+            replace(item, name=f"layers.{cut.layer}.experts.{expert}.{item.name}")
             for item in cut.shape.tensors
         ]
         for expert in range(experts)
     )
-    metadata = _metadata(content="experts", layer=str(cut.layer), part=cut.part, variant="base")
-    return draft_shard(blocks, metadata)
+    fields = {"layer": str(cut.layer), "part": cut.part, "variant": "base"}
+    if encoding(cut.encoding).quantised:
+        fields["encoding"] = cut.encoding
+    version = version_for([cut.encoding])
+    return draft_shard(blocks, _metadata(version=version, content="experts", **fields))
 
 
-def _metadata(**fields: str) -> dict[str, str]:
-    return {"format": "moepack", "version": str(FORMAT_VERSION), **fields}
+def _metadata(*, version: int = 1, **fields: str) -> dict[str, str]:
+    return {"format": "moepack", "version": str(version), **fields}
 
 
 def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> FinishedUnit:
@@ -154,7 +163,8 @@ def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> 
         When a file cannot be written.
     """
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=len(PARTS)))
+        threads = max(len(PARTS), os.cpu_count() or 1)
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=threads))
         writers = [
             stack.enter_context(_ShardWriter(folder / shard.path, shard.draft, pool))
             for shard in unit.shards
@@ -162,7 +172,7 @@ def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> 
         progress.advance(sum(len(shard.draft.header) for shard in unit.shards))
         if unit.layer is None:
             return _write_trunk(source, unit, writers[0], progress)
-        return _write_layer(source, unit, unit.layer, writers, progress)
+        return _write_layer(source, unit, unit.layer, writers, pool, progress)
 
 
 def _write_trunk(
@@ -182,13 +192,18 @@ def _write_trunk(
 
 
 def _write_layer(
-    source: Source, unit: Unit, layer: int, writers: Sequence[_ShardWriter], progress: Progress
+    source: Source,
+    unit: Unit,
+    layer: int,
+    writers: Sequence[_ShardWriter],
+    pool: Executor,
+    progress: Progress,
 ) -> FinishedUnit:
     cuts = [shard.cut for shard in unit.shards if shard.cut is not None]
     # Two buffers for each shard: one segment is cut while the digests of the last are computed.
     buffers = [np.empty((2, cut.shape.size_bytes), np.uint8) for cut in cuts]
     for expert in range(source.spec.moe(layer).num_experts):
-        weights = source.expert(layer, expert)
+        weights = _stored(source, layer, expert, cuts[0].encoding, pool)
         for cut, writer, pair in zip(cuts, writers, buffers, strict=True):
             segment = pair[expert % 2]
             cut_expert_into(weights, cut.shape, cut.part, segment)
@@ -210,6 +225,17 @@ def _write_layer(
     ]
     entries = tuple(shard.entry for shard in unit.shards)
     return FinishedUnit(unit.name, entries, (), tuple(groups))
+
+
+def _stored(
+    source: Source, layer: int, expert: int, name: str, pool: Executor
+) -> Mapping[str, Bits]:
+    """A whole expert in the encoding of that name."""
+    weights = source.expert(layer, expert)
+    if not encoding(name).quantised:
+        return weights
+    what = f"layer {layer}, expert {expert}"
+    return quantise_expert(weights, encoding(name), source.spec.dtype, what, pool=pool)
 
 
 class _Placed(NamedTuple):

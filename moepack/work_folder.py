@@ -23,11 +23,13 @@ from typing import BinaryIO, Literal, TypeVar
 from moepack import records
 from moepack.atomic import sync_folder
 from moepack.errors import OutputError, OutputInUseError, PackFormatError
-from moepack.manifest import FORMAT_VERSION, MANIFEST_FILE, is_manifest
+from moepack.manifest import MANIFEST_FILE, is_manifest
 from moepack.records import record
 from moepack.shards import FinishedUnit
 
 T = TypeVar("T")
+
+_JOURNAL_VERSION = 1
 
 
 @record
@@ -79,7 +81,7 @@ class WorkFolder:
         refuse_foreign(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         path = out.with_name(f"{out.name}.partial.journal")
-        start = _Start("moepack", FORMAT_VERSION, model_digest, weights_digest)
+        start = _Start("moepack", _JOURNAL_VERSION, model_digest, weights_digest)
         with _locked(path, out) as journal:
             work = cls(out, journal, start)
             work._recover()
