@@ -5,9 +5,10 @@ The planner reserves exactly what the runtime allocates, because both ask here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from moepack.encodings import TILE_ROWS, Encoding, encoding
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
@@ -24,6 +25,9 @@ _TILE_COLUMNS = 512
 
 # What one token's attention converts to float32 at a time, if one head does not take more.
 _CONVERTED_BYTES = 4 << 20
+
+# Weights of a quantised matrix that are dequantised at a time, in whole tiles of rows.
+_DEQUANTISED_WEIGHTS = 1 << 19
 
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
 TRUNK_ALIGNMENT_BYTES = 64
@@ -78,16 +82,54 @@ def hidden_bytes(spec: ModelSpec, context_tokens: int) -> int:
     return context_tokens * per_token
 
 
+def dequantised_rows(inputs: int) -> int:
+    """How many rows of a quantised matrix with so many inputs are dequantised at a time."""
+    return max(TILE_ROWS, _DEQUANTISED_WEIGHTS // inputs // TILE_ROWS * TILE_ROWS)
+
+
+def dequantised_bytes(stored: Encoding, outputs: int, inputs: int, dtype: str) -> int:
+    """Bytes that dequantising a matrix [outputs, inputs] takes.
+
+    Of a part of it, codes as they are packed, weights in float32 and once more in the dtype, or
+    codes again; and its scales in float32.
+    """
+    rows = min(outputs, dequantised_rows(inputs))
+    beside = 1 if dtype == "F32" else DTYPE_BYTES[dtype]
+    scales = 2 * rows * (1 if stored.group is None else inputs // stored.group)
+    return rows * inputs * (1 + 4 + beside) + 4 * scales
+
+
+def _most_dequantised_bytes(spec: ModelSpec, encodings: Collection[str]) -> int:
+    """The same for whichever matrix of the model's experts takes most."""
+    quantised = [item for item in map(encoding, encodings) if item.quantised]
+    if not quantised:
+        return 0
+    hidden = spec.hidden_size
+    widths = {spec.moe(layer).intermediate_size for layer in spec.moe_layers}
+    return max(
+        dequantised_bytes(item, outputs, inputs, spec.dtype)
+        for item in quantised
+        for width in widths
+        for outputs, inputs in ((2 * width, hidden), (hidden, width))
+    )
+
+
 def workspace_bytes(
-    spec: ModelSpec, context_tokens: int, block_tokens: int, *, threads: int = 1
+    spec: ModelSpec,
+    context_tokens: int,
+    block_tokens: int,
+    *,
+    threads: int = 1,
+    encodings: Collection[str] = (),
 ) -> int:
     """Upper bound of the temporaries of one step: the larger of attention, FFN and head.
 
     Attention: queries, keys, values and the output of one block, each once in the model's dtype
     and once in float32, and the mask over the context (one row a head where the layer has sinks);
     MLA also expands its latent over the context, and each thread holds a tile of scores. FFN:
-    gate, up and their product for one block through the widest FFN, twice. Head: the logits of one
-    token and their sorted copy. One token alone takes less, but for heads that share no keys.
+    gate, up and their product for one block through the widest FFN, twice, and what dequantising
+    takes for experts in any of ``encodings``. Head: the logits of one token and their sorted copy.
+    One token alone takes less, but for heads that share no keys.
     """
     element_bytes = DTYPE_BYTES[spec.dtype]
     block = min(block_tokens, context_tokens)
@@ -112,6 +154,7 @@ def workspace_bytes(
             widths += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
         rows = align_up(block, ROW_MULTIPLE)
         ffn = max(ffn, rows * (3 * max(widths) + 2 * spec.hidden_size) * (element_bytes + 4))
+    ffn += _most_dequantised_bytes(spec, encodings)
     head = 3 * spec.vocab_size * 4
     return max(attention, ffn, head)
 
@@ -150,14 +193,22 @@ def trunk_bytes(spec: ModelSpec) -> int:
 
 
 def fixed_bytes(
-    spec: ModelSpec, context_tokens: int, block_tokens: int, *, threads: int = 1
+    spec: ModelSpec,
+    context_tokens: int,
+    block_tokens: int,
+    *,
+    threads: int = 1,
+    encodings: Collection[str] = (),
 ) -> int:
-    """Bytes that every placement takes, before the first expert: trunk, cache, buffers."""
+    """Bytes that every placement takes, before the first expert: trunk, cache, buffers.
+
+    ``encodings``: those of the layers.
+    """
     return (
         trunk_bytes(spec)
         + kv_bytes(spec, context_tokens, block_tokens)
         + hidden_bytes(spec, context_tokens)
-        + workspace_bytes(spec, context_tokens, block_tokens, threads=threads)
+        + workspace_bytes(spec, context_tokens, block_tokens, threads=threads, encodings=encodings)
     )
 
 
@@ -190,7 +241,9 @@ def memory_breakdown(
         trunk_bytes=trunk_bytes(spec),
         kv_bytes=kv_bytes(spec, context_tokens, block),
         hidden_bytes=hidden_bytes(spec, context_tokens),
-        workspace_bytes=workspace_bytes(spec, context_tokens, block, threads=threads),
+        workspace_bytes=workspace_bytes(
+            spec, context_tokens, block, threads=threads, encodings=layout.encodings
+        ),
         staging_bytes=staging_bytes(spec, layout, staging_experts),
         slots_bytes=sum(
             slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)

@@ -20,7 +20,7 @@ from moepack.plan import LayerPlacement, Layout, SharedPool
 from moepack.residency import Access
 from moepack.segments import Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
-from moepack_runtime.ffn import FfnWeights
+from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.frames import Fetch, Frames
 from moepack_runtime.observers import Timeline
 from moepack_runtime.pass_report import PassReport
@@ -35,7 +35,7 @@ class Arrival(NamedTuple):
 
     expert: int
     part: Part
-    weights: FfnWeights
+    weights: FfnWeights | QuantisedFfn
 
 
 class Load(NamedTuple):

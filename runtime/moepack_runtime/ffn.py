@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import ActivationSpec
+from moepack.segments import align_up
 from moepack_runtime.products import is_one_row, is_weight_first, without_onednn
+from moepack_runtime.quantised import QuantisedMatrix, product, takes_kernel
 
 
 class FfnWeights(NamedTuple):
@@ -40,7 +43,28 @@ class FfnWeights(NamedTuple):
     gate_up_bias: torch.Tensor | None = None
 
 
-def gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) -> torch.Tensor:
+class QuantisedFfn(NamedTuple):
+    """The same of a segment in a quantised encoding.
+
+    Attributes
+    ----------
+    gate_up : QuantisedMatrix
+        The rows of gate, then those of up: [2 neurons, hidden].
+    down : QuantisedMatrix
+        [hidden, neurons].
+    gate_up_bias, down_bias : Tensor or None
+        [2 neurons] and [hidden], in the model's dtype.
+    """
+
+    gate_up: QuantisedMatrix
+    down: QuantisedMatrix
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+def gated_ffn(
+    x: torch.Tensor, weights: FfnWeights | QuantisedFfn, activation: ActivationSpec
+) -> torch.Tensor:
     """``down(activate(gate(x)) * up(x))``.
 
     Parameters
@@ -53,6 +77,8 @@ def gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec) 
     Tensor
         [tokens, hidden] in the dtype of ``x``: for a slice of the neurons a partial sum.
     """
+    if isinstance(weights, QuantisedFfn):
+        return _quantised_ffn(x, weights, activation)
     if is_one_row(x):
         with without_onednn:
             return _gated_ffn(x, weights, activation)
@@ -70,6 +96,27 @@ def _gated_ffn(x: torch.Tensor, weights: FfnWeights, activation: ActivationSpec)
         gate = F.linear(x, weights.gate, weights.gate_bias)
         up = F.linear(x, weights.up, weights.up_bias)
     return F.linear(activate(gate, up, activation), weights.down, weights.down_bias)
+
+
+def _quantised_ffn(
+    x: torch.Tensor, weights: QuantisedFfn, activation: ActivationSpec
+) -> torch.Tensor:
+    both = product(x, weights.gate_up, weights.gate_up_bias)
+    gate, up = both.chunk(2, -1)
+    return product(activate(gate, up, activation), weights.down, weights.down_bias)
+
+
+def rows_for(tokens: int, x: torch.Tensor, weights: FfnWeights | QuantisedFfn) -> int:
+    """With how many rows some tokens of ``x`` are multiplied fastest.
+
+    In multiples that the matrix library has seen before; torch's kernels for quantised weights
+    take every row by itself.
+    """
+    if isinstance(weights, QuantisedFfn) and all(
+        takes_kernel(x, matrix, tokens) for matrix in (weights.gate_up, weights.down)
+    ):
+        return tokens
+    return align_up(tokens, ROW_MULTIPLE)
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, activation: ActivationSpec) -> torch.Tensor:

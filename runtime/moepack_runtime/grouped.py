@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec
-from moepack_runtime.ffn import FfnWeights, activate, gated_ffn
+from moepack_runtime.ffn import FfnWeights, QuantisedFfn, activate, gated_ffn
 
 
 def experts_one_token(
-    x: torch.Tensor, segments: Sequence[FfnWeights], activation: ActivationSpec
+    x: torch.Tensor, segments: Sequence[FfnWeights | QuantisedFfn], activation: ActivationSpec
 ) -> torch.Tensor:
     """Partial sums of one token's segments.
 
@@ -43,14 +43,16 @@ def experts_one_token(
     Tensor
         [segments, hidden] in the dtype of ``x``.
     """
-    alike = len({segment.gate.shape for segment in segments}) == 1
-    if x.is_cuda and alike and all(segment.gate_up is not None for segment in segments):
-        return issued_by_step(x, segments, activation)
+    if x.is_cuda:
+        plain = [segment for segment in segments if isinstance(segment, FfnWeights)]
+        alike = len({segment.gate.shape for segment in plain}) == 1
+        if len(plain) == len(segments) and alike and all(s.gate_up is not None for s in plain):
+            return issued_by_step(x, plain, activation)
     return one_by_one(x, segments, activation)
 
 
 def one_by_one(
-    x: torch.Tensor, segments: Sequence[FfnWeights], activation: ActivationSpec
+    x: torch.Tensor, segments: Sequence[FfnWeights | QuantisedFfn], activation: ActivationSpec
 ) -> torch.Tensor:
     """Each segment through its two products: the meaning of the contract, and the way of a CPU."""
     return torch.cat([gated_ffn(x, segment, activation) for segment in segments])

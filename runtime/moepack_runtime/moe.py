@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import MoeSpec
 from moepack_runtime.experts import LayerPass
-from moepack_runtime.ffn import gated_ffn
+from moepack_runtime.ffn import gated_ffn, rows_for
 from moepack_runtime.grouped import experts_one_token
 from moepack_runtime.router import Routing
 
@@ -65,7 +64,8 @@ def add_experts(
     for expert, _, segment in layer_pass.in_order():
         for inputs, total, tokens, weights in chosen[expert]:
             # The rows that fill up are of token 0, and are dropped.
-            padded = F.pad(tokens, (0, -len(tokens) % ROW_MULTIPLE))
+            count = rows_for(len(tokens), inputs, segment)
+            padded = F.pad(tokens, (0, count - len(tokens)))
             partial = gated_ffn(inputs.index_select(0, padded), segment, activation)
             total.index_add_(0, tokens, partial[: len(tokens)].float().mul_(weights))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moepack.segments import SegmentShape
-from moepack_runtime.ffn import FfnWeights
+from moepack_runtime.ffn import FfnWeights, QuantisedFfn
+from moepack_runtime.quantised import Int4Matrix, Int8Matrix
 from moepack_runtime.weights import TORCH_DTYPE
 
 
@@ -22,7 +23,7 @@ class Piece:
         #: uint8
         self.memory = memory
         self._rooms: dict[tuple[int, int], torch.Tensor] = {}
-        self._weights: dict[tuple[int, int], FfnWeights] = {}
+        self._weights: dict[tuple[int, int], FfnWeights | QuantisedFfn] = {}
 
     def room(self, shape: SegmentShape, offset_bytes: int = 0) -> torch.Tensor:
         """The bytes of a segment that lies at an offset: uint8 [stored bytes]."""
@@ -33,7 +34,7 @@ class Piece:
             self._rooms[key] = found
         return found
 
-    def weights(self, shape: SegmentShape, offset_bytes: int = 0) -> FfnWeights:
+    def weights(self, shape: SegmentShape, offset_bytes: int = 0) -> FfnWeights | QuantisedFfn:
         """The same as weights."""
         key = (id(shape), offset_bytes)
         found = self._weights.get(key)
@@ -49,7 +50,7 @@ def pieces(memory: torch.Tensor, size_bytes: int) -> list[Piece]:
     return [Piece(memory[start : start + size_bytes]) for start in starts]
 
 
-def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights:
+def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | QuantisedFfn:
     """See the bytes of a segment as its tensors, without a copy.
 
     Parameters
@@ -65,17 +66,32 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights:
             return None
         begin, end = places[first], places[last]
         flat = buffer[begin.offset_bytes : end.offset_bytes + end.size_bytes]
+        # The first axis grows with the neighbours; of 4-bit scales [groups, out, 2] there are none.
         return flat.view(TORCH_DTYPE[begin.dtype]).view(-1, *begin.shape[1:])
 
-    def matrix(name: str) -> torch.Tensor:
-        found = view(name, name)
-        assert found is not None, f"a segment without {name}"
+    def tensor(first: str, last: str = "") -> torch.Tensor:
+        found = view(first, last or first)
+        assert found is not None, f"a segment without {first}"
         return found
 
+    if "down.codes" in places:
+        return QuantisedFfn(
+            Int4Matrix(tensor("gate_up.codes"), tensor("gate_up.scales")),
+            Int4Matrix(tensor("down.codes"), tensor("down.scales")),
+            view("gate.bias", "up.bias"),
+            view("down.bias", "down.bias"),
+        )
+    if "down.scale" in places:
+        return QuantisedFfn(
+            Int8Matrix(tensor("gate.weight", "up.weight"), tensor("gate.scale", "up.scale")),
+            Int8Matrix(tensor("down.weight"), tensor("down.scale")),
+            view("gate.bias", "up.bias"),
+            view("down.bias", "down.bias"),
+        )
     return FfnWeights(
-        gate=matrix("gate.weight"),
-        up=matrix("up.weight"),
-        down=matrix("down.weight"),
+        gate=tensor("gate.weight"),
+        up=tensor("up.weight"),
+        down=tensor("down.weight"),
         gate_bias=view("gate.bias", "gate.bias"),
         up_bias=view("up.bias", "up.bias"),
         down_bias=view("down.bias", "down.bias"),

@@ -16,7 +16,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
 from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.segments import PARTS, Part, SegmentShape
-from moepack_runtime.ffn import FfnWeights
+from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.transfer import Transfer
 
@@ -82,7 +82,7 @@ class LayerSlots:
         """Where a part of an expert lies in a frame: uint8 [stored bytes]."""
         return frame.room(self.shapes[part], self._frame_offset[part])
 
-    def weights(self, frame: Piece, part: Part) -> FfnWeights:
+    def weights(self, frame: Piece, part: Part) -> FfnWeights | QuantisedFfn:
         """The same as weights."""
         return frame.weights(self.shapes[part], self._frame_offset[part])
 

@@ -8,12 +8,14 @@ import torch
 
 from moepack_runtime.products import linear
 
-#: Torch's dtype for each that a model is loaded in, by its safetensors name.
+#: Torch's dtype for each that a model is loaded in, or its quantised experts, by safetensors' name.
 TORCH_DTYPE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
