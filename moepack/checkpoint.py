@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint, local or on the hub: its spec from headers, its tensors as a stream.
 
-Tensors come as numpy bit patterns, in the dtype they are stored in, and need no torch. The files
-are read by position; nothing is mapped and nothing is kept.
+Tensors come as numpy bit patterns, in the dtype that the model has, and need no torch: it is the
+one they are stored in, or for FP8 and MXFP4 what :mod:`moepack.source_formats` makes of them. The
+files are read by position; nothing is mapped and nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moepack import families, hub, source_files
+from moepack import families, hub, source_files, source_formats
 from moepack.errors import CheckpointError, ModelNotFoundError, UnsupportedEncodingError
 from moepack.families import TensorSource
 from moepack.model_spec import ModelSpec
@@ -30,6 +31,7 @@ from moepack.source_files import (
     ModelFiles,
     TensorHeader,
 )
+from moepack.source_formats import SourceSize, StoredTensor
 
 #: What a running model needs beside its weights, where a checkpoint has it.
 AUXILIARY_FILES = (
@@ -44,9 +46,6 @@ AUXILIARY_FILES = (
     "chat_template.json",
     GENERATION_FILE,
 )
-
-#: numpy has no bfloat16: its bits travel as unsigned integers.
-_NUMPY_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 _SAMPLE_BYTES = 256
 _THREADS = 8
@@ -66,7 +65,9 @@ class Checkpoint:
     shards : tuple of str
         Names of the files that hold the weights.
     headers : mapping
-        Every tensor under its source name.
+        Every tensor of the files under its source name.
+    tensors : mapping
+        The same as the model has them: codes and their scales are one.
     spec : ModelSpec
     """
 
@@ -77,12 +78,17 @@ class Checkpoint:
         self.generation_config = (
             _read_json(source, GENERATION_FILE) if GENERATION_FILE in source.files else {}
         )
+        what = f"{self.name}: {CONFIG_FILE}"
+        families.find_family(self.config, what)  # before the headers: they may be many megabytes
         # Used by who runs the model, after hours of packing; refused now.
         families.stop_ids(self.generation_config, f"{self.name}: {GENERATION_FILE}")
         self.headers: Mapping[str, TensorHeader] = _read_headers(source)
         self.shards = tuple(sorted({header.file for header in self.headers.values()}))
-        self.spec: ModelSpec = families.read_spec(self.config, self.headers, self.name)
-        self._sources = families.source_of(self.spec, self.headers)
+        self.tensors: Mapping[str, StoredTensor] = source_formats.stored_tensors(
+            self.config, self.headers, self.name
+        )
+        self.spec: ModelSpec = families.read_spec(self.config, self.tensors, self.name)
+        self._sources = families.source_of(self.spec, self.tensors)
         self._known_digest = source.weights_digest(self.shards)
 
     @classmethod
@@ -113,8 +119,9 @@ class Checkpoint:
         HubUnreachableError
             The hub did not answer.
         CheckpointError
-            The model cannot be used: see :func:`moepack.families.read_spec` and
-            :mod:`moepack.source_files`. This is found out before anything is downloaded.
+            The model cannot be used: see :func:`moepack.families.read_spec`,
+            :func:`moepack.source_formats.stored_tensors` and :mod:`moepack.source_files`. This is
+            found out before anything is downloaded.
         """
         folder = source_files.local_folder(name)
         if folder is not None:
@@ -149,6 +156,16 @@ class Checkpoint:
         return self._known_digest or self._sampled_digest()
 
     @property
+    def source_size(self) -> SourceSize:
+        """What the files hold of the model, whatever it becomes."""
+        unused = set(self.spec.unused)
+        used = [tensor for name, tensor in self.tensors.items() if name not in unused]
+        layout = self._sources.experts[self.spec.moe_layers[0]]
+        expert = self.tensors[layout.expert(0)["gate.weight"].name]
+        encoding = self.spec.dtype if expert.method == "plain" else expert.method.upper()
+        return SourceSize(encoding, sum(tensor.size_bytes for tensor in used))
+
+    @property
     def auxiliary_files(self) -> tuple[Path, ...]:
         """Files to carry along with the weights: tokenizer, chat template, generation config."""
         if self.folder is None:
@@ -159,12 +176,13 @@ class Checkpoint:
     def trunk_tensor(self, name: str) -> Bits:
         """Bit patterns of a trunk tensor, by its canonical name, in the spec's shape.
 
-        BF16 comes as uint16, F16 as float16, F32 as float32. Peak memory: the tensor.
+        BF16 comes as uint16, F16 as float16, F32 as float32. Peak memory: the tensor, and its codes
+        where it is quantised.
 
         Raises
         ------
         CheckpointError
-            When only headers were fetched, or the shard cannot be read.
+            When only headers were fetched, the shard cannot be read, or scales are damaged.
         """
         return self._read(TensorSource(self._sources.trunk[name]))
 
@@ -172,8 +190,8 @@ class Checkpoint:
         """Bit patterns of a whole routed expert, by the names of ``segments.EXPERT_TENSORS``.
 
         Dtypes as in :meth:`trunk_tensor`; linear weights are [out, in], contiguous. Peak memory:
-        the expert, and once more the part of it that is stored fused; of a fused tensor only this
-        expert's bytes are read.
+        the expert, once more the part of it that is stored fused, and the codes of one tensor where
+        it is quantised; of a fused tensor only this expert's bytes are read.
 
         Parameters
         ----------
@@ -183,7 +201,7 @@ class Checkpoint:
         Raises
         ------
         CheckpointError
-            When only headers were fetched, or the shard cannot be read.
+            When only headers were fetched, the shard cannot be read, or scales are damaged.
         """
         tensors: dict[str, Bits] = {}
         slab: tuple[TensorSource, Bits] | None = None
@@ -201,18 +219,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.name}: only its headers were fetched; open it with its weights to read them"
             )
-        header = self.headers[source.name]
-        offset_bytes, size_bytes, shape = self._place(source)
-        raw = source_files.read_range(self.folder / header.file, offset_bytes, size_bytes)
-        return np.frombuffer(raw, _NUMPY_DTYPES[header.dtype]).reshape(shape)
+        return self._stored(source).read(self.folder)
 
-    def _place(self, source: TensorSource) -> tuple[int, int, tuple[int, ...]]:
-        """Offset and size in its shard, and shape, of what :meth:`_read` reads."""
-        header = self.headers[source.name]
-        if source.index is None:
-            return header.offset_bytes, header.size_bytes, header.shape
-        size_bytes = header.size_bytes // header.shape[0]
-        return header.offset_bytes + source.index * size_bytes, size_bytes, header.shape[1:]
+    def _stored(self, source: TensorSource) -> StoredTensor:
+        """What :meth:`_read` reads."""
+        tensor = self.tensors[source.name]
+        return tensor if source.index is None else tensor.entry(source.index)
 
     def _sampled_digest(self) -> str:
         digest = hashlib.sha256()
@@ -238,10 +250,10 @@ class Checkpoint:
         )
         samples: dict[str, set[tuple[int, int]]] = {shard: set() for shard in self.shards}
         for source in (*map(TensorSource, self._sources.trunk.values()), *experts):
-            offset_bytes, size_bytes, _ = self._place(source)
-            sample_bytes = min(_SAMPLE_BYTES, size_bytes)
-            middle_bytes = offset_bytes + (size_bytes - sample_bytes) // 2
-            samples[self.headers[source.name].file].add((middle_bytes, sample_bytes))
+            for part in self._stored(source).parts:
+                sample_bytes = min(_SAMPLE_BYTES, part.size_bytes)
+                middle_bytes = part.offset_bytes + (part.size_bytes - sample_bytes) // 2
+                samples[part.file].add((middle_bytes, sample_bytes))
         return samples
 
 

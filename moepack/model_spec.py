@@ -245,7 +245,8 @@ class ModelSpec:
     family, architecture : str
         Row of the families' table, and the class that the configuration names.
     dtype : str
-        Storage dtype of the routed experts and of the activations, as safetensors spells it.
+        Dtype of the routed experts and of the activations, as safetensors spells it; where the
+        checkpoint is quantised, what it is dequantised to.
     context_length : int
         The longest sequence that the model was made for.
     trunk : tuple of TensorInfo
@@ -289,7 +290,7 @@ class ModelSpec:
         return moe
 
     def expert_bytes(self, layer: int) -> int:
-        """Bytes of one whole routed expert of a layer, as the source stores it."""
+        """Bytes of one whole routed expert of a layer, in the model's dtype."""
         moe = self.moe(layer)
         elements = 3 * moe.intermediate_size * self.hidden_size
         if moe.expert_bias:
@@ -305,6 +306,11 @@ class ModelSpec:
     def trunk_bytes(self) -> int:
         """Bytes of everything that is not a routed expert."""
         return sum(tensor.size_bytes for tensor in self.trunk)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return self.trunk_bytes + self.experts_bytes
 
     @property
     def total_parameters(self) -> int:

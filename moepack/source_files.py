@@ -66,6 +66,12 @@ class TensorHeader:
     offset_bytes: int
     size_bytes: int
 
+    def entry(self, index: int) -> TensorHeader:
+        """One entry of the first dimension, a contiguous run of bytes."""
+        size_bytes = self.size_bytes // self.shape[0]
+        offset_bytes = self.offset_bytes + index * size_bytes
+        return TensorHeader(self.dtype, self.shape[1:], self.file, offset_bytes, size_bytes)
+
 
 class ModelFiles(Protocol):
     """Where a model's files come from: a folder, or a repository on the hub."""

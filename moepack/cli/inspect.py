@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moepack import records
 from moepack.cli.models import is_pack, open_source
 from moepack.cli.options import JsonOption, lengths
 from moepack.cli.output import emit
@@ -38,8 +39,10 @@ def inspect(
         packed = PackedModel.open(Path(model))
         emit(pack_document(packed), as_json=json, view=lambda: pack_view(packed))
         return
-    spec = open_source(Workspace.locate(), model, headers_only=True).spec
-    emit(spec_document(spec), as_json=json, view=lambda: spec_view(spec, _context(spec)))
+    source = open_source(Workspace.locate(), model, headers_only=True)
+    spec, size = source.spec, source.checkpoint.source_size
+    document = spec_document(spec) | {"source": records.to_data(size)}
+    emit(document, as_json=json, view=lambda: spec_view(spec, _context(spec), size))
 
 
 def _context(spec: ModelSpec) -> int:

@@ -117,12 +117,26 @@ def plan(
         ram_budget_bytes=ram,
         keep_layout=kept_layout(case) if keep_layout else None,
     )
+    _note_source(case.source)
     answer = find_answer(Planner(request), asked)
     document = answer_document(answer)
+    document["source"] = records.to_data(case.source.checkpoint.source_size)
     if answer.plan is not None:
         _keep(workspace, case.source, answer.plan, out)
         document = plan_document(answer.plan) | document
     emit(document, as_json=json, view=lambda: answer_view(answer))
+
+
+def _note_source(source: Source) -> None:
+    """Say what a quantised checkpoint becomes: its own size is not what is planned with."""
+    from moepack.units import format_size
+
+    spec, size = source.spec, source.checkpoint.source_size
+    if size.encoding != spec.dtype:
+        note(
+            f"the checkpoint holds {format_size(size.size_bytes)} in {size.encoding}; in "
+            f"{spec.dtype} that is {format_size(spec.weights_bytes)}"
+        )
 
 
 def _keep(workspace: Workspace, source: Source, made: Plan, out: Path | None) -> None:

@@ -126,7 +126,7 @@ def read_spec(config: Mapping[str, Any], headers: Mapping[str, Header], name: st
     UnsupportedModelError
         The config asks for something that is not implemented.
     UnsupportedEncodingError
-        The weights are quantised, or of a dtype that is not read.
+        The weights are of a dtype that is not read.
     MissingTensorError, LeftoverTensorError, TensorMismatchError
         Config and tensors do not belong together.
     DamagedCheckpointError
@@ -135,7 +135,6 @@ def read_spec(config: Mapping[str, Any], headers: Mapping[str, Header], name: st
     what = f"{name}: config.json"
     family = find_family(config, what)
     reader = Config(config, family.defaults, what)
-    reader.refuse_quantised()
     if any(config.get(key) == 0 for key in _EXPERT_COUNTS):
         raise NotMixtureOfExpertsError(
             f"{what} counts 0 experts; expected a mixture-of-experts model"
@@ -268,8 +267,9 @@ def _check_dtypes(name: str, headers: Mapping[str, Header]) -> None:
             continue
         stored = "MXFP4" if source.endswith(("_blocks", "_scales")) else dtype
         raise UnsupportedEncodingError(
-            f"{name}: tensor {source} is stored in {stored}; expected {', '.join(DTYPES)};"
-            " use a copy of the model in bfloat16"
+            f"{name}: tensor {source} is stored in {stored}; expected {', '.join(DTYPES)}, or a"
+            " quantization_config in its config.json that says how to read it; use a copy of the"
+            " model in bfloat16"
         )
 
 

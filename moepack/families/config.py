@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moepack.errors import DamagedCheckpointError, UnsupportedEncodingError, UnsupportedModelError
+from moepack.errors import DamagedCheckpointError, UnsupportedModelError
 
 #: Larger than any real model's sizes; a config beyond it is damaged, and must not make us loop.
 MAX_SIZE = 2**31 - 1
@@ -181,18 +181,6 @@ class Config:
             if key == "mlp_only_layers" and value == []:
                 continue
             raise self.unsupported(key, value, f"{neutral!r}, or no such key")
-
-    def refuse_quantised(self) -> None:
-        """Refuse quantised sources by the name of their method."""
-        for key in ("quantization_config", "compression_config"):
-            found = self._data.get(key)
-            if not found:
-                continue
-            method = found.get("quant_method", key) if isinstance(found, Mapping) else key
-            raise UnsupportedEncodingError(
-                f"{self.what}: the weights are quantised ({str(method).upper()}); expected"
-                " bfloat16, float16 or float32; use a copy of the model in bfloat16"
-            )
 
     def damaged(self, got: str, expected: str) -> DamagedCheckpointError:
         """An error that says what was found and what was expected."""

@@ -9,11 +9,12 @@ from moepack.formats import PackedModel
 from moepack.model_spec import ModelSpec
 from moepack.pack import PackReport
 from moepack.report.tables import by_layer, columns, facts
+from moepack.source_formats import SourceSize
 from moepack.units import format_duration, format_rate, format_size
 from moepack.verify import VerifyReport
 
 
-def spec_view(spec: ModelSpec, context_tokens: int) -> RenderableType:
+def spec_view(spec: ModelSpec, context_tokens: int, source: SourceSize) -> RenderableType:
     """What a model is, and what it would need at a context length."""
     need = needs(spec, context_tokens)
     rows = [
@@ -22,7 +23,7 @@ def spec_view(spec: ModelSpec, context_tokens: int) -> RenderableType:
             "parameters",
             f"{_count(spec.total_parameters)}, of which {_count(spec.active_parameters)} a token",
         ),
-        ("weights", f"{format_size(spec.trunk_bytes + spec.experts_bytes)} in {spec.dtype}"),
+        ("weights", f"{format_size(spec.weights_bytes)} in {spec.dtype}{_from(spec, source)}"),
         ("trunk", format_size(spec.trunk_bytes)),
         ("experts", f"{format_size(spec.experts_bytes)}: {_experts(spec)}"),
         ("context", f"{spec.context_length} tokens at most"),
@@ -38,6 +39,13 @@ def spec_view(spec: ModelSpec, context_tokens: int) -> RenderableType:
     if spec.unused:
         rows.append(("not used", f"{len(spec.unused)} known tensors, as {spec.unused[0]}"))
     return facts(rows)
+
+
+def _from(spec: ModelSpec, source: SourceSize) -> str:
+    """What the files hold, where they hold something else."""
+    if source.encoding == spec.dtype:
+        return ""
+    return f", from {format_size(source.size_bytes)} in {source.encoding}"
 
 
 def _experts(spec: ModelSpec) -> str:

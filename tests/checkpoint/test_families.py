@@ -180,13 +180,6 @@ def test_longrope_needs_a_factor_for_each_pair(load: Load) -> None:
     refused((config, headers), DamagedCheckpointError, "7 factors of longrope")
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "compressed-tensors"])
-def test_quantised_models_are_refused_by_method(load: Load, method: str) -> None:
-    config, headers = load("mixtral")
-    config["quantization_config"] = {"quant_method": method}
-    refused((config, headers), UnsupportedEncodingError, method.upper())
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "match"),
     [

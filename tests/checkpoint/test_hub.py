@@ -263,16 +263,16 @@ def test_a_hub_that_ignores_ranges_is_named_before_it_sends_everything(hub: Hub,
 def test_a_model_that_cannot_be_used_is_refused_before_the_download(
     hub: Hub, ask: Ask, big_model: Path, tmp_path: Path, mode: str
 ) -> None:
-    folder = shutil.copytree(big_model, tmp_path / "fp8")
+    folder = shutil.copytree(big_model, tmp_path / "gptq")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (folder / "config.json").write_text(json.dumps(config))
     hub.repositories[NAME] = folder
 
     answer = ask(mode=mode)
 
     assert answer["error"] == "UnsupportedEncodingError"
-    assert "FP8" in answer["message"]
+    assert "GPTQ" in answer["message"]
     assert hub.sent_bytes["one.safetensors"] < 200_000
 
 
