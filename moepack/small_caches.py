@@ -4,11 +4,16 @@ They hold nothing but experts of the last token. Which ones is what the rules of
 :mod:`moepack.residency` say: wanted are the best of the token; they are admitted in ascending id,
 each into the slot of an expert that this token does not use or, past those, of the worst unwanted
 one that has been consumed; without such a slot not at all.
+
+A token leaves what is wanted of it, unless an unwanted expert was there already. So all tokens are
+taken at once, as if each had found what is wanted of the one before; then those that find
+something else, as long as there are any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +21,12 @@ import numpy.typing as npt
 from moepack.expert_order import policy_keys
 from moepack.plan import Policy
 from moepack.stack_ranks import Hot, layers_by_shape
-from moepack.trace import LayerShape, Trace
+from moepack.trace import NO_PREDICTION, LayerShape, Trace
 
 Mask = npt.NDArray[np.bool_]
+
+#: No expert, and no prediction either.
+_NOBODY = np.uint16(NO_PREDICTION - 1)
 
 
 def stepped_hits(
@@ -114,24 +122,40 @@ def small_cache_hits(
     else:
         keys = policy_keys(ids, hot.shape[1], policy, half_lives)
         keys = np.take_along_axis(keys, by_id, axis=2)
-        # Ties to the lower id, which comes first.
-        best_first = np.argsort(-keys.astype(np.float64), axis=2, kind="stable")
-        _step(kept, holdable, np.argsort(best_first, axis=2), capacities)
+        _keep(kept, holdable, _better(keys), capacities)
+
+    # Of each cache what it holds, and nobody behind that.
+    experts = np.sort(np.where(kept[:, :-1], holdable[:-1], _NOBODY), axis=3)
 
     def held(asked: npt.NDArray[np.uint16]) -> Mask:
         found = np.zeros((len(kept), *asked.shape), dtype=np.bool_)
-        for place in range(top_k):
-            same = asked == holdable[:-1, :, place, None]
-            found |= same & kept[:, :-1, :, place, None]
+        for cache, most in enumerate(capacities.max(axis=1, initial=0)):
+            for place in range(most):
+                found[cache] |= asked == experts[cache, :, :, place, None]
         return found
 
     return held(ids), held(predicted)
 
 
-def _step(
+def _better(keys: npt.NDArray[Any]) -> npt.NDArray[np.int8]:
+    """How many of a token's experts are worth more than each, [tokens, layers, K].
+
+    Experts are in ascending id; of equals the first is worth more.
+    """
+    each = np.ascontiguousarray(keys.transpose(2, 0, 1))
+    better = np.zeros(each.shape, dtype=np.int8)
+    for place, key in enumerate(each):
+        for before in range(place):
+            first = each[before] >= key
+            better[place] += first
+            better[before] += ~first
+    return np.ascontiguousarray(better.transpose(1, 2, 0))
+
+
+def _keep(
     kept: Mask,
     holdable: npt.NDArray[np.uint16],
-    better: npt.NDArray[np.intp],
+    better: npt.NDArray[np.int8],
     capacities: npt.NDArray[np.integer],
 ) -> None:
     """Fill ``kept`` [caches, tokens + 1, layers, K]: which of ``holdable`` each cache holds.
@@ -141,33 +165,46 @@ def _step(
     better : int [tokens, layers, K]
         How many of a token's experts are worth more than each, in ascending id.
     """
-    same = holdable[1:, :, :, None] == holdable[:-1, :, None]  # [tokens, layers, K, K]
-    for now, above in enumerate(better):
-        wanted = above < capacities[:, :, None]  # [caches, layers, K]
-        hit = (same[now] & kept[:, now, :, None]).any(axis=3)
-        missing, loose = wanted & ~hit, hit & ~wanted
-        # Where nothing that is used is unwanted, there is a slot for everything that is wanted.
-        kept[:, now + 1] = hit | missing
-        cache, layer = np.nonzero(loose.any(axis=2))
-        if len(cache):
-            free = capacities[cache, layer] - hit[cache, layer].sum(axis=1)
-            kept[cache, now + 1, layer] = _replace(
-                hit[cache, layer], missing[cache, layer], loose[cache, layer], above[layer], free
-            )
+    tokens, layers, top_k = better.shape
+    # Where each expert stands in the token before; K where it does not.
+    place = np.full(better.shape, top_k, dtype=np.intp)
+    for before in range(top_k):
+        np.copyto(place, before, where=holdable[1:] == holdable[:-1, :, before, None])
+    kept[:, 1:] = better < capacities[:, None, :, None]
+    found = np.zeros((tokens, layers, top_k + 1), dtype=np.bool_)
+    begins = np.arange(tokens * layers).reshape(tokens, layers, 1) * (top_k + 1)
+    loose = np.empty((len(kept), tokens, layers), dtype=np.bool_)
+    for cache, mine in enumerate(kept):
+        found[:, :, :top_k] = mine[:-1]
+        loose[cache] = (found.ravel()[begins + place] & ~mine[1:]).any(axis=2)
+    rows: tuple[npt.NDArray[np.intp], ...] = loose.nonzero()
+    there = np.zeros((len(rows[0]), top_k + 1), dtype=np.bool_)
+    while len(rows[0]):
+        caches, now, row = rows
+        there = there[: len(now)]
+        there[:, :top_k] = kept[caches, now, row]
+        hit = np.take_along_axis(there, place[now, row], axis=1)
+        slots, above = capacities[caches, row], better[now, row]
+        after = _after(hit, above < slots[:, None], above, slots - hit.sum(axis=1))
+        changed = (after != kept[caches, now + 1, row]).any(axis=1)
+        kept[caches[changed], now[changed] + 1, row[changed]] = after[changed]
+        # The tokens behind those that leave something else.
+        changed &= now + 1 < tokens
+        rows = caches[changed], now[changed] + 1, row[changed]
 
 
-def _replace(
+def _after(
     hit: Mask,
-    missing: Mask,
-    loose: Mask,
-    above: npt.NDArray[np.intp],
+    wanted: Mask,
+    above: npt.NDArray[np.int8],
     free: npt.NDArray[np.integer],
 ) -> Mask:
-    """What caches hold after a token, some of whose hits are loose: not wanted any more.
+    """What caches hold after a token.
 
     All are [caches, K], the token's experts in the order in which they are consumed, ``above`` as
-    in :func:`_step`; ``free`` [caches] counts slots of experts that the token does not use.
+    in :func:`_keep`; ``free`` [caches] counts slots of experts that the token does not use.
     """
+    missing, loose = wanted & ~hit, hit & ~wanted
     into_free = missing & (missing.cumsum(axis=1) <= free[:, None])
     holds = hit | into_free
     instead = missing & ~into_free
