@@ -35,6 +35,8 @@ from moepack.trace import (
 
 ROUTING_VERSION = 2
 
+_WHAT, _REMEDY = "routing profile", "make one with moepack profile"
+
 
 @record
 class TextSource:
@@ -139,24 +141,16 @@ def load_routing(path: Path) -> RoutingProfile:
     ProfileError
         When a file is missing or is not what it should be, or the two do not belong together.
     """
-    what, remedy = "routing profile", "make one with moepack profile"
     try:
         summary_path = path / "routing.yaml" if path.is_dir() else path
     except OSError as failure:
-        raise ProfileError(f"{what} {path}: {failure.strerror}; {remedy}") from None
+        raise ProfileError(f"{_WHAT} {path}: {failure.strerror}; {_REMEDY}") from None
     trace_path = summary_path.with_suffix(".npz")
-    summary = records.load_yaml(
-        RoutingSummary, summary_path, what=what, error=ProfileError, remedy=remedy
-    )
-    if summary.version != ROUTING_VERSION:
-        raise ProfileError(
-            f"{what} {summary_path}: version {summary.version}, this moepack reads "
-            f"{ROUTING_VERSION}; profile again"
-        )
+    summary = load_summary(summary_path)
     try:
         blob = trace_path.read_bytes()
     except OSError as failure:
-        raise ProfileError(f"{what} {trace_path}: {failure.strerror}; {remedy}") from None
+        raise ProfileError(f"{_WHAT} {trace_path}: {failure.strerror}; {_REMEDY}") from None
     found = hashlib.sha256(blob).hexdigest()
     if found != summary.trace_sha256:
         raise ProfileError(
@@ -164,6 +158,19 @@ def load_routing(path: Path) -> RoutingProfile:
             f"{summary.trace_sha256[:12]}; the two do not belong together: profile again"
         )
     return _read_trace(trace_path, blob, summary)
+
+
+def load_summary(path: Path) -> RoutingSummary:
+    """Read a ``routing.yaml`` alone. Raises as :func:`load_routing` does."""
+    summary = records.load_yaml(
+        RoutingSummary, path, what=_WHAT, error=ProfileError, remedy=_REMEDY
+    )
+    if summary.version != ROUTING_VERSION:
+        raise ProfileError(
+            f"{_WHAT} {path}: version {summary.version}, this moepack reads "
+            f"{ROUTING_VERSION}; profile again"
+        )
+    return summary
 
 
 def _to_bytes(trace: Trace) -> bytes:

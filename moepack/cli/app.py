@@ -17,6 +17,7 @@ import typer
 
 import moepack
 from moepack.cli.bench import bench
+from moepack.cli.evaluate import evaluate
 from moepack.cli.inspect import inspect
 from moepack.cli.pack import pack
 from moepack.cli.plan import plan
@@ -34,8 +35,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes longer to load than the help takes to print
     pretty_exceptions_enable=False,
 )
-for command in (profile, plan, pack, run, bench, replay, verify, inspect):
-    app.command()(command)
+for command in (profile, plan, pack, run, bench, evaluate, replay, verify, inspect):
+    # Python has a function that is called eval.
+    app.command("eval" if command is evaluate else None)(command)
 app.add_typer(preset)
 
 

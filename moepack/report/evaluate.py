@@ -1,0 +1,80 @@
+"""How good a packed model is, text by text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Group, RenderableType
+
+from moepack.evaluating import Evaluation
+from moepack.quality import BLOCK_TOKENS, CONFIDENCE, Estimate, Quality
+from moepack.report.tables import columns, facts, figure
+
+
+def evaluation_view(
+    found: Evaluation, *, model: str, encodings: Sequence[str], exact: str
+) -> RenderableType:
+    """Every text, then all of them, and how it was measured.
+
+    Parameters
+    ----------
+    encodings
+        Of the packed experts.
+    exact
+        The exact model's name; or why there is none.
+    """
+    rows = [(domain.name, domain.quality) for domain in found.domains]
+    if len(rows) > 1:
+        rows.append(("all", found.quality))
+    level = f"{CONFIDENCE:.0%}"
+    head = ["text", "tokens", "perplexity", level]
+    if found.quality.nearness is not None:
+        head += ["exact", "KL", level, "same first", level]
+    table = columns(head, [(name, *_cells(quality)) for name, quality in rows])
+    scored = f"in windows of {found.window_tokens} tokens, {found.stride_tokens} apart"
+    told = [
+        ("model", f"{model}, experts in {', '.join(encodings)}"),
+        *_nearness(found, exact),
+        ("scored", f"what no routing profile learns from, each token once, {scored}"),
+        (level, f"bootstrap over blocks of {BLOCK_TOKENS} tokens, within each text"),
+    ]
+    return Group(table, "", facts(told))
+
+
+def _cells(quality: Quality) -> tuple[str, ...]:
+    cells = (str(quality.tokens), *_with_interval(quality.perplexity, figure))
+    if quality.nearness is None:
+        return cells
+    near = quality.nearness
+    return (
+        *cells,
+        figure(near.exact_perplexity.value),
+        *_with_interval(near.kl, _small),
+        *_with_interval(near.top1_agreement, "{:.1%}".format),
+    )
+
+
+def _with_interval(estimate: Estimate, text: Callable[[float], str]) -> tuple[str, str]:
+    if estimate.low is None or estimate.high is None:
+        return text(estimate.value), "-"
+    return text(estimate.value), f"{text(estimate.low)} to {text(estimate.high)}"
+
+
+def _small(number: float) -> str:
+    """Two significant digits, of numbers far below 1 as well: ``0``, ``0.012``, ``3.1e-07``."""
+    return f"{number:.2g}"
+
+
+def _nearness(found: Evaluation, exact: str) -> list[tuple[str, str]]:
+    near = found.quality.nearness
+    if near is None:
+        return [("exact", f"not at hand: {exact}")]
+    value, interval = _with_interval(near.perplexity_ratio, "{:.4f}".format)
+    return [
+        ("exact", f"{exact}; the perplexity is {value} of its own ({interval})"),
+        (
+            "KL",
+            "of the exact model's next token from the packed model's, KL(exact || packed), nats",
+        ),
+        ("same first", "tokens at which both find the same one likeliest"),
+    ]
