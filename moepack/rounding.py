@@ -227,7 +227,7 @@ class _Int8Search:
         self._importance = importance  # [inputs]
         self._codes = np.empty_like(weights)
         low, high = weights.min(axis=1), weights.max(axis=1)
-        self.range = np.maximum(high, -low)
+        self.range = np.maximum(high, -low) + np.float32(0)  # no scale is -0
         # Codes go to -128 on one side only: there goes the larger end.
         self.one_sided = np.where(-low > high, low, high) / -128
         self.scale = _near_bf16(self.range / 127)

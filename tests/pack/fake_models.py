@@ -123,17 +123,39 @@ class FakeSource:
         return np.frombuffer(generator.bytes(count * DTYPE_BYTES[dtype]), kind).reshape(shape)
 
 
+@dataclass
+class SmoothSource(FakeSource):
+    """The same with experts like trained ones: finite BF16 weights, normally distributed."""
+
+    def expert(self, layer: int, expert: int) -> dict[str, Bits]:
+        bits = super().expert(layer, expert)
+        return {name: _normal_bf16(item) for name, item in bits.items()}
+
+
+def _normal_bf16(bits: Bits) -> Bits:
+    """A bell curve, seeded by the bits."""
+    random = np.random.default_rng(bits.reshape(-1)[:8].tolist())
+    values = random.standard_normal(bits.shape, np.float32) * np.float32(0.02)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
 def hash_of(name: str) -> int:
     return int.from_bytes(name.encode(), "little")
 
 
 def make_plan(
-    spec: ModelSpec, splits: Sequence[int], *, new_tokens: int = 8, block_tokens: int = 512
+    spec: ModelSpec,
+    splits: Sequence[int],
+    *,
+    new_tokens: int = 8,
+    block_tokens: int = 512,
+    encodings: Sequence[str] | None = None,
 ) -> Plan:
     """A plan that cuts the layers with experts at ``splits``; its figures mean nothing."""
+    names = encodings or [spec.dtype] * len(splits)
     layers = tuple(
-        LayerLayout(layer, split, spec.moe(layer).intermediate_size, 16, spec.dtype)
-        for layer, split in zip(spec.moe_layers, splits, strict=True)
+        LayerLayout(layer, split, spec.moe(layer).intermediate_size, 16, name)
+        for layer, split, name in zip(spec.moe_layers, splits, names, strict=True)
     )
     return Plan(
         version=PLAN_VERSION,

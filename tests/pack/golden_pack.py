@@ -1,8 +1,9 @@
-"""The golden pack: format version 1, byte for byte, in a form that people can read.
+"""The golden packs: format versions 1 and 2, byte for byte, in a form that people can read.
 
-``golden/manifest.json`` is the file itself. A shard is its size, its header (the padding of spaces
-left out) and every row of sixteen bytes that is not zero. ``python -m tests.pack.golden_pack``
-writes them anew: only together with a new format version, once moepack is released.
+``golden/manifest.json`` is the file itself; those of version 2 are in ``golden_quantised``. A shard
+is its size, its header (the padding of spaces left out) and every row of sixteen bytes that is not
+zero. ``python -m tests.pack.golden_pack`` writes them anew: only together with a new format
+version, once moepack is released.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moepack.segments import EXPERT_TENSORS, Bits
 from tests.pack.fake_models import make_plan, make_spec
 
 GOLDEN = Path(__file__).with_name("golden")
+GOLDEN_QUANTISED = Path(__file__).with_name("golden_quantised")
 ROW = 16
 
 
@@ -60,6 +62,40 @@ def golden_source(folder: Path) -> tuple[CountingSource, Plan]:
     return source, make_plan(spec, [1])
 
 
+class GridSource(CountingSource):
+    """Experts whose weights are on a grid already, so that no choice of scales is involved.
+
+    Of layer 0, for INT8: codes of -127 to 127 times 1/128, in every row 127. Of layer 1, for INT4:
+    codes of 0 to 15, less 8, times 1/16, in every 32 of a row all of them.
+    """
+
+    def expert(self, layer: int, expert: int) -> dict[str, Bits]:
+        found = super().expert(layer, expert)
+        for seed, name in enumerate(("gate.weight", "up.weight", "down.weight")):
+            rows, columns = np.indices(found[name].shape)
+            values = (
+                np.where(columns == rows % 32, 127, (29 * rows + 53 * columns + seed) % 255 - 127)
+                / 128
+                if layer == 0
+                else ((3 * rows + 7 * columns + seed) % 16 - 8) / 16
+            )
+            bits = np.asarray(values, np.float32).view(np.uint32)
+            assert not (bits & 0xFFFF).any()
+            found[name] = np.asarray(bits >> 16, np.uint16)
+        return found
+
+
+def golden_quantised_source(folder: Path) -> tuple[GridSource, Plan]:
+    """One expert of width 64 over a hidden size of 32, with biases: as INT8 and as INT4_G32."""
+    spec = make_spec(
+        hidden=32, width=64, experts=1, moe_layers=2, dense_layers=0, bias=True, vocab=3
+    )
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    source = GridSource(replace(spec, name="golden"), auxiliary_files=(tokenizer,))
+    return source, make_plan(spec, [16, 32], encodings=["INT8", "INT4_G32"])
+
+
 def dump(shard: bytes) -> str:
     """A shard as text."""
     header_bytes = 8 + int.from_bytes(shard[:8], "little")
@@ -91,14 +127,16 @@ def shards(folder: Path) -> list[Path]:
 def main() -> None:
     from tempfile import TemporaryDirectory
 
-    with TemporaryDirectory() as name:
-        source, plan = golden_source(Path(name))
-        out = Path(name) / "pack"
-        pack(source, plan, out)
-        for path in shards(out):
-            (GOLDEN / f"{path.stem}.txt").write_text(dump(path.read_bytes()))
-        for file in ("manifest.json", "plan.json"):
-            (GOLDEN / file).write_bytes((out / file).read_bytes())
+    for golden, make in ((GOLDEN, golden_source), (GOLDEN_QUANTISED, golden_quantised_source)):
+        golden.mkdir(exist_ok=True)
+        with TemporaryDirectory() as name:
+            source, plan = make(Path(name))
+            out = Path(name) / "pack"
+            pack(source, plan, out)
+            for path in shards(out):
+                (golden / f"{path.stem}.txt").write_text(dump(path.read_bytes()))
+            for file in ("manifest.json", "plan.json"):
+                (golden / file).write_bytes((out / file).read_bytes())
 
 
 if __name__ == "__main__":

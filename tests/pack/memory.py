@@ -1,11 +1,13 @@
 """Packs a model much larger than a few experts, and prints how much memory that took.
 
-Run by ``test_memory.py`` in a process of its own. Arguments: folder, experts, hidden size, width.
+Run by ``test_memory.py`` in a process of its own. Arguments: folder, experts, hidden size, width,
+encoding.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class SteadySource:
 
     def expert(self, layer: int, expert: int) -> dict[str, Bits]:
         return {
-            name: bits ^ np.uint16(layer + 8 * expert) for name, bits in self.one_expert.items()
+            name: (bits & 0xBFFF) ^ np.uint16(layer + 8 * expert)  # finite: no exponent of ones
+            for name, bits in self.one_expert.items()
         }
 
 
@@ -47,10 +50,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def main(folder: Path, experts: int, hidden: int, width: int) -> None:
+def main(folder: Path, experts: int, hidden: int, width: int, encoding: str) -> None:
     spec = make_spec(hidden=hidden, width=width, experts=experts)
-    source, plan = SteadySource(spec), make_plan(spec, [width // 4, width // 2])
-    pack(SteadySource(make_spec()), make_plan(make_spec(), [16, 16]), folder / "imports")
+    names = [encoding, encoding]
+    source = SteadySource(spec)
+    plan = make_plan(spec, [width // 4, width // 2], encodings=names)
+    small = make_spec(hidden=64, width=128)
+    pack(SteadySource(small), make_plan(small, [64, 64], encodings=names), folder / "imports")
     assert source.one_expert
     before_bytes = peak_bytes()
     report = pack(source, plan, folder / "pack")
@@ -60,6 +66,8 @@ def main(folder: Path, experts: int, hidden: int, width: int) -> None:
     figures = {
         "size_bytes": report.size_bytes,
         "expert_bytes": spec.expert_bytes(1),
+        "model_bytes": spec.experts_bytes,
+        "threads": os.cpu_count(),
         "pack_bytes": packed_bytes - before_bytes,
         "verify_bytes": peak_bytes() - packed_bytes,
         "pack_bytes_per_s": report.size_bytes / report.duration_s,
@@ -69,4 +77,5 @@ def main(folder: Path, experts: int, hidden: int, width: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(text) for text in sys.argv[2:]))
+    folder, experts, hidden, width, encoding = sys.argv[1:]
+    main(Path(folder), int(experts), int(hidden), int(width), encoding)

@@ -1,45 +1,109 @@
-"""The bytes of format version 1 do not change, and packs of version 1 stay readable."""
+"""The bytes of a format version do not change, and packs of every version stay readable."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from moepack.formats import PackedModel
 from moepack.pack import pack
+from moepack.plan import Plan
 from moepack.segments import SegmentId
+from moepack.shards import Source
 from moepack.verify import verify
-from tests.pack.golden_pack import GOLDEN, dump, golden_source, shards, undump
+from tests.pack.golden_pack import (
+    GOLDEN,
+    GOLDEN_QUANTISED,
+    dump,
+    golden_quantised_source,
+    golden_source,
+    shards,
+    undump,
+)
 
 
-def test_packing_gives_the_golden_bytes(tmp_path: Path) -> None:
-    source, plan = golden_source(tmp_path)
+def made_anew(golden: Path, folder: Path) -> tuple[Source, Plan]:
+    return golden_source(folder) if golden == GOLDEN else golden_quantised_source(folder)
+
+
+@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_QUANTISED], ids=["version 1", "version 2"])
+def test_packing_gives_the_golden_bytes(tmp_path: Path, golden: Path) -> None:
+    source, plan = made_anew(golden, tmp_path)
     pack(source, plan, tmp_path / "pack")
     for path in shards(tmp_path / "pack"):
-        assert dump(path.read_bytes()) == (GOLDEN / f"{path.stem}.txt").read_text(), path.name
+        assert dump(path.read_bytes()) == (golden / f"{path.stem}.txt").read_text(), path.name
         assert undump(dump(path.read_bytes())) == path.read_bytes()
     manifest = (tmp_path / "pack" / "manifest.json").read_text()
-    assert manifest == (GOLDEN / "manifest.json").read_text()
+    assert manifest == (golden / "manifest.json").read_text()
 
 
-def test_the_golden_pack_can_be_read(tmp_path: Path) -> None:
-    """As a folder that an earlier moepack has written: nothing here is written by this one."""
-    (tmp_path / "experts").mkdir()
-    for name in ("trunk", "experts/layer-000.top", "experts/layer-000.bottom"):
-        text = (GOLDEN / f"{Path(name).name}.txt").read_text()
-        (tmp_path / f"{name}.safetensors").write_bytes(undump(text))
+def written_long_ago(golden: Path, folder: Path) -> PackedModel:
+    """A folder as an earlier moepack has written it: nothing here is written by this one."""
+    (folder / "experts").mkdir()
+    for path in golden.glob("*.txt"):
+        place = folder if path.stem == "trunk" else folder / "experts"
+        (place / f"{path.stem}.safetensors").write_bytes(undump(path.read_text()))
     for name in ("manifest.json", "plan.json"):
-        (tmp_path / name).write_bytes((GOLDEN / name).read_bytes())
-    (tmp_path / "tokenizer.json").write_text("{}")
+        (folder / name).write_bytes((golden / name).read_bytes())
+    (folder / "tokenizer.json").write_text("{}")
+    assert not verify(folder).damages
+    return PackedModel.open(folder)
 
-    assert not verify(tmp_path).damages
-    model = PackedModel.open(tmp_path)
+
+def payload_of(model: PackedModel, segment: SegmentId) -> bytes:
+    entry = model.entry(segment)
+    return model.path(entry).read_bytes()[entry.offset_bytes :][: entry.size_bytes]
+
+
+def test_the_golden_pack_of_version_1_can_be_read(tmp_path: Path) -> None:
+    model = written_long_ago(GOLDEN, tmp_path)
     entry = model.entry(SegmentId(0, 1, "bottom"))
     assert (entry.offset_bytes, entry.size_bytes, entry.stored_bytes) == (8192, 64, 4096)
-    payload = model.path(entry).read_bytes()[8192 : 8192 + 64]
     # Expert 1: gate is 0x20.., up 0x21.., down 0x22..; rows (columns of down) 1 and 2 are below.
-    assert payload.hex(" ", 2) == (
+    assert payload_of(model, entry.id).hex(" ", 2) == (
         "0420 0520 0620 0720 0820 0920 0a20 0b20 "
         "0421 0521 0621 0721 0821 0921 0a21 0b21 "
         "0122 0222 0422 0522 0722 0822 0a22 0b22 "
         "0123 0223 0124 0224 0025 0125 0225 0325"
     )
+
+
+def code_of_int8(row: int, column: int, seed: int) -> int:
+    code = 127 if column == row % 32 else (29 * row + 53 * column + seed) % 255 - 127
+    return code % 256
+
+
+def test_the_golden_segment_of_int8_is_laid_out_as_the_format_says(tmp_path: Path) -> None:
+    """One byte after another, for the neurons from 16 on of 64, over a hidden size of 32."""
+    model = written_long_ago(GOLDEN_QUANTISED, tmp_path)
+    scale = bytes.fromhex("003c")  # 1/128
+    expected = [
+        *(code_of_int8(row, column, 0) for row in range(16, 64) for column in range(32)),
+        *(code_of_int8(row, column, 1) for row in range(16, 64) for column in range(32)),
+        *(48 * scale),
+        *(48 * scale),
+        *(code_of_int8(row, column, 2) for row in range(32) for column in range(16, 64)),
+        *(32 * scale),
+    ]
+    for high, numbers in ((0x13, range(16, 64)), (0x14, range(16, 64)), (0x15, range(32))):
+        expected += [byte for number in numbers for byte in (number, high)]  # the biases
+    assert payload_of(model, SegmentId(0, 0, "bottom")) == bytes(expected)
+
+
+def test_the_golden_segment_of_int4_is_laid_out_as_the_format_says(tmp_path: Path) -> None:
+    """Neurons from 32 on: 32 rows of gate and as many of up are a tile; down's 32 rows are left."""
+    model = written_long_ago(GOLDEN_QUANTISED, tmp_path)
+
+    def code(row: int, column: int, seed: int) -> int:
+        return (3 * row + 7 * column + seed) % 16
+
+    expected = [code(32 + r, k, 0) | code(32 + r, k, 1) << 4 for k in range(32) for r in range(32)]
+    expected += 64 * bytes.fromhex("803d0000")  # scale 1/16, offset 0
+    expected += [
+        code(2 * r, k, 2) | code(2 * r + 1, k, 2) << 4 for k in range(32, 64) for r in range(16)
+    ]
+    expected += 32 * bytes.fromhex("803d0000")
+    for high, numbers in ((0x13, range(32, 64)), (0x14, range(32, 64)), (0x15, range(32))):
+        expected += [byte for number in numbers for byte in (number, high)]
+    assert payload_of(model, SegmentId(1, 0, "bottom")) == bytes(expected)
