@@ -12,7 +12,7 @@ what is wrong, what was found, what was expected, and what to do.
     |   |-- NotMixtureOfExpertsError    a dense model
     |   |-- UnknownArchitectureError    no family reads it
     |   |-- UnsupportedModelError       a known family with a feature that is not implemented
-    |   |-- UnsupportedEncodingError    FP8, MXFP4 or another dtype that cannot be read yet
+    |   |-- UnsupportedEncodingError    a dtype or a quantisation that cannot be read
     |   |-- MissingTensorError          the checkpoint lacks a tensor that the config implies
     |   |-- LeftoverTensorError         the checkpoint has a tensor that nothing uses
     |   |-- TensorMismatchError         a tensor of another shape or dtype than the config implies

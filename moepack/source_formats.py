@@ -28,7 +28,7 @@ from moepack.errors import (
     TensorMismatchError,
     UnsupportedEncodingError,
 )
-from moepack.families.config import Config
+from moepack.families.config import MAX_SIZE, Config
 from moepack.records import record
 from moepack.segments import Bits
 from moepack.source_files import TensorHeader
@@ -198,7 +198,7 @@ def _block(section: Config) -> tuple[int, int]:
             f"{section.what}: FP8 without a weight_block_size; expected scales for blocks, as in"
             " [128, 128]; use a copy of the model in bfloat16"
         )
-    if len(block) != 2 or min(block) < 1:
+    if len(block) != 2 or not 1 <= min(block) <= max(block) <= MAX_SIZE:
         raise section.damaged(f"weight_block_size = {list(block)}", "a height and a width")
     return block[0], block[1]
 

@@ -53,6 +53,7 @@ def main(name: str, mode: str, interrupt_bytes: int) -> None:
             "folder": str(checkpoint.folder) if checkpoint.folder else None,
             "spec": checkpoint.spec.digest,
             "weights": checkpoint.weights_digest,
+            "source": [checkpoint.source_size.encoding, checkpoint.source_size.size_bytes],
             "auxiliary": [path.name for path in checkpoint.auxiliary_files],
         }
         if checkpoint.folder is not None:

@@ -18,6 +18,7 @@ import pytest
 from moepack.checkpoint import Checkpoint
 from tests.conftest import TinyFolder
 from tests.support.hub_server import Hub, serve
+from tests.support.quantised_sources import quantised_model
 from tests.support.safetensors_files import read_file, write_file
 
 ROOT = Path(__file__).parents[2]
@@ -274,6 +275,24 @@ def test_a_model_that_cannot_be_used_is_refused_before_the_download(
     assert answer["error"] == "UnsupportedEncodingError"
     assert "GPTQ" in answer["message"]
     assert hub.sent_bytes["one.safetensors"] < 200_000
+
+
+@pytest.mark.parametrize("key", ["qwen3_moe-fp8", "gpt_oss-mxfp4"])
+def test_a_quantised_model_is_known_from_its_headers(
+    hub: Hub, ask: Ask, tmp_path: Path, key: str
+) -> None:
+    folder = hub.repositories[NAME] = quantised_model(key, tmp_path / key)
+    weights_bytes = (folder / "model.safetensors").stat().st_size
+
+    answer = ask(mode="headers")
+
+    checkpoint = Checkpoint.open(folder)
+    assert answer["spec"] == checkpoint.spec.digest
+    assert answer["source"] == [
+        checkpoint.source_size.encoding,
+        checkpoint.source_size.size_bytes,
+    ]
+    assert hub.sent_bytes["model.safetensors"] <= 200_000 < weights_bytes // 2
 
 
 def test_a_damaged_shard_on_the_hub_is_named(

@@ -199,6 +199,7 @@ def test_methods_that_are_not_read_are_refused_by_name(
         ({"weight_block_size": None}, UnsupportedEncodingError, "without a weight_block_size"),
         ({"weight_block_size": [128]}, DamagedCheckpointError, "height and a width"),
         ({"weight_block_size": [128, 0]}, DamagedCheckpointError, "height and a width"),
+        ({"weight_block_size": [128, 2**70]}, DamagedCheckpointError, "height and a width"),
         ({"weight_block_size": "128"}, DamagedCheckpointError, "integers"),
         ({"weight_block_size": [64, 128]}, TensorMismatchError, "of shape"),
         ({"fmt": "e5m2"}, UnsupportedEncodingError, "fmt = 'e5m2'"),
@@ -327,6 +328,28 @@ def test_reading_takes_the_result_its_codes_and_little_more(tmp_path: Path, meth
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes <= result.nbytes + entry.size_bytes + (3 << 19)
+
+
+@pytest.mark.parametrize(
+    ("key", "width"), [(FP8, "moe_intermediate_size"), (MXFP4, "intermediate_size")]
+)
+def test_an_expert_takes_itself_what_is_fused_and_the_codes_of_one_tensor(
+    tmp_path: Path, key: str, width: str
+) -> None:
+    sizes = {width: 2048, "hidden_size": 512, "num_hidden_layers": 2}
+    few = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    checkpoint = Checkpoint.open(quantised_model(key, tmp_path, "bfloat16", **sizes, **few))
+    checkpoint.expert(1, 0)  # tables that are kept
+    tracemalloc.start()
+    tensors = checkpoint.expert(1, 1)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expert_bytes = sum(bits.nbytes for bits in tensors.values())
+    matrix_bytes = 2 * 2048 * 512
+    assert expert_bytes >= 3 * matrix_bytes
+    # GPT-OSS keeps gate and up in one; its codes are a quarter of the result, FP8's half.
+    fused_bytes, codes_bytes = {FP8: (0, 1.01 / 2), MXFP4: (2, 1.1 / 4 * 2)}[key]
+    assert peak_bytes <= expert_bytes + matrix_bytes * (fused_bytes + codes_bytes) + (3 << 19)
 
 
 class Published:

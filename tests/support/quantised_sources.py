@@ -5,6 +5,7 @@ Transformers makes the models and does the dequantising; only the quantising is 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -85,11 +86,15 @@ QUANTISED = (
 )
 
 
-def quantised_model(key: str, folder: Path, dtype: str = "float32") -> Path:
-    """Save one of :data:`QUANTISED`; ``dtype`` is the model's, as its config spells it."""
+def quantised_model(key: str, folder: Path, dtype: str = "float32", **changes: object) -> Path:
+    """Save one of :data:`QUANTISED`; ``dtype`` is the model's, as its config spells it.
+
+    Further ``changes`` are keys of the config.
+    """
     made = next(made for made in QUANTISED if made.key == key)
+    tiny = dataclasses.replace(made.tiny, changes={**made.tiny.changes, **changes})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(made.tiny.config(), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(tiny.config(), dtype=torch.float32)
     randomise(model, seed=7)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
