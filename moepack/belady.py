@@ -27,7 +27,7 @@ def belady_ranks(trace: Trace, layers: Sequence[LayerShape], hot: Hot) -> Ranks:
         ranking = np.array([hot[row] for row in rows], dtype=np.intp)
         used = trace.ids[:, rows, : shape.top_k]
         order = next_use_order(used, shape.num_experts)
-        found[:, rows, : shape.top_k] = percolation.ranks(order, ranking, used, bypass=True)
+        found[:, rows, : shape.top_k], _ = percolation.ranks(order, ranking, bypass=True)
     return found
 
 

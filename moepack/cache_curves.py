@@ -127,7 +127,7 @@ def cross_fitted_hit_curves(
     half_lives
         Of each layer, in tokens, where the policy is ``lfu_decay``.
     """
-    halves = trace.halved_fit()
+    halves = trace.halved_fit().unpredicted()
     hot = hot_rankings(halves, layers)
     ranks = stack_ranks(halves, layers, hot, policy, half_lives)
     return hit_curves(ranks, halves, layers, "select")

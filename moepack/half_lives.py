@@ -7,7 +7,6 @@ better which experts a layer likes at all. Which is best differs from layer to l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -31,14 +30,13 @@ def fitted_half_lives(trace: Trace, layers: Sequence[LayerShape]) -> tuple[float
     caches that are still full of the text before would have all half-lives short.
     """
     fit = np.flatnonzero(trace.part == ROUTING_PARTS.index("fit"))[:FITTED_TOKENS]
-    halves = trace.take(slice(int(fit[-1]) + 1)).halved_fit()
-    unasked = replace(halves, predicted=halves.predicted[:, :, :0])
+    halves = trace.take(slice(int(fit[-1]) + 1)).halved_fit().unpredicted()
     hot = hot_rankings(halves, layers)
     scored = halves.part == ROUTING_PARTS.index("select")
     tried = [each for each in HALF_LIVES if each <= max(HALF_LIVES[0], len(scored))]
     hits = np.empty((len(tried), len(layers)))
     for place, half_life in enumerate(tried):
-        ranks = stack_ranks(unasked, layers, hot, "lfu_decay", [half_life] * len(layers))
+        ranks = stack_ranks(halves, layers, hot, "lfu_decay", [half_life] * len(layers))
         curves = rank_curves(ranks.ids[scored], layers)
         for row, layer in enumerate(layers):
             most = max(layer.top_k, layer.num_experts // 2)

@@ -30,10 +30,10 @@ _RANKED_PLACES = 1 << 17
 def ranks(
     order: ExpertOrder,
     hot: npt.NDArray[np.integer],
-    asked: npt.NDArray[np.integer],
+    asked: npt.NDArray[np.integer] | None = None,
     *,
     bypass: bool = False,
-) -> npt.NDArray[np.uint16]:
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
     """Where experts stand in the stack when a token arrives: held by every cache of more slots.
 
     Peak memory: the stacks of 1,024 tokens, twice.
@@ -43,31 +43,38 @@ def ranks(
     hot : int [layers, N]
         The stack before the first token.
     asked : int [tokens, layers, any]
-        Expert ids.
+        Ids of experts beside those that the token uses.
     bypass
         Whether a cache may drop what the token used; else those experts stand above all others.
 
     Returns
     -------
-    uint16 [tokens, layers, any]
+    used : uint16 [tokens, layers, K]
+        Of the experts that the token uses.
+    others : uint16 [tokens, layers, any]
+        Of what was asked for.
     """
-    found = np.empty(asked.shape, dtype=np.uint16)
+    if asked is None:
+        asked = np.zeros((*order.before.shape[:2], 0), dtype=np.intp)
+    used = np.empty(order.before.shape, dtype=np.uint16)
+    others = np.empty(asked.shape, dtype=np.uint16)
     stack = np.take_along_axis(order.start, hot, axis=1).T  # [N, layers]
     ranked = 1 + _RANKED_PLACES // stack.size  # tokens
-    for begin in range(0, len(asked), _CHUNK_TOKENS):
+    for begin in range(0, len(used), _CHUNK_TOKENS):
         rows = slice(begin, begin + _CHUNK_TOKENS)
         before, after = (
             np.ascontiguousarray(codes[rows].transpose(2, 0, 1))
             for codes in (order.before, order.after)
         )
-        stacks = _percolate(stack, before, after, bypass=bypass)
+        stacks, found = _percolate(stack, before, after, bypass=bypass)
         stack = stacks[-1].copy()
-        for part in range(0, len(stacks) - 1, ranked):
+        used[rows] = found.transpose(1, 2, 0)
+        for part in range(0, len(stacks) - 1 if asked.shape[2] else 0, ranked):
             arrived = stacks[part : min(part + ranked, len(stacks) - 1)]
             here = slice(begin + part, begin + part + len(arrived))
             places = _places(arrived, order.expert_of)
-            found[here] = np.take_along_axis(places, asked[here].astype(np.intp), axis=2)
-    return found
+            others[here] = np.take_along_axis(places, asked[here].astype(np.intp), axis=2)
+    return used, others
 
 
 def _percolate(
@@ -76,13 +83,20 @@ def _percolate(
     after: npt.NDArray[Any],
     *,
     bypass: bool,
-) -> npt.NDArray[Any]:
-    """The stack before each token, and after the last: codes [tokens + 1, N, layers].
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The stack before each token, and after the last; and where each token's experts stood.
 
     Parameters
     ----------
     stack : [N, layers]
     before, after : [K, tokens, layers]
+
+    Returns
+    -------
+    stacks : [tokens + 1, N, layers]
+        Codes.
+    found : [K, tokens, layers]
+        Places.
     """
     top_k, tokens, layers = before.shape
     experts = len(stack)
@@ -97,14 +111,20 @@ def _percolate(
     else:
         stacks[1:, :top_k] = after.transpose(1, 0, 2)
     flat = stacks.reshape(-1, layers)
+    # Every place that is not an expert's own is one more above it, until it is found.
+    sought = np.ones(before.shape, dtype=np.bool_)
+    above = np.zeros(before.shape, dtype=np.uint8 if experts <= 1 << 8 else np.uint16)
     # Place n of token t is row t * N + n; in step s, n = s - t: rows N - 1 apart.
     stride = max(1, experts - 1)
     for step in range(tokens + experts - 1):
         first, last = max(0, step - experts + 1), min(tokens, step + 1)
         begin = first * experts + step - first
         held = flat[begin : begin + (last - first - 1) * stride + 1 : stride].copy()
-        used = (before[:, first:last] == held).any(axis=0)
-        joining = held * ~used  # code 0 loses to all: one less in the pool
+        same = before[:, first:last] == held
+        left = sought[:, first:last]
+        np.greater(left, same, out=left)
+        above[:, first:last] += left.view(np.uint8)
+        joining = held * ~same.any(axis=0)  # code 0 loses to all: one less in the pool
         inside = pool[:, first:last]
         settled = min(tokens, step + 1 - taken) - first
         if settled > 0:
@@ -115,7 +135,7 @@ def _percolate(
         worse = np.minimum(inside, joining)
         np.maximum(inside[1:], worse[:-1], out=inside[:-1])
         inside[-1] = worse[-1]
-    return stacks
+    return stacks, above
 
 
 def _places(stacks: npt.NDArray[Any], expert_of: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:

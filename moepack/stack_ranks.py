@@ -74,16 +74,19 @@ def stack_ranks(
         used = trace.ids[:, rows, : shape.top_k]
         guessed = trace.predicted[:, rows]
         known = guessed != NO_PREDICTION
-        asked = np.concatenate([used, np.where(known, guessed, 0)], axis=2)
+        asked = np.where(known, guessed, 0)
         if policy == "pinned":
             place = np.argsort(ranking, axis=1).astype(np.uint16)[None]
-            found = np.take_along_axis(place, asked.astype(np.intp), axis=2)
+            found = tuple(
+                np.take_along_axis(place, each.astype(np.intp), axis=2) for each in (used, asked)
+            )
         else:
             each = [half_lives[row] for row in rows] if half_lives else []
             order = policy_order(used, ranking, policy, half_lives=each)
-            found = percolation.ranks(order, ranking, asked)
-        ids[:, rows, : shape.top_k] = found[:, :, : shape.top_k]
-        predicted[:, rows] = np.where(known, found[:, :, shape.top_k :], NO_RANK)
+            found = percolation.ranks(order, ranking, asked if known.any() else None)
+        ids[:, rows, : shape.top_k] = found[0]
+        if known.any():
+            predicted[:, rows] = np.where(known, found[1], NO_RANK)
     return StackRanks(ids, predicted, policy, tuple(map(tuple, hot)), tuple(half_lives))
 
 

@@ -65,6 +65,10 @@ class Trace:
             self.part[rows],
         )
 
+    def unpredicted(self) -> Trace:
+        """The same without predictions."""
+        return replace(self, predicted=self.predicted[:, :, :0])
+
     def halved_fit(self) -> Trace:
         """The *fit* tokens alone, the second half of each text's relabelled *select*."""
         fit = self.part == ROUTING_PARTS.index("fit")
