@@ -7,14 +7,15 @@ ended, until nothing changes: the result is that of one lane.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from moepack.fixed_times import FixedTimes
 from moepack.passes import Activations, DecodePasses, Segments
-from moepack.timeline import Clock, Flags, Outcome, Seconds, Work, advance, ahead_slots
+from moepack.timeline import Clock, Columns, Flags, Outcome, Seconds, Work, advance, ahead_slots
 
 #: Lanes that run side by side.
 LANES = 256
@@ -41,6 +42,9 @@ class Replayed(NamedTuple):
         For one decoded token, what the compute of each layer waited for.
     events : int
         (layer, token) passes that were replayed.
+    disk_bytes, disk_s : float
+        Over three tiers: what of it RAM did not hold, and the disk's work for it, for one decoded
+        token.
     """
 
     ttft_s: float
@@ -53,6 +57,8 @@ class Replayed(NamedTuple):
     link_s: float
     layer_wait_s: Seconds
     events: int
+    disk_bytes: float = 0.0
+    disk_s: float = 0.0
 
     @property
     def link_bytes_per_token(self) -> float:
@@ -81,7 +87,49 @@ def advance_lanes(clock: Clock, work: Work, as_ready: bool, frames: int, parts: 
     return advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
 
 
-class _Seen(NamedTuple):
+class _Standing(Protocol):
+    """Where lanes of a replay stand: :class:`moepack.timeline.Clock`, or that of three tiers."""
+
+    @property
+    def now_s(self) -> Seconds: ...
+    def take(self: C, lanes: Columns) -> C: ...
+    def put(self: C, lanes: Columns, other: C) -> None: ...
+    def later(self: C, seconds: float) -> C: ...
+    def since_now(self: C) -> C: ...
+    def apart(self: C, other: C) -> Flags: ...
+
+
+C = TypeVar("C", bound=_Standing)
+
+
+C_co = TypeVar("C_co", bound=_Standing, covariant=True)
+
+
+class Done(Protocol[C_co]):
+    """What a pass did: :class:`moepack.timeline.Outcome`, or that of three tiers."""
+
+    @property
+    def clock(self) -> C_co:
+        """After the pass."""
+
+    @property
+    def ready(self) -> Flags:
+        """Segments that were there when the routing was known."""
+
+    @property
+    def demanded(self) -> Flags:
+        """Segments that were fetched on demand."""
+
+    @property
+    def begun(self) -> Flags:
+        """What was fetched ahead, needed or not."""
+
+    @property
+    def wait_s(self) -> Seconds:
+        """The compute waited for the link."""
+
+
+class Seen(NamedTuple):
     """What every pass did: segments ready and demanded, and begun ahead [T, L, .]; waits [T, L]."""
 
     ready: Flags
@@ -90,7 +138,7 @@ class _Seen(NamedTuple):
     wait_s: Seconds
 
 
-class Decoding:
+class AnyDecoding(ABC, Generic[C]):
     """The decoding of one part under one placement: totals over all its tokens."""
 
     def __init__(
@@ -103,7 +151,7 @@ class Decoding:
         as_ready: bool,
         frames: int,
         lanes: int = LANES,
-        start: Clock | None = None,
+        start: C | None = None,
     ) -> None:
         self._lanes = lanes
         self._start = start
@@ -115,8 +163,22 @@ class Decoding:
         self._frames = frames
         self._tokens, self._layers, self._columns = passes.fetch_s.shape
         self._parts = segments.link_s.shape[1]
-        ahead = passes.ahead_s.shape[2] // self._parts
-        self._slots = ahead_slots(frames, self._columns // self._parts, ahead)
+
+    @abstractmethod
+    def _idle(self, lanes: int) -> C:
+        """Where lanes begin."""
+
+    def _first(self) -> C:
+        """Where the first token begins: everything idle, its first layer's experts guessed."""
+        return self._idle(1)
+
+    @abstractmethod
+    def _all(self) -> Done[C]:
+        """Every pass as a lane of its own: nothing is fetched ahead."""
+
+    @abstractmethod
+    def _pass(self, now: C, tokens: Columns, index: int) -> Done[C]:
+        """One layer over one token in every lane."""
 
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
@@ -133,6 +195,7 @@ class Decoding:
             for flags in (seen.demanded, seen.begun & needed, seen.begun & ~needed)
         )
         stored_bytes = self._segments.stored_bytes
+        disk_bytes, disk_s = self._from_disk(seen)
         return Replayed(
             ttft_s=ttft_s,
             tpot_s=seconds / tokens,
@@ -144,20 +207,30 @@ class Decoding:
             link_s=float(((demanded + used + wasted) * self._segments.link_s).sum()),
             layer_wait_s=seen.wait_s.mean(axis=0),
             events=tokens * layers,
+            disk_bytes=disk_bytes,
+            disk_s=disk_s,
         )
+
+    def _from_disk(self, seen: Seen) -> tuple[float, float]:
+        """Bytes that the disk reads for one token, and its seconds for them."""
+        passes, segments = self._passes, self._segments
+        if passes.read_s is None or passes.ahead_read_s is None or segments.read_s is None:
+            return 0.0, 0.0
+        reads = self._per_token(seen.demanded & (passes.read_s > 0.0))
+        if seen.begun.size:
+            reads = reads + self._per_token(seen.begun & (passes.ahead_read_s > 0.0))
+        return float((reads * segments.stored_bytes).sum()), float((reads * segments.read_s).sum())
 
     def _per_token(self, flags: Flags) -> Seconds:
         """Of [T, L, experts * G], how many of each layer's segments, [L, G]."""
         counts = np.count_nonzero(flags, axis=0).reshape(self._layers, -1, self._parts)
         return np.asarray(counts.sum(axis=1) / self._tokens)
 
-    def _at_once(self) -> tuple[_Seen, float]:
+    def _at_once(self) -> tuple[Seen, float]:
         """Nothing is fetched ahead: the link is idle when a pass begins."""
-        passes, shape = self._passes, (self._tokens, self._layers, -1)
-        work = independent(self._fixed, passes.compute_s, passes.fetch_s)
-        clock = Clock.start(self._tokens * self._layers)
-        done = advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
-        seen = _Seen(
+        shape = (self._tokens, self._layers, -1)
+        done = self._all()
+        seen = Seen(
             done.ready.reshape(shape),
             done.demanded.reshape(shape),
             np.zeros((self._tokens, self._layers, 0), dtype=np.bool_),
@@ -165,24 +238,23 @@ class Decoding:
         )
         return seen, float(done.clock.now_s.sum()) + self._tokens * self._fixed.tail_s
 
-    def _in_lanes(self) -> tuple[_Seen, float]:
+    def _in_lanes(self) -> tuple[Seen, float]:
         """Cut the tokens into lanes and run them until each begins where the one before ended."""
         count = min(self._lanes, self._tokens)
         bounds = np.linspace(0, self._tokens, count + 1).astype(np.intp)
         # First as the token before leaves it, if that began with everything idle: seldom wrong.
         before = np.maximum(bounds[:-1] - 1, 0)
         passes = self._passes
-        seen = _Seen(
+        seen = Seen(
             np.empty(passes.fetch_s.shape, dtype=np.bool_),
             np.empty(passes.fetch_s.shape, dtype=np.bool_),
             np.empty(passes.ahead_s.shape, dtype=np.bool_),
             np.empty(passes.fetch_s.shape[:2]),
         )
-        idle = Clock.start(count, self._slots)
-        begins = self._run_lanes(before, bounds[:-1], idle, seen).since_now()
-        first = Clock.start(1, self._slots) if self._start is None else self._start
+        begins = self._run_lanes(before, bounds[:-1], self._idle(count), seen).since_now()
+        first = self._first() if self._start is None else self._start
         begins.put(_FIRST, first)
-        ends = Clock.start(count, self._slots)
+        ends = self._idle(count)
         elapsed_s = np.zeros(count)
         todo = np.arange(count)
         while len(todo):
@@ -196,31 +268,46 @@ class Decoding:
         return seen, float(elapsed_s.sum())
 
     def _run_lanes(
-        self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: Clock, seen: _Seen
-    ) -> Clock:
+        self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: C, seen: Seen
+    ) -> C:
         """Run lanes of tokens from ``begins`` to ``ends``, which differ by one at most."""
-        passes, fixed = self._passes, self._fixed
         for step in range(int((ends - begins).max())):
             alive = np.flatnonzero(begins + step < ends)
             tokens = begins[alive] + step
             now = clock.take(alive)
             for index in range(self._layers):
-                work = Work(
-                    fixed.before_s[index],
-                    fixed.guess_s[index],
-                    fixed.after_s[index],
-                    passes.compute_s[tokens, index],
-                    passes.fetch_s[tokens, index],
-                    passes.ahead_s[tokens, index],
-                    passes.ahead_of[tokens, index],
-                    self._segments.transfer_s[index],
-                )
-                done = advance_lanes(now, work, self._as_ready, self._frames, self._parts)
+                done = self._pass(now, tokens, index)
                 now = done.clock
                 seen.ready[tokens, index] = done.ready
                 seen.demanded[tokens, index] = done.demanded
                 seen.begun[tokens, index] = done.begun
                 seen.wait_s[tokens, index] = done.wait_s
-            now = now._replace(now_s=now.now_s + fixed.tail_s)
-            clock.put(alive, now)
+            clock.put(alive, now.later(self._fixed.tail_s))
         return clock
+
+
+class Decoding(AnyDecoding[Clock]):
+    """Over two tiers: one link."""
+
+    def _idle(self, lanes: int) -> Clock:
+        experts, ahead = self._columns // self._parts, self._passes.ahead_s.shape[2] // self._parts
+        return Clock.start(lanes, ahead_slots(self._frames, experts, ahead))
+
+    def _all(self) -> Outcome:
+        work = independent(self._fixed, self._passes.compute_s, self._passes.fetch_s)
+        clock = Clock.start(self._tokens * self._layers)
+        return advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
+
+    def _pass(self, now: Clock, tokens: Columns, index: int) -> Outcome:
+        passes, fixed = self._passes, self._fixed
+        work = Work(
+            fixed.before_s[index],
+            fixed.guess_s[index],
+            fixed.after_s[index],
+            passes.compute_s[tokens, index],
+            passes.fetch_s[tokens, index],
+            passes.ahead_s[tokens, index],
+            passes.ahead_of[tokens, index],
+            self._segments.transfer_s[index],
+        )
+        return advance_lanes(now, work, self._as_ready, self._frames, self._parts)

@@ -201,6 +201,7 @@ def _replayed(
     plan: Plan,
     *,
     link: LinkSeconds | None = None,
+    disk: LinkSeconds | None = None,
     compute: ComputeProfile | None = None,
     oracle: Oracle = "none",
 ) -> Replayed:
@@ -213,6 +214,7 @@ def _replayed(
         link or planner.link,
         prompt_tokens=request.prompt_tokens,
         part="test",
+        disk=disk or request.hardware.disk.seconds,
     )
     as_ready = contender_of(request, plan).as_ready
     return replayer.replay(plan.layout, plan.placement, as_ready=as_ready, oracle=oracle)

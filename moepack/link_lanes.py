@@ -84,9 +84,9 @@ class TierClock(NamedTuple):
     @classmethod
     def start(cls, lanes: int, ahead: int = 0) -> TierClock:
         """Everything idle at 0, nothing asked for."""
-        idle = np.zeros((6, lanes))
-        never = np.full((2, lanes, ahead), NEVER)
-        return cls(*idle, *never)
+        now_s, bus_s, ram_s, disk_s, late_s, late_ends_s = np.zeros((6, lanes))
+        came_s, ends_s = np.full((2, lanes, ahead), NEVER)
+        return cls(now_s, bus_s, ram_s, disk_s, late_s, late_ends_s, came_s, ends_s)
 
     def take(self, lanes: Columns) -> TierClock:
         """Some of the lanes."""
@@ -97,16 +97,23 @@ class TierClock(NamedTuple):
         for mine, values in zip(self, other, strict=True):
             mine[lanes] = values
 
+    def later(self, seconds: float) -> TierClock:
+        """The same with so much more computed."""
+        return self._replace(now_s=self.now_s + seconds)
+
     def since_now(self) -> TierClock:
         """The same with the compute free at 0."""
         now_s = self.now_s
         never = self.came_s >= NEVER
         return TierClock(
             np.zeros_like(now_s),
-            *(free_s - now_s for free_s in (self.bus_s, self.ram_s, self.disk_s)),
+            self.bus_s - now_s,
+            self.ram_s - now_s,
+            self.disk_s - now_s,
             self.late_s,
             self.late_ends_s - now_s,
-            *(np.where(never, NEVER, at_s - now_s[:, None]) for at_s in (self.came_s, self.ends_s)),
+            np.where(never, NEVER, self.came_s - now_s[:, None]),
+            np.where(never, NEVER, self.ends_s - now_s[:, None]),
         )
 
     def apart(self, other: TierClock) -> Flags:
@@ -197,19 +204,19 @@ class LinkLanes:
         keys = np.empty(self._copy_s.shape, dtype=np.intp)
         keys[:, 0] = -1
         keys[:, 1 : self._first_next] = key
-        keys[:, self._first_next :] = last + np.arange(keys.shape[1] - self._first_next)
-        from_disk = self._read_s > 0.0
+        keys[:, self._first_next :] = last + np.arange(self._never + 1 - self._first_next)
+        from_disk: Flags = self._read_s > 0.0
         from_disk[:, 0] = True
-        there = self._copy_s > 0.0
+        there: Flags = self._copy_s > 0.0
         self._ram_order, self._disk_order = (
-            self._in_turn(np.where(there & of_lane, keys, last + keys.shape[1]), there & of_lane)
+            self._in_turn(np.where(there & of_lane, keys, last + self._never + 1), there & of_lane)
             for of_lane in (~from_disk, from_disk)
         )
         self._ram_at = np.zeros(lanes, dtype=np.intp)
         self._disk_at = np.zeros(lanes, dtype=np.intp)
         # Experts that need a frame: columns of their first segment.
         firsts = 1 + parts * np.arange((self._never - 1) // parts)
-        wants = there[:, 1 : self._never].reshape(lanes, -1, parts).any(axis=2)
+        wants: Flags = np.any(there[:, 1 : self._never].reshape(lanes, -1, parts), axis=2)
         wants[:, :experts] &= ~self._of_coming
         place = np.where(wants, np.arange(len(firsts)), len(firsts))
         place.sort(axis=1)

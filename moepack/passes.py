@@ -15,8 +15,10 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile, Curve, LayerCompute
 from moepack.cost import LinkSeconds
+from moepack.errors import ProfileError
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.ram_tier import ram_tier
 from moepack.routing_tables import Cache, RoutingTables
 from moepack.segments import PARTS
 from moepack.timeline import Columns, Flags, Seconds
@@ -27,7 +29,7 @@ Oracle = Literal["none", "prediction", "future"]
 
 
 class Segments(NamedTuple):
-    """The segments of each layer's experts under one layout, each [L, G] but for the last three.
+    """The segments of each layer's experts under one layout, each [L, G] where nothing is said.
 
     Attributes
     ----------
@@ -43,6 +45,10 @@ class Segments(NamedTuple):
         What having to transfer anything in a pass costs it, [L].
     has_top, interior
         Whether a layer has tops, and whether it has bottoms as well, [L].
+    read_s
+        Of the disk, for a segment that RAM does not hold; None where it holds everything.
+    from_disk
+        Which those are, bool [L, N, G].
     """
 
     stored_bytes: npt.NDArray[np.int64]
@@ -53,6 +59,8 @@ class Segments(NamedTuple):
     burst_s: Seconds
     has_top: Flags
     interior: Flags
+    read_s: Seconds | None = None
+    from_disk: Flags | None = None
 
 
 def segments_of(
@@ -81,6 +89,48 @@ def segments_of(
     return Segments(sizes, link_s, compute_s, share, transfer_s, burst_s, has_top, interior)
 
 
+def behind_ram(
+    segments: Segments,
+    spec: ModelSpec,
+    layout: Layout,
+    placement: Placement,
+    disk: LinkSeconds | None,
+) -> Segments:
+    """The same with what a placement's RAM does not hold read from the disk first.
+
+    Parameters
+    ----------
+    disk
+        Seconds of one read of so many bytes; not needed where RAM holds everything.
+
+    Raises
+    ------
+    ProfileError
+        Where it is needed, and not known.
+    """
+    host = placement.host
+    if host is None or not host.bounces:
+        return segments
+    if disk is None:
+        raise ProfileError(
+            "RAM does not hold all experts of this plan, and how fast the disk is has not been "
+            "measured; run moepack profile --hardware-only"
+        )
+    sizes = segments.stored_bytes
+    known = {int(size): disk(int(size)) for size in np.unique(sizes) if size}
+    read_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
+    widest = max(len(place.hot) for place in placement.layers)
+    from_disk = np.ones((len(sizes), widest, len(PARTS)), dtype=np.bool_)
+    rows = {cut.layer: row for row, cut in enumerate(layout.layers)}
+    tier = ram_tier(spec, layout, placement.layers, host.pinned_bytes, readers=placement.readers)
+    for held in tier.held:
+        from_disk[rows[held.layer], held.expert, PARTS.index(held.part)] = False
+    if sizes.shape[1] == 1:  # one segment each: the part that is there
+        part = np.where(segments.has_top, 0, 1)
+        from_disk = np.take_along_axis(from_disk, part[:, None, None], axis=2)
+    return segments._replace(read_s=read_s, from_disk=from_disk)
+
+
 def expert_curve(entry: LayerCompute, *, cut: bool) -> Curve:
     """Seconds of one routed expert over tokens, whole or in two segments."""
     curve = entry.expert_split if cut else entry.expert
@@ -103,6 +153,8 @@ class Activations(NamedTuple):
         Rank at which each was predicted; the number of ranks where it was not.
     right : bool [T, L, R]
         The expert predicted at each of the R ranks is activated.
+    ids, predicted : int [T, L, K], [T, L, R]
+        The experts themselves; 0 where there is none.
     """
 
     tokens: npt.NDArray[np.intp]
@@ -110,6 +162,8 @@ class Activations(NamedTuple):
     valid: Flags
     guess: Columns
     right: Flags
+    ids: Columns
+    predicted: Columns
 
 
 def activations(tables: RoutingTables, tokens: npt.NDArray[np.intp]) -> Activations:
@@ -121,13 +175,21 @@ def activations(tables: RoutingTables, tokens: npt.NDArray[np.intp]) -> Activati
     valid = np.take_along_axis(np.broadcast_to(tables.valid, ids.shape), order, axis=2)
     same = (ids[:, :, :, None] == predicted[:, :, None, :]) & valid[:, :, :, None]
     guess = np.where(same.any(axis=3), same.argmax(axis=3), predicted.shape[2])
-    return Activations(tokens, order, valid, guess, same.any(axis=2))
+    return Activations(
+        tokens,
+        order,
+        valid,
+        guess,
+        same.any(axis=2),
+        np.where(valid, ids, 0),
+        np.where(predicted != NO_PREDICTION, predicted, 0),
+    )
 
 
 def perfect(found: Activations) -> Activations:
     """The same with every expert predicted, in the order of consumption."""
     guess = np.broadcast_to(np.arange(found.order.shape[2]), found.order.shape)
-    return found._replace(guess=guess, right=found.valid)
+    return found._replace(guess=guess, right=found.valid, predicted=found.ids)
 
 
 class DecodePasses(NamedTuple):
@@ -141,6 +203,8 @@ class DecodePasses(NamedTuple):
     ahead_of : int [T, L, K * G]
     hits : bool [T, L, K]
         The part that is cached first was resident.
+    read_s, ahead_read_s
+        Of the disk, before ``fetch_s`` and ``ahead_s``; None where RAM holds everything.
     """
 
     compute_s: Seconds
@@ -148,6 +212,8 @@ class DecodePasses(NamedTuple):
     ahead_s: Seconds
     ahead_of: Columns
     hits: Flags
+    read_s: Seconds | None = None
+    ahead_read_s: Seconds | None = None
 
 
 def decode_passes(
@@ -212,7 +278,30 @@ def passes_with(
         comes &= np.take_along_axis(ahead_s, place, axis=2) > 0
         np.copyto(ahead_of, place, where=comes)
     hits = _cached_first(held, segments) & found.valid
-    return DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
+    made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
+    if segments.from_disk is None:
+        return made
+    layers = np.arange(len(segments.from_disk))[:, None]
+    from_disk = segments.from_disk[layers, found.ids]
+    ahead_from_disk = segments.from_disk[layers, found.predicted[:, :, :depth]]
+    return made._replace(
+        read_s=read_seconds(segments, fetch_s, from_disk),
+        ahead_read_s=read_seconds(segments, ahead_s, ahead_from_disk),
+    )
+
+
+def read_seconds(segments: Segments, fetch_s: Seconds, from_disk: Flags) -> Seconds:
+    """Seconds of the disk for what crosses the bus, [.., L, experts * G].
+
+    Parameters
+    ----------
+    fetch_s : [.., L, experts * G]
+        0 for nothing.
+    from_disk : bool [.., L, experts, G]
+    """
+    assert segments.read_s is not None, "RAM holds everything"
+    reads = (fetch_s > 0.0) & from_disk.reshape(fetch_s.shape)
+    return np.where(reads, _tiled(segments.read_s, fetch_s.shape[-1]), 0.0)
 
 
 def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:

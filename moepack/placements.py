@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from moepack.budget import fixed_bytes, memory_breakdown, staging_bytes, stored_bytes
+from moepack.budget import fixed_bytes, memory_breakdown, slow_bytes, staging_bytes, stored_bytes
 from moepack.plan import (
+    HostTier,
     LayerLayout,
     LayerPlacement,
     Layout,
@@ -15,7 +16,8 @@ from moepack.plan import (
     PrefetchMode,
     SharedPool,
 )
-from moepack.plan_request import PlanRequest
+from moepack.plan_request import PlanRequest, pinnable_bytes, ram_is_assumed
+from moepack.ram_tier import host_tier
 from moepack.segments import PARTS
 
 
@@ -69,6 +71,7 @@ def placement(
     pool: SharedPool | None = None,
 ) -> Placement:
     """The whole record, every byte accounted for."""
+    readers = request.hardware.disk.readers_for(_mean_segment_bytes(request, layout))
     return Placement(
         device=request.device,
         fast_budget_bytes=request.fast_budget_bytes,
@@ -88,9 +91,24 @@ def placement(
         layers=tuple(layers),
         ram_budget_bytes=request.ram_budget_bytes,
         threads=request.compute.threads,
-        readers=request.hardware.disk.readers_for(_mean_segment_bytes(request, layout)),
+        readers=readers,
         pool=pool,
+        host=_host(request, layout, layers, readers),
     )
+
+
+def _host(
+    request: PlanRequest, layout: Layout, layers: Sequence[LayerPlacement], readers: int
+) -> HostTier | None:
+    """What RAM holds behind a device."""
+    if request.device == "cpu":
+        return None
+    spec, pinned_bytes = request.spec, pinnable_bytes(request)
+    host = host_tier(spec, layout, layers, pinned_bytes, readers)
+    if host.total_bytes > pinned_bytes and ram_is_assumed(request):
+        # It could not even pass a segment on: so it has to have more, and the plan says so.
+        return host_tier(spec, layout, layers, slow_bytes(spec, layout), readers)
+    return host
 
 
 def _mean_segment_bytes(request: PlanRequest, layout: Layout) -> float:

@@ -192,6 +192,40 @@ class MemoryBreakdown:
 
 
 @record
+class HostTier:
+    """What of a device's slow tier the host's RAM holds; see :mod:`moepack.ram_tier`.
+
+    Attributes
+    ----------
+    pinned_bytes : int
+        What may be pinned: the bound on host memory less the process.
+    held_bytes : int
+        Of segments that RAM holds. The others are read from the disk each time.
+    bounces, bounce_bytes : int
+        Pieces of pinned memory that those pass through, and the size of each; 0 where RAM holds
+        everything.
+    shares : tuple of float
+        By layer with experts, what share of its experts' bytes RAM holds.
+    """
+
+    pinned_bytes: int
+    held_bytes: int
+    bounces: int
+    bounce_bytes: int
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        sizes = (self.pinned_bytes, self.held_bytes, self.bounces, self.bounce_bytes)
+        if min(sizes) < 0 or not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError("what RAM holds is negative, or more than there is")
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is pinned."""
+        return self.held_bytes + self.bounces * self.bounce_bytes
+
+
+@record
 class Placement:
     """What happens with the bytes of a layout on one machine. May change without repacking.
 
@@ -205,6 +239,8 @@ class Placement:
         Reads from the disk in flight at once.
     pool : SharedPool or None
         Slots that all layers share; their own are then 0.
+    host : HostTier or None
+        What RAM holds behind a device; None where the processor computes.
     """
 
     device: DeviceKind
@@ -219,6 +255,7 @@ class Placement:
     threads: int = 1
     readers: int = 4
     pool: SharedPool | None = None
+    host: HostTier | None = None
 
     def __post_init__(self) -> None:
         counts = {

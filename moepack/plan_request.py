@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moepack.budget import fixed_bytes, slow_bytes, staging_bytes
+from moepack.budget import fixed_bytes, staging_bytes
 from moepack.compute import ComputeProfile
 from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
@@ -158,36 +158,56 @@ def require_budget(request: PlanRequest) -> None:
     )
 
 
-def require_host_memory(request: PlanRequest, layout: Layout, placement: Placement) -> str | None:
-    """The host must hold the process, and with it the fast tier (CPU) or the slow one (CUDA).
+def host_limit_bytes(request: PlanRequest) -> int:
+    """Bound on the whole process in host memory."""
+    if request.ram_budget_bytes is not None:
+        return request.ram_budget_bytes
+    return round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
+
+
+def pinnable_bytes(request: PlanRequest) -> int:
+    """What may be pinned of the host's memory, for a device's slow tier: the process is beside."""
+    return max(0, host_limit_bytes(request) - request.hardware.process_base_bytes)
+
+
+def ram_is_assumed(request: PlanRequest) -> bool:
+    """Whether nobody said how much host memory there is: a preset's is an assumption of its own."""
+    return request.ram_budget_bytes is None and not request.hardware_is_this_machine
+
+
+def require_host_memory(request: PlanRequest, placement: Placement) -> str | None:
+    """The host must hold the process, and with it the fast tier (CPU) or what is pinned (CUDA).
 
     Returns
     -------
     str or None
-        What is assumed where a machine that is not here lacks the memory and nobody said how much
-        it has: a preset's is an assumption of its own.
+        What is assumed of the host memory of a machine that is not here, where nobody said how
+        much it has and it is not enough for everything.
 
     Raises
     ------
     BudgetTooSmallError
         Naming the missing bytes.
     """
-    limit_bytes = request.ram_budget_bytes
-    if limit_bytes is None:
-        limit_bytes = round(DEFAULT_RAM_SHARE * request.hardware.ram_bytes)
+    limit_bytes = host_limit_bytes(request)
     base_bytes = request.hardware.process_base_bytes
-    if request.device == "cpu":
-        held, held_bytes = "the fast tier", placement.memory.total_bytes
-    else:
-        held, held_bytes = "the pinned slow tier", slow_bytes(request.spec, layout)
+    held, held_bytes = "the fast tier", placement.memory.total_bytes
+    host = placement.host
+    if host is not None:
+        held, held_bytes = "what is pinned of the slow tier", host.total_bytes
     missing_bytes = base_bytes + held_bytes - limit_bytes
     if missing_bytes <= 0:
+        if host is not None and host.bounces and ram_is_assumed(request):
+            return (
+                f"{request.hardware.name} has {format_size(request.hardware.ram_bytes)} of host "
+                "memory; say with --ram what yours has"
+            )
         return None
     need = (
         f"{held} takes {format_size(held_bytes)} of host memory and the process itself "
         f"{format_size(base_bytes)}, the limit is {format_size(limit_bytes)}"
     )
-    if request.ram_budget_bytes is None and not request.hardware_is_this_machine:
+    if ram_is_assumed(request):
         return f"host memory that {request.hardware.name} lacks: {need}"
     raise BudgetTooSmallError(
         f"{need}: {format_size(missing_bytes)} ({missing_bytes} bytes) are missing; lower --vram "

@@ -106,6 +106,7 @@ class Planner:
                     self.link,
                     prompt_tokens=self.request.prompt_tokens,
                     part=part,
+                    disk=self.request.hardware.disk.seconds,
                 )
             found = self._replayers[part].replay(
                 contender.layout,
@@ -137,6 +138,7 @@ class Planner:
         below = [] if optimum is None else list(self._below(request, optimum))
         # Of equals the first: the resident one before those that hold everything as well.
         able = [each for each in (*reversed(strategies), *optimised, *below) if not each.why_not]
+        able = _within_ram(able) or able
         progress.start("replay what could be planned", len(able), "items")
         try:
             for contender in able:
@@ -186,7 +188,7 @@ class Planner:
     ) -> Plan:
         """A contender with its forecast on *test*."""
         placement = replace(chosen.placement, fast_budget_bytes=request.fast_budget_bytes)
-        shortage = require_host_memory(request, chosen.layout, placement)
+        shortage = require_host_memory(request, placement)
         return Plan(
             version=PLAN_VERSION,
             model_name=request.spec.name,
@@ -248,6 +250,12 @@ class Planner:
                 why_not=chosen.why_not,
             )
         return found
+
+
+def _within_ram(contenders: Sequence[Contender]) -> list[Contender]:
+    """Those whose host memory suffices: whole experts need larger bounces than cut ones."""
+    hosts = [(each, each.placement.host) for each in contenders]
+    return [each for each, host in hosts if host is None or host.total_bytes <= host.pinned_bytes]
 
 
 def _by_name(contenders: Sequence[Contender]) -> dict[str, list[Contender]]:

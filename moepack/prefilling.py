@@ -8,15 +8,23 @@ from where the one before it has ended, until nothing changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from moepack.decoding import C, Done
 from moepack.fixed_times import FixedTimes
+from moepack.link_lanes import TierClock, TierWork
 from moepack.passes import Segments
 from moepack.prompts import PromptPasses
-from moepack.timeline import Clock, Columns, Work, advance, ahead_slots
+from moepack.tier_timeline import advance_tiers
+from moepack.timeline import Clock, Columns, Seconds, Work, advance, ahead_slots
+
+#: Runs some lanes (of all) one pass on.
+_Advance = Callable[[C, Columns], Done[C]]
 
 
-def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, frames: int) -> Clock:
+def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, frames: int) -> Seconds:
     """Run some prompts of one length, which begin with everything idle at 0.
 
     Parameters
@@ -28,52 +36,106 @@ def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, fram
 
     Returns
     -------
-    Clock
-        Of every prompt when its first token is drawn.
+    [prompts]
+        When the first token of each is drawn.
     """
     prompts, layers, columns = passes.fetch_s.shape
     parts = segments.link_s.shape[1]
-    lanes = prompts * layers
-    work = _work(passes, fixed, segments)
-    asks = bool(work.ahead_s.any())
-    slots = ahead_slots(frames, columns // parts, columns // parts if asks else 0)
-    begins, ends = Clock.start(lanes, slots), Clock.start(lanes, slots)
+    asks = bool(passes.ahead_s[:, 1:].any())
+    if passes.read_s is not None:
+        tiers = _tier_work(passes, fixed, segments)
+        ahead = tiers.ahead_s.shape[1]
+
+        def run_tiers(clock: TierClock, lanes: Columns) -> Done[TierClock]:
+            work = TierWork(*(np.asarray(values)[lanes] for values in tiers))
+            return advance_tiers(
+                clock, work, as_ready=False, frames=frames, segments_per_expert=parts
+            )
+
+        now_s = _elapsed(TierClock.start(prompts * layers, ahead), run_tiers, layers, asks)
+    else:
+        link = _work(passes, fixed, segments)
+        slots = ahead_slots(frames, columns // parts, columns // parts if asks else 0)
+
+        def run(clock: Clock, lanes: Columns) -> Done[Clock]:
+            work = Work(*(np.asarray(values)[lanes] for values in link))
+            return advance(clock, work, as_ready=False, frames=frames, segments_per_expert=parts)
+
+        now_s = _elapsed(Clock.start(prompts * layers, slots), run, layers, asks)
+    return np.asarray(now_s + fixed.tail_s)
+
+
+def _elapsed(idle: C, run: _Advance[C], layers: int, asks: bool) -> Seconds:
+    """Seconds of each prompt through all its layers, each of which is a lane of ``idle``."""
+    lanes = len(idle.now_s)
+    everyone = np.arange(lanes)
+    begins, ends = idle.take(everyone), idle.take(everyone)
     elapsed_s = np.zeros(lanes)
     first = np.arange(0, lanes, layers)
-    todo = np.arange(lanes)
+    todo = everyone
     while len(todo):
-        some = begins.take(todo)
-        clock = advance(
-            some, _take(work, todo), as_ready=False, frames=frames, segments_per_expert=parts
-        ).clock
+        clock = run(begins.take(todo), todo).clock
         elapsed_s[todo] = clock.now_s
         ends.put(todo, clock.since_now())
-        follows = ends.take(np.arange(lanes) - 1)
-        follows.put(first, Clock.start(prompts, slots))
+        follows = ends.take(everyone - 1)
+        follows.put(first, idle.take(first))
         todo = np.flatnonzero(follows.apart(begins)) if asks else todo[:0]
         begins = follows
-    now_s = elapsed_s.reshape(prompts, layers).sum(axis=1)
-    last = ends.take(first + layers - 1)
-    return Clock(now_s + fixed.tail_s, last.link_s + now_s, last.asked_s + now_s[:, None])
+    return np.asarray(elapsed_s.reshape(-1, layers).sum(axis=1))
+
+
+def _ahead(passes: PromptPasses, ahead_s: Seconds) -> Seconds:
+    """[lanes, columns]; the first layer's experts are not known before its own routing."""
+    found = ahead_s.copy()
+    found[:, 0] = 0.0
+    found = found.reshape(-1, passes.fetch_s.shape[2])
+    return found if passes.ahead_s[:, 1:].any() else found[:, :0]
 
 
 def _work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> Work:
     """Every layer of every prompt as a lane."""
     prompts, _, columns = passes.fetch_s.shape
-    ahead_s = passes.ahead_s.copy()
-    ahead_s[:, 0] = 0.0  # the first layer's experts are not known before its own routing
-    fetch_s, ahead_s = (each.reshape(-1, columns) for each in (passes.fetch_s, ahead_s))
+    ahead_s = _ahead(passes, passes.ahead_s)
+    fetch_s = passes.fetch_s.reshape(-1, columns)
     return Work(
         np.tile(fixed.before_s, prompts),
         np.tile(fixed.guess_s, prompts),
         np.tile(fixed.after_s, prompts),
         passes.compute_s.reshape(-1, columns),
         fetch_s,
-        ahead_s if ahead_s.any() else ahead_s[:, :0],
-        np.where((fetch_s > 0) & (ahead_s > 0), np.arange(columns), columns),
+        ahead_s,
+        _brought_by(fetch_s, ahead_s),
         np.tile(segments.transfer_s, prompts),
     )
 
 
-def _take(work: Work, lanes: Columns) -> Work:
-    return Work(*(np.asarray(values)[lanes] for values in work))
+def _tier_work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> TierWork:
+    """The same over three tiers."""
+    assert passes.read_s is not None, "RAM holds everything"
+    assert passes.ahead_read_s is not None, "RAM holds everything"
+    work = _work(passes, fixed, segments)
+    ahead_read_s = _ahead(passes, passes.ahead_read_s)
+    # Behind the last layer nothing follows: the first one's are nothing anyway.
+    nexts = np.arange(1, len(ahead_read_s) + 1) % len(ahead_read_s)
+    return TierWork(
+        work.before_s,
+        work.guess_s,
+        work.after_s,
+        work.compute_s,
+        work.fetch_s,
+        passes.read_s.reshape(work.fetch_s.shape),
+        work.ahead_s,
+        ahead_read_s,
+        work.ahead_of,
+        work.ahead_s[nexts],
+        ahead_read_s[nexts],
+        work.wasted_s,
+    )
+
+
+def _brought_by(fetch_s: Seconds, ahead_s: Seconds) -> Columns:
+    """Which of what is asked for ahead brings each segment: experts stand in one order in both."""
+    columns = ahead_s.shape[1]
+    if not columns:
+        return np.zeros(fetch_s.shape, dtype=np.intp)
+    return np.where((fetch_s > 0) & (ahead_s > 0), np.arange(columns), columns)

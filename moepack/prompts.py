@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
-from moepack.passes import Oracle, Segments, ahead_seconds, disturbance_s, expert_curve
+from moepack.passes import (
+    Oracle,
+    Segments,
+    ahead_seconds,
+    disturbance_s,
+    expert_curve,
+    read_seconds,
+)
 from moepack.plan import Layout, Placement
 from moepack.routing_tables import RoutingTables
 from moepack.timeline import Seconds
@@ -87,11 +94,16 @@ def prompts_at(
 
 
 class PromptPasses(NamedTuple):
-    """The work of some prompts, each [W, L, N * G]; see :class:`moepack.timeline.Work`."""
+    """The work of some prompts, each [W, L, N * G]; see :class:`moepack.timeline.Work`.
+
+    ``read_s`` and ``ahead_read_s``: of the disk, before the other two; None where RAM holds all.
+    """
 
     compute_s: Seconds
     fetch_s: Seconds
     ahead_s: Seconds
+    read_s: Seconds | None = None
+    ahead_read_s: Seconds | None = None
 
 
 def prompt_passes(
@@ -139,7 +151,14 @@ def prompt_passes(
     flat = (*used.shape[:2], used.shape[2] * parts)
     fetch_s = fetch_s.reshape(flat)
     compute_s = compute_s.reshape(flat) + disturbance_s(fetch_s, segments)
-    return PromptPasses(compute_s, fetch_s, ahead_s)
+    made = PromptPasses(compute_s, fetch_s, ahead_s)
+    if segments.from_disk is None:
+        return made
+    from_disk = np.broadcast_to(segments.from_disk, (*used.shape, parts))
+    return made._replace(
+        read_s=read_seconds(segments, fetch_s, from_disk),
+        ahead_read_s=read_seconds(segments, ahead_s, from_disk),
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from moepack.budget import stored_bytes
+from moepack.budget import slow_bytes, stored_bytes
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout
+from moepack.plan import HostTier, LayerPlacement, Layout
 from moepack.segments import PARTS, Part, SegmentId
 
 #: Copies from RAM to the device in flight at once: one crosses, the next is ready to.
@@ -79,6 +79,30 @@ def ram_tier(
             break
         held[segment] = size_bytes
     return RamTier(held, bounces, bounce_bytes)
+
+
+def host_tier(
+    spec: ModelSpec,
+    layout: Layout,
+    layers: Sequence[LayerPlacement],
+    pinned_bytes: int,
+    readers: int,
+) -> HostTier:
+    """The same in numbers, for the record of a placement."""
+    everything = slow_bytes(spec, layout)
+    if everything <= pinned_bytes:
+        return HostTier(pinned_bytes, everything, 0, 0, (1.0,) * len(layers))
+    tier = ram_tier(spec, layout, layers, pinned_bytes, readers=readers)
+    held = dict.fromkeys((cut.layer for cut in layout.layers), 0)
+    for segment, size_bytes in tier.held.items():
+        held[segment.layer] += size_bytes
+    shares = tuple(
+        held[cut.layer]
+        / (spec.moe(cut.layer).num_experts * sum(stored_bytes(spec, cut, part) for part in PARTS))
+        for cut in layout.layers
+    )
+    held_bytes = sum(held.values())
+    return HostTier(pinned_bytes, held_bytes, tier.bounces, tier.bounce_bytes, shares)
 
 
 def _ranking(

@@ -30,6 +30,7 @@ from moepack.passes import (
     Oracle,
     Segments,
     activations,
+    behind_ram,
     decode_passes,
     guessed_layers,
     perfect,
@@ -39,6 +40,7 @@ from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
+from moepack.tier_decoding import TierDecoding
 from moepack.trace import RoutingPart
 
 
@@ -53,6 +55,8 @@ class Replayer:
         Length of the prompts, see :func:`moepack.prompts.prompts_of`.
     part
         Where a trace is so short that it has no token of this part, all of it.
+    disk
+        Seconds of one read from the disk, for placements whose RAM does not hold everything.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class Replayer:
         *,
         prompt_tokens: int,
         part: RoutingPart,
+        disk: LinkSeconds | None = None,
     ) -> None:
         self._spec = spec
+        self._disk = disk
         self._compute = compute
         self._tables = tables
         self._link = link
@@ -88,17 +94,23 @@ class Replayer:
             Whether the engine computes what is resident while the rest arrives, for one token.
         oracle
             Knowledge that no engine has: for bounds.
+
+        Raises
+        ------
+        ProfileError
+            Where RAM does not hold everything, and nothing is known of the disk.
         """
         tables = self._tables.starting(tuple(place.hot for place in placement.layers))
         segments = segments_of(self._spec, self._compute, layout, self._link)
+        segments = behind_ram(segments, self._spec, layout, placement, self._disk)
         guessed = guessed_layers(placement, segments, self._tables.layers)
         ttft_s = self._prefill_s(layout, placement, segments, guessed, oracle)
         found = self._found if oracle == "none" else perfect(self._found)
         passes = decode_passes(tables, found, placement, segments, oracle)
         fixed = fixed_times(self._spec, self._compute, (1,), guessed)
-        run = Decoding(
-            passes, found, fixed, segments, as_ready=as_ready, frames=placement.staging_experts
-        )
+        frames = placement.staging_experts
+        decoding = Decoding if passes.read_s is None else TierDecoding
+        run = decoding(passes, found, fixed, segments, as_ready=as_ready, frames=frames)
         return run.replayed(ttft_s)
 
     def _prefill_s(
@@ -123,5 +135,4 @@ class Replayer:
             self._compute, self._tables, prompts, layout, placement, segments, oracle
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
-        clock = prefill(passes, fixed, segments, frames=placement.staging_experts)
-        return float(clock.now_s.mean())
+        return float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())

@@ -18,13 +18,14 @@ from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import activations, guessed_layers, passes_with, segments_of
+from moepack.passes import activations, behind_ram, guessed_layers, passes_with, segments_of
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
 from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
+from moepack.tier_decoding import TierDecoding
 from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 
@@ -64,6 +65,8 @@ def replay_run(
     layout: Layout,
     placement: Placement,
     run: Trace,
+    *,
+    disk: LinkSeconds | None = None,
 ) -> list[Replayed]:
     """Replay generations one after the other, with the caches as each leaves them to the next.
 
@@ -74,6 +77,8 @@ def replay_run(
     run
         From :func:`record_run`: one sequence for each generation, its prompt *fit* and what was
         decoded *test*. The caches are as planned before the first of them.
+    disk
+        Seconds of one read from the disk, where the placement's RAM does not hold everything.
 
     Returns
     -------
@@ -93,7 +98,7 @@ def replay_run(
         sources=(),
         layers=tuple(shapes),
     )
-    replayer = _RunReplayer(spec, compute, link, layout, placement, RoutingTables(profile))
+    replayer = _RunReplayer(spec, compute, link, disk, layout, placement, RoutingTables(profile))
     found = []
     for number in np.unique(run.sequence):
         rows = np.flatnonzero(run.sequence == number)
@@ -120,6 +125,7 @@ class _RunReplayer:
         spec: ModelSpec,
         compute: ComputeProfile,
         link: LinkSeconds,
+        disk: LinkSeconds | None,
         layout: Layout,
         placement: Placement,
         tables: RoutingTables,
@@ -129,7 +135,8 @@ class _RunReplayer:
         self._layout = layout
         self._placement = placement
         self._tables = tables
-        self._segments = segments_of(spec, compute, layout, link)
+        segments = segments_of(spec, compute, layout, link)
+        self._segments = behind_ram(segments, spec, layout, placement, disk)
         self.caches = _Caches(tables, placement, self._segments.stored_bytes)
 
     def generation(self, prompt: npt.NDArray[np.intp], decoded: npt.NDArray[np.intp]) -> Replayed:
@@ -148,21 +155,23 @@ class _RunReplayer:
         )
         guessed = guessed_layers(self._placement, segments, tables.layers)
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
-        clock = prefill(passes, fixed, segments, frames=frames)
+        first_s = float(prefill(passes, fixed, segments, frames=frames)[0])
         self.caches.step(prompt)
         found = activations(tables, decoded)
         held, held_ahead = self.caches.decode(decoded)
         held = np.take_along_axis(held, found.order[..., None], axis=2)
         named = tables.trace.predicted[decoded] != NO_PREDICTION
-        run = Decoding(
-            passes_with(found, named, self._placement, segments, held, held_ahead),
+        work = passes_with(found, named, self._placement, segments, held, held_ahead)
+        decoding = Decoding if work.read_s is None else TierDecoding
+        run = decoding(
+            work,
             found,
             fixed_times(self._spec, self._compute, (1,), guessed),
             segments,
             as_ready=True,
             frames=frames,
         )
-        return run.replayed(float(clock.now_s[0]))
+        return run.replayed(first_s)
 
 
 class _Caches:

@@ -144,6 +144,7 @@ class _Bench:
             self._link,
             prompt_tokens=request.prompt_tokens,
             part=part,
+            disk=request.hardware.disk.seconds,
         )
 
     def contenders(self, names: Sequence[str]) -> Iterator[Contender]:

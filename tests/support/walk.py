@@ -40,7 +40,7 @@ class Walked:
     layer_wait_s: dict[int, float] = field(default_factory=dict)
 
 
-class _Layer:
+class WalkedLayer:
     """One layer with experts: its segments, and what a pass over it would have to do."""
 
     def __init__(self, setting: Setting, cut: LayerLayout, place: LayerPlacement) -> None:
@@ -129,7 +129,7 @@ def other_s(entry: LayerCompute, tokens: int) -> tuple[float, float]:
 
 
 def guessed_of(
-    layers: Sequence[_Layer], placement: Placement, shapes: Sequence[LayerShape]
+    layers: Sequence[WalkedLayer], placement: Placement, shapes: Sequence[LayerShape]
 ) -> list[bool]:
     """Which layers are guessed: those that fetch ahead, and lack anything."""
     found = []
@@ -171,7 +171,7 @@ def walk(
     """Decode the tokens of a part; the caches see those of every part."""
     trace, shapes = setting.tables.trace, setting.tables.layers
     layers = [
-        _Layer(setting, cut, place)
+        WalkedLayer(setting, cut, place)
         for cut, place in zip(layout.layers, placement.layers, strict=True)
     ]
     guessed = guessed_of(layers, placement, shapes)
@@ -216,7 +216,7 @@ def walk(
 def _count(
     walked: Walked,
     index: int,
-    layer: _Layer,
+    layer: WalkedLayer,
     ids: Sequence[int],
     held: Held,
     experts: Mapping[int, list[Segment]],
@@ -259,7 +259,7 @@ def first_token_s(
     caches = caches_of(layout, placement)
     clock = Simulation(as_ready=False, frames=placement.staging_experts)
     layers = [
-        _Layer(setting, cut, place)
+        WalkedLayer(setting, cut, place)
         for cut, place in zip(layout.layers, placement.layers, strict=True)
     ]
     guessed = guessed_of(layers, placement, shapes)
