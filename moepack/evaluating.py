@@ -176,7 +176,7 @@ def _passage(
     added = len(whole) - len(ids)
     before = next((n for n in range(added + 1) if whole[n : n + len(ids)] == ids), 0)
     prefix = whole[:before]
-    largest = max(*ids, *prefix)
+    largest = max([*ids, *prefix])
     if largest >= spec.vocab_size:
         raise RunError(
             f"text {text.name}: the tokenizer gives token {largest}, the model has "

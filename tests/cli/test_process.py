@@ -23,7 +23,7 @@ def help_s(*command: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("command", [(), ("plan",), ("run",), ("preset", "copy")])
+@pytest.mark.parametrize("command", [(), ("plan",), ("run",), ("eval",), ("preset", "copy")])
 def test_help_answers_within_half_a_second(command: tuple[str, ...]) -> None:
     assert statistics.median(help_s(*command) for _ in range(5)) < 0.5
 
