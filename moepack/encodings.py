@@ -180,7 +180,7 @@ def _alternatives(refused: Encoding, divisor: int) -> str:
         for item in ENCODINGS.values()
         if item.quantised and item is not refused and divisor % item.multiple == 0
     ]
-    return " or ".join((*others, "the model's own dtype"))
+    return f"{', '.join(others)} or the model's own dtype" if others else "the model's own dtype"
 
 
 def pack_tiles(

@@ -75,9 +75,12 @@ def disk_space(spec: ModelSpec, plan: Plan, out: Path) -> DiskSpace:
 
     Raises
     ------
+    PlanMismatchError, CapabilityError, EncodingError
+        When this model cannot be packed so: see :func:`check_plan_for`.
     ReadOnlyError, OutputError
         When the place cannot be reached.
     """
+    check_plan_for(spec, plan)
     needed_bytes = sum(unit.size_bytes for unit in draft_units(spec, plan.layout))
     try:
         free_bytes = _free_bytes(out)

@@ -82,7 +82,7 @@ def test_sizes_that_the_group_does_not_divide_are_refused(name: str) -> None:
 
 
 def test_the_refusal_says_what_would_do() -> None:
-    with pytest.raises(GroupMismatchError, match="choose INT8 or INT4_G32 or the model's own"):
+    with pytest.raises(GroupMismatchError, match="choose INT8, INT4_G32 or the model's own"):
         ENCODINGS["INT4_G64"].check_fits(128, 96)
-    with pytest.raises(GroupMismatchError, match="choose INT8 or INT4_G32 or the model's own"):
+    with pytest.raises(GroupMismatchError, match="choose INT8, INT4_G32 or the model's own"):
         ENCODINGS["INT4_G64"].tensors(64, 96)

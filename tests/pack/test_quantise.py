@@ -242,7 +242,7 @@ def test_a_double_beyond_every_float_is_named() -> None:
 
 def test_sizes_that_the_group_does_not_divide_are_refused() -> None:
     with pytest.raises(
-        GroupMismatchError, match=r"width of experts is 96.* choose INT8 or INT4_G32"
+        GroupMismatchError, match=r"width of experts is 96.* choose INT8, INT4_G32 or"
     ):
         quantise_expert(expert_of(128, 96), encoding("INT4_G64"), "BF16", "it")
 
