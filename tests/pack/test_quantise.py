@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -209,6 +214,39 @@ def test_a_block_of_the_work_is_what_its_groups_are_alone(
     monkeypatch.setattr("moepack.quantise._BLOCK_ROWS", 48)
     for tensor, bits in quantise_expert(expert, item, "BF16", "it").items():
         np.testing.assert_array_equal(bits, whole[tensor])
+
+
+SAME_CODES = """
+import hashlib, sys
+from moepack.encodings import QUANTISED, encoding
+from moepack.quantise import quantise_expert
+from tests.pack.test_quantise import expert_of
+digest = hashlib.sha256()
+for name in QUANTISED:
+    for bits in quantise_expert(expert_of(256, 192), encoding(name), "BF16", "it").values():
+        digest.update(bits.tobytes())
+sys.stdout.write(digest.hexdigest())
+"""
+
+
+def test_machines_of_other_instruction_sets_round_alike() -> None:
+    """numpy without the instructions that it would choose here."""
+    umath = importlib.import_module("numpy._core._multiarray_umath")
+    there = [name for name in umath.__cpu_dispatch__ if umath.__cpu_features__[name]]
+    if not there:
+        pytest.skip("numpy has but one set of instructions here")
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", SAME_CODES],
+            cwd=Path(__file__).parents[2],
+            env=dict(os.environ, NPY_DISABLE_CPU_FEATURES=" ".join(names)),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for names in ([], there)
+    ]
+    assert found[0] == found[1] != ""
 
 
 @pytest.mark.parametrize("name", QUANTISED)
