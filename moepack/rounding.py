@@ -36,6 +36,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
+#: Which search this is: another one, which gives other codes, has another number.
+ROUNDING = 1
+
 #: Starts of the search around the first fit: factors on the scale, and shifts in steps.
 _FACTORS = (0.82, 0.88, 0.94, 1.0)
 _SHIFTS = (-0.5, -0.25, 0.0, 0.25)

@@ -41,6 +41,7 @@ from moepack.plan import Layout
 from moepack.progress import Progress
 from moepack.quantise import quantise_expert
 from moepack.records import record
+from moepack.rounding import ROUNDING
 from moepack.safetensors_io import ShardDraft, draft_shard
 from moepack.segments import ALIGNMENT_BYTES, PARTS, Bits, Part, SegmentShape, cut_expert_into
 
@@ -145,7 +146,8 @@ def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
     )
     fields = {"layer": str(cut.layer), "part": cut.part, "variant": "base"}
     if encoding(cut.encoding).quantised:
-        fields["encoding"] = cut.encoding
+        # Part of the header, by which layers are reused: codes of another search are made anew.
+        fields |= {"encoding": cut.encoding, "rounding": str(ROUNDING)}
     version = version_for([cut.encoding])
     return draft_shard(blocks, _metadata(version=version, content="experts", **fields))
 

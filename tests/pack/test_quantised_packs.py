@@ -128,6 +128,18 @@ def test_layers_in_the_same_encoding_are_linked(tmp_path: Path, reused: bool) ->
         assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_codes_of_another_search_are_not_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = mixed_spec()
+    source, plan = SmoothSource(spec), make_plan(spec, SPLITS, encodings=MIXED)
+    pack(source, plan, tmp_path / "old")
+    source.asked.clear()
+    monkeypatch.setattr("moepack.shards.ROUNDING", 2)
+    pack(source, plan, tmp_path / "new", reuse=tmp_path / "old")
+    assert {layer for layer, _ in source.asked} == {1, 2, 4}
+
+
 class InterruptedSource(SmoothSource):
     """Ctrl-C while the last layer is read."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack.rounding import Rounded, from_bf16, round_int4, round_int8, to_bf16
+from moepack.rounding import ROUNDING, Rounded, from_bf16, round_int4, round_int8, to_bf16
 from tests.pack import plain_rounding as plain
 
 Floats = npt.NDArray[np.float32]
@@ -137,6 +139,19 @@ def test_powers_of_two_change_nothing_but_the_exponents(seed: int, power: float)
     once, scaled = round_int4(weights), round_int4(weights * factor)
     np.testing.assert_array_equal(once.codes, scaled.codes)
     np.testing.assert_array_equal(from_bf16(once.scale) * factor, from_bf16(scaled.scale))
+
+
+def test_codes_change_only_with_the_number_of_the_search() -> None:
+    """Packs link layers of the same number: another search must have another."""
+    weights = np.zeros((32, 64), np.float32)
+    for factor in (2654435761, 2246822519, 3266489917):  # sums of three: nearly a bell curve
+        parts = np.arange(1, weights.size + 1, dtype=np.uint64) * np.uint64(factor) >> np.uint64(9)
+        weights += (parts % np.uint64(65536)).astype(np.float32).reshape(weights.shape) - 32767.5
+    rounded = round_int4(weights), round_int8(weights.T.copy())
+    found = [
+        zlib.crc32(item.codes.tobytes()) ^ zlib.crc32(item.scale.tobytes()) for item in rounded
+    ]
+    assert {ROUNDING: found} == {1: [3867533002, 482032076]}
 
 
 def test_the_largest_floats_stay_finite() -> None:
