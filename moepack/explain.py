@@ -7,6 +7,7 @@ memory, a faster link, a faster processor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from moepack.compute import ComputeProfile
@@ -23,7 +24,7 @@ from moepack.units import GIB, format_duration, format_rate, format_size, short_
 from moepack.variants import contender_of, is_resident, without_transfer_cost
 from moepack.what_if import SAME, WhatIf, times, what_if
 
-Topic = Literal["link", "compute", "prediction", "capacity", "transfers", "prompt"]
+Topic = Literal["link", "disk", "compute", "prediction", "capacity", "transfers", "prompt"]
 
 
 @record
@@ -38,6 +39,8 @@ class TokenTime:
         The link's own work for it, part of it behind computing.
     link_bytes : float
         Over the link, of which ``wasted_bytes`` were fetched ahead in vain.
+    disk_s, disk_bytes : float
+        The disk's work for it, and what of it RAM did not hold.
     """
 
     tpot_s: float
@@ -46,6 +49,8 @@ class TokenTime:
     link_s: float
     link_bytes: float
     wasted_bytes: float
+    disk_s: float = 0.0
+    disk_bytes: float = 0.0
 
 
 @record
@@ -62,11 +67,12 @@ class Explanation:
 
     Attributes
     ----------
-    limit : {"link", "compute"}
-        What takes the larger part of a token: waiting for transfers, or computing.
+    limit : {"link", "disk", "compute"}
+        What takes the larger part of a token: waiting for transfers, or computing. Of three tiers
+        the disk is to blame for waiting where it works longer for a token than the link does.
     """
 
-    limit: Literal["link", "compute"]
+    limit: Literal["link", "disk", "compute"]
     token: TokenTime
     findings: tuple[Finding, ...]
     what_if: tuple[WhatIf, ...]
@@ -84,18 +90,22 @@ def explain(planner: Planner, plan: Plan, progress: Progress = NO_PROGRESS) -> E
         link_s=now.link_s,
         link_bytes=now.link_bytes_per_token,
         wasted_bytes=now.ahead_wasted_bytes,
+        disk_s=now.disk_s,
+        disk_bytes=now.disk_bytes,
     )
     others = tuple(what_if(planner, plan, progress))
     sentences = (
         _about_link(plan, token),
+        _about_disk(planner, plan, token),
         _about_compute(token),
         _about_prediction(planner, plan, now),
         _about_capacity(plan, others),
         _about_transfers(planner, plan, now),
         _about_prompt(planner, plan),
     )
+    slower: Literal["link", "disk"] = "disk" if token.disk_s > token.link_s else "link"
     return Explanation(
-        limit="link" if token.wait_s > token.compute_s else "compute",
+        limit=slower if token.wait_s > token.compute_s else "compute",
         token=token,
         findings=tuple(finding for finding in sentences if finding is not None),
         what_if=others,
@@ -113,6 +123,24 @@ def _about_link(plan: Plan, token: TokenTime) -> Finding:
     if token.wait_s < SAME * token.tpot_s:
         return Finding("link", f"{text}all but {format_duration(token.wait_s)} behind computing")
     return Finding("link", f"{text}{format_duration(token.wait_s)} are waited for")
+
+
+def _about_disk(planner: Planner, plan: Plan, token: TokenTime) -> Finding | None:
+    """What RAM does not hold, and what it would be worth if it did."""
+    host = plan.placement.host
+    if host is None or not host.bounces:
+        return None
+    contender = contender_of(planner.request, plan)
+    ample = contender._replace(placement=replace(contender.placement, host=None))
+    held = planner.price(ample, "test")
+    return Finding(
+        "disk",
+        f"RAM holds {host.held_bytes / plan.prediction.slow_bytes:.0%} of the experts; for the "
+        f"rest the disk is busy for {token.disk_s / token.tpot_s:.0%} of a token: "
+        f"{format_size(token.disk_bytes)} in {format_duration(token.disk_s)}; with all of them in "
+        f"RAM a token would take {format_duration(held.tpot_s)}"
+        f"{times(token.tpot_s, held.tpot_s)}",
+    )
 
 
 def _about_compute(token: TokenTime) -> Finding:
@@ -201,7 +229,6 @@ def _replayed(
     plan: Plan,
     *,
     link: LinkSeconds | None = None,
-    disk: LinkSeconds | None = None,
     compute: ComputeProfile | None = None,
     oracle: Oracle = "none",
 ) -> Replayed:
@@ -214,7 +241,7 @@ def _replayed(
         link or planner.link,
         prompt_tokens=request.prompt_tokens,
         part="test",
-        disk=disk or request.hardware.disk.seconds,
+        disk=request.hardware.disk.seconds,
     )
     as_ready = contender_of(request, plan).as_ready
     return replayer.replay(plan.layout, plan.placement, as_ready=as_ready, oracle=oracle)

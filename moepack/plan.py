@@ -307,6 +307,8 @@ class Prediction:
     """What a plan is expected to do, in the fields that a run measures.
 
     ``band`` is the factor within which measured times are expected: [t / band, t * band].
+    ``slow_bytes`` are all experts', of which a device's host may hold some (:class:`HostTier`);
+    ``disk_bytes_per_token`` is what of the bytes over the link it has to read first.
     """
 
     ttft_s: float
@@ -318,6 +320,7 @@ class Prediction:
     fast_bytes: int
     slow_bytes: int
     band: float
+    disk_bytes_per_token: float = 0.0
 
 
 @record

@@ -293,6 +293,7 @@ def _prediction(request: PlanRequest, chosen: Contender, price: Replayed) -> Pre
         fast_bytes=chosen.placement.memory.total_bytes,
         slow_bytes=slow_bytes(request.spec, chosen.layout),
         band=(MEASURED_BAND if measured else DERIVED_BAND) * (1.0 + request.compute.spread),
+        disk_bytes_per_token=price.disk_bytes,
     )
 
 

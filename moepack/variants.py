@@ -82,6 +82,24 @@ def with_link(request: PlanRequest, factor: float) -> PlanRequest:
     )
 
 
+def with_ram(request: PlanRequest, factor: float) -> PlanRequest:
+    """A host with so much more memory for the process."""
+    hardware = request.hardware
+    ram_bytes = round(hardware.ram_bytes * factor)
+    limit_bytes = request.ram_budget_bytes
+    return replace(
+        request,
+        hardware=replace(hardware, ram_bytes=ram_bytes),
+        ram_budget_bytes=limit_bytes and round(limit_bytes * factor),
+    )
+
+
+def with_disk(request: PlanRequest, factor: float) -> PlanRequest:
+    """A disk behind RAM that takes ``1 / factor`` of the time for every read."""
+    disk = _faster(request.hardware.disk, factor)
+    return replace(request, hardware=replace(request.hardware, disk=disk))
+
+
 def with_compute(request: PlanRequest, factor: float) -> PlanRequest:
     """A processor that takes ``1 / factor`` of the time for everything."""
     return replace(request, compute=_quicker(request.compute, factor))

@@ -12,7 +12,15 @@ from moepack.planner import Planner
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.records import record
 from moepack.units import format_duration, short_size
-from moepack.variants import is_resident, resident_bytes, with_compute, with_link, with_memory
+from moepack.variants import (
+    is_resident,
+    resident_bytes,
+    with_compute,
+    with_disk,
+    with_link,
+    with_memory,
+    with_ram,
+)
 
 #: What the table asks: more memory, a faster link, a faster processor.
 MORE_MEMORY = (1.25, 1.5, 2.0)
@@ -22,7 +30,11 @@ FASTER_COMPUTE = (2.0,)
 #: Ratios nearer to 1 than this are told as no change.
 SAME = 0.01
 
-Change = Literal["memory", "link", "compute"]
+#: Where RAM does not hold all that a device has not.
+MORE_RAM = (1.5, 2.0)
+FASTER_DISK = (2.0,)
+
+Change = Literal["memory", "link", "compute", "ram", "disk"]
 
 
 @record
@@ -65,6 +77,9 @@ def what_if(planner: Planner, plan: Plan, progress: Progress = NO_PROGRESS) -> I
             if size > budget_bytes
         ]
         changes += [("link", more, with_link(request, more)) for more in FASTER_LINK]
+        if plan.placement.host is not None and plan.placement.host.bounces:
+            changes += [("ram", more, with_ram(request, more)) for more in MORE_RAM]
+            changes += [("disk", more, with_disk(request, more)) for more in FASTER_DISK]
     changes += [("compute", more, with_compute(request, more)) for more in FASTER_COMPUTE]
     planners: dict[object, Planner] = {}
     progress.start("plan for other machines", len(changes), "items")

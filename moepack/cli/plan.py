@@ -167,6 +167,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "fast_budget_bytes": placement.fast_budget_bytes,
         "fast_used_bytes": placement.memory.total_bytes,
         "memory": records.to_data(placement.memory),
+        **({} if placement.host is None else {"host": records.to_data(placement.host)}),
         "staging_experts": placement.staging_experts,
         "layers": [
             _without_nulls(

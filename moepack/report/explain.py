@@ -28,8 +28,8 @@ def limit_sentence(explanation: Explanation) -> str:
     """What takes the larger part of a token, and which change would gain the most."""
     token = explanation.token
     what, larger_s = "computing", token.compute_s
-    if explanation.limit == "link":
-        what, larger_s = "waiting for the link", token.wait_s
+    if explanation.limit != "compute":
+        what, larger_s = f"waiting for the {explanation.limit}", token.wait_s
     text = f"{what} takes {larger_s / token.tpot_s:.0%} of a token"
     best = max(explanation.what_if, key=lambda row: row.gain, default=None)
     if best is None or best.gain < 1 + SAME:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moepack.plan import MemoryBreakdown, Plan, PlannerReport
+from moepack.plan import MemoryBreakdown, Plan, PlannerReport, Prediction
 from moepack.report.layers import layers_view
 from moepack.report.strategies import strategies_view
 from moepack.report.tables import columns, facts, figure
@@ -28,6 +28,7 @@ def plan_view(plan: Plan) -> RenderableType:
                     f"{format_size(placement.fast_budget_bytes)}"
                 ),
             ),
+            *(() if placement.host is None else [("host memory", host_sentence(plan))]),
             ("context", f"{placement.context_tokens} tokens (at most {plan.max_context_tokens})"),
         ]
     )
@@ -42,7 +43,7 @@ def plan_view(plan: Plan) -> RenderableType:
                 f"{format_duration(forecast.tpot_s)} ({figure(forecast.tokens_per_s)} tokens/s)",
             ),
             ("hit rate", f"{forecast.hit_rate:.1%}"),
-            ("over the link", f"{format_size(forecast.link_bytes_per_token)} a token"),
+            ("over the link", _over_the_link(forecast)),
             ("band", f"within a factor of {forecast.band:.3g}"),
         ]
     )
@@ -60,6 +61,24 @@ def plan_view(plan: Plan) -> RenderableType:
     parts += ["", planner_sentence(plan.planner)]
     parts += [f"assumed: {sentence}" for sentence in plan.provenance.assumptions]
     return Group(*parts)
+
+
+def host_sentence(plan: Plan) -> str:
+    """What is pinned of a device's host, and what it holds of the experts."""
+    host = plan.placement.host
+    assert host is not None, "the processor computes"
+    pinned = f"{format_size(host.total_bytes)} pinned"
+    if not host.bounces:
+        return f"{pinned}: RAM holds all experts"
+    share = host.held_bytes / plan.prediction.slow_bytes
+    return f"{pinned}: RAM holds {share:.0%} of the experts, the disk the rest"
+
+
+def _over_the_link(forecast: Prediction) -> str:
+    text = f"{format_size(forecast.link_bytes_per_token)} a token"
+    if not forecast.disk_bytes_per_token:
+        return text
+    return f"{text}, {format_size(forecast.disk_bytes_per_token)} of it from the disk"
 
 
 def planner_sentence(report: PlannerReport) -> str:

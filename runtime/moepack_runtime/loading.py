@@ -197,6 +197,8 @@ def require_host_memory(
         held, held_bytes = "the fast tier", placement.memory.total_bytes
     else:
         left_bytes = limit_bytes - process_base_bytes
+        if placement.host is not None:  # no more than was planned, whatever there is
+            left_bytes = min(left_bytes, placement.host.pinned_bytes)
         tier = ram_tier(spec, layout, placement.layers, left_bytes, readers=placement.readers)
         held, held_bytes = "the pinned slow tier", tier.total_bytes
     missing_bytes = process_base_bytes + held_bytes - limit_bytes
