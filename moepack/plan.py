@@ -292,6 +292,8 @@ class EngineCapabilities:
     as_ready : bool
         Whether it computes what is resident while the rest arrives. False: experts are computed in
         one fixed order, and a missing one holds up those behind it.
+    encodings : tuple of str
+        In which experts may be stored for it to compute with them.
     """
 
     policies: tuple[Policy, ...]
@@ -300,6 +302,7 @@ class EngineCapabilities:
     max_prefetch_depth: int = 0
     shared_pool: bool = False
     as_ready: bool = False
+    encodings: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
 
 
 @record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moepack.budget import layer_segment, memory_breakdown, stored_bytes
+from moepack.encodings import ENCODINGS
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.model_spec import ModelSpec
 from moepack.plan import (
@@ -23,6 +24,7 @@ CAPABILITIES = EngineCapabilities(
     max_prefetch_depth=4096,
     shared_pool=True,
     as_ready=True,
+    encodings=tuple(ENCODINGS),
 )
 
 
@@ -69,6 +71,22 @@ def require_capable(placement: Placement, engine: EngineCapabilities = CAPABILIT
         _require_policy("the shared pool", placement.pool.policy, engine)
 
 
+def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES) -> None:
+    """Refuse a layout of which an engine cannot compute with every layer's experts.
+
+    Raises
+    ------
+    CapabilityError
+        Naming the layer, its encoding and those that there are.
+    """
+    for cut in layout.layers:
+        if cut.encoding not in engine.encodings:
+            raise CapabilityError(
+                f"layer {cut.layer} holds its experts as {cut.encoding!r}; this engine computes "
+                f"with {', '.join(engine.encodings)}; plan again with this moepack"
+            )
+
+
 def _require_policy(what: str, policy: Policy, engine: EngineCapabilities) -> None:
     if policy not in engine.policies:
         raise CapabilityError(
@@ -108,13 +126,14 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
     Raises
     ------
     CapabilityError
-        When it asks for a policy, a pool or prefetching that the engine lacks.
+        When it asks for a policy, a pool, prefetching or an encoding that the engine lacks.
     PlanMismatchError
         When its bytes are not those of this model and layout, or the layers cannot share a pool.
     BudgetTooSmallError
         When it needs more than its budget, naming the missing bytes.
     """
     require_capable(placement)
+    require_encodings(layout)
     for layer in placement.layers:
         experts = spec.moe(layer.layer).num_experts
         if len(layer.hot) != experts:

@@ -17,6 +17,7 @@ from moepack_runtime.capabilities import require_fit, require_own
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import forget_peak_resident, resident_bytes
 from moepack_runtime.progress import NO_PROGRESS, Progress
+from moepack_runtime.rebuilding import for_processor
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
 from moepack_runtime.transfer.host import DEFAULT_READERS
@@ -146,12 +147,12 @@ def open_transfer(
     DeviceError, OutOfMemoryError, TransferError, DamagedSegmentError
         On CUDA, where the segments that RAM holds are read into it here.
     """
-    disk = HostTransfer(store, check=check, readers=readers)
     if device == "cpu":
-        return disk
+        return HostTransfer(for_processor(store, layout), check=check, readers=readers)
     from moepack_runtime.transfer.cuda import CudaTransfer
     from moepack_runtime.transfer.pinned import PinnedSegments
 
+    disk = HostTransfer(store, check=check, readers=readers)
     if tier is None:
         tier = RamTier(_all_segments(spec, layout))
     pinned = PinnedSegments(

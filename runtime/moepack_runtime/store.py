@@ -18,11 +18,13 @@ from isal import isal_zlib
 from typing_extensions import override
 
 from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
+from moepack.encodings import Encoding, encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.manifest import TRUNK_FILE
 from moepack.model_spec import ModelSpec, TensorInfo
 from moepack.plan import Layout
+from moepack.quantise import quantise_expert
 from moepack.segments import (
     Bits,
     Part,
@@ -257,25 +259,33 @@ class ExpertSource(Protocol):
 class CheckpointStore(SegmentStore):
     """A plain checkpoint whose experts are cut for a layout as they are asked for.
 
-    For running without a pack, and to compare packs against. There are no checksums to compare
-    with, so ``check`` makes no difference. One thread reads at a time. Peak memory: two whole
-    experts beyond the destinations (a top and a bottom are asked for one after the other).
+    For running without a pack, and to compare packs against: a layer that the layout wants
+    quantised is rounded as packing would round it, every time that an expert is asked for. There
+    are no checksums to compare with, so ``check`` makes no difference. One thread reads at a time.
+    Peak memory: two whole experts beyond the destinations (a top and a bottom are asked for one
+    after the other), and one more with what rounding takes.
 
     Raises
     ------
     PlanMismatchError
         When the layout asks for another dtype than the model has.
+    UnknownEncodingError, GroupMismatchError
+        When its experts cannot be stored as the layout wants.
+    NonFiniteWeightError
+        While reading, when a weight that is to be rounded is NaN or infinite.
     """
 
     def __init__(self, source: ExpertSource, spec: ModelSpec, layout: Layout) -> None:
         self._source = source
         self._spec = spec
         self._shapes: dict[tuple[int, Part], SegmentShape] = {}
+        self._encodings: dict[int, Encoding] = {}
         for cut in layout.layers:
-            if cut.encoding != spec.dtype:
+            stored = self._encodings[cut.layer] = encoding(cut.encoding)
+            if not stored.quantised and cut.encoding != spec.dtype:
                 raise PlanMismatchError(
                     f"layer {cut.layer} is planned as {cut.encoding}, the checkpoint holds "
-                    f"{spec.dtype}; pack the model first, which converts it"
+                    f"{spec.dtype}; expected that, or a quantised encoding; plan again"
                 )
             for part in ("top", "bottom"):
                 shape = layer_segment(spec, cut, part)
@@ -302,6 +312,10 @@ class CheckpointStore(SegmentStore):
         weights = self._recent.pop((layer, expert), None)
         if weights is None:
             weights = self._source.expert(layer, expert)
+            stored = self._encodings[layer]
+            if stored.quantised:
+                what = f"layer {layer}, expert {expert}"
+                weights = quantise_expert(weights, stored, self._spec.dtype, what)
         self._recent[layer, expert] = weights
         if len(self._recent) > 2:
             self._recent.popitem(last=False)

@@ -22,6 +22,7 @@ SHARED = {
     "records",
     "model_spec",
     "encodings",
+    "quantise",
     "segments",
     "plan",
     "budget",

@@ -20,11 +20,19 @@ from moepack.plan import (
 from tests.support.caches import half_life_of
 
 
-def mixed_layout(spec: ModelSpec, ratios: Sequence[float], *, block_tokens: int = 8) -> Layout:
-    """Cut the layers near the given ratios in turn."""
+def mixed_layout(
+    spec: ModelSpec,
+    ratios: Sequence[float],
+    *,
+    block_tokens: int = 8,
+    encodings: Sequence[str | None] = (None,),
+) -> Layout:
+    """Cut the layers near the given ratios in turn, in the given encodings (None: as they are)."""
     layers = tuple(
-        layer_layout(spec, number, ratio)
-        for number, ratio in zip(spec.moe_layers, itertools.cycle(ratios), strict=False)
+        layer_layout(spec, number, ratio, encoding)
+        for number, ratio, encoding in zip(
+            spec.moe_layers, itertools.cycle(ratios), itertools.cycle(encodings), strict=False
+        )
     )
     return Layout(spec.digest, layers, block_tokens)
 
