@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moepack import records
 from moepack.atomic import write_atomically
+from moepack.encodings import ENCODINGS
 from moepack.errors import ProfileError
 from moepack.records import record
+from moepack.timing import summarise
 
 if TYPE_CHECKING:
     from moepack.model_spec import ModelSpec
 
-COMPUTE_VERSION = 2
+COMPUTE_VERSION = 3
 
 #: More threads are taken where they need less than this share of the time. A smaller gain is not
 #: worth it: where the cores have other work, threads wait for one another ten times as long.
@@ -59,6 +62,23 @@ class Curve:
 
 
 @record
+class QuantisedExpert:
+    """One routed expert in a quantised encoding, over the tokens that it gets.
+
+    Attributes
+    ----------
+    encoding : str
+        Its name in :mod:`moepack.encodings`.
+    whole, split : Curve
+        In one segment, and in two.
+    """
+
+    encoding: str
+    whole: Curve
+    split: Curve
+
+
+@record
 class LayerCompute:
     """The pieces of all layers of one kind (equal attention and FFN).
 
@@ -72,8 +92,8 @@ class LayerCompute:
     router : Curve or None
         Norm and routing; None for a dense layer.
     expert, expert_split : Curve or None
-        One routed expert over the tokens that it gets, in one segment and in two: what each one
-        more of them adds to a pass.
+        One routed expert over the tokens that it gets, in one segment and in two, in the model's
+        dtype: what each one more of them adds to a pass.
     ffn : Curve or None
         The dense FFN, or the shared expert; None where there is neither.
     fixed : Curve or None
@@ -84,6 +104,8 @@ class LayerCompute:
     burst_s : float
         What a pass that transfers anything costs it beside that, however much it is: threads that
         wake one another, and the time until the first of it comes.
+    quantised : tuple of QuantisedExpert
+        The expert in every quantised encoding that fits it.
     """
 
     layers: tuple[int, ...]
@@ -95,6 +117,29 @@ class LayerCompute:
     transfer_s: float = 0.0
     fixed: Curve | None = None
     burst_s: float = 0.0
+    quantised: tuple[QuantisedExpert, ...] = ()
+
+    def expert_times(self, encoding: str, *, cut: bool) -> Curve:
+        """One routed expert in an encoding, in one segment or (``cut``) in two.
+
+        Raises
+        ------
+        ProfileError
+            When the encoding is a quantised one that has no times.
+        """
+        whole, split = self.expert, self.expert_split
+        if ENCODINGS[encoding].quantised:
+            known = {item.encoding: item for item in self.quantised}
+            if encoding not in known:
+                raise ProfileError(
+                    f"layers {self.layers[0]} to {self.layers[-1]}: the compute profile has no "
+                    f"times of experts in {encoding}, it has {', '.join(known) or 'none'}; run "
+                    "moepack profile"
+                )
+            whole, split = known[encoding].whole, known[encoding].split
+        found = split if cut else whole
+        assert found is not None, f"layers {self.layers} have experts, their times are not there"
+        return found
 
     def guess_s(self, tokens: float) -> float:
         """Seconds of guessing, for one block, which experts this layer will need: its router's."""
@@ -170,6 +215,50 @@ def block_seconds(spec: ModelSpec, profile: ComputeProfile) -> float:
             layer_s += moe.num_experts * entry.expert.at(block * moe.top_k / moe.num_experts)
         total_s += len(entry.layers) * layer_s
     return total_s
+
+
+def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> ComputeProfile:
+    """Point by point the median of several rounds; the spread is that of whole passes."""
+    passes = (token_seconds, block_seconds)
+    spread = max(
+        summarise([seconds(spec, profile) for profile in rounds]).spread for seconds in passes
+    )
+
+    def middle(values: Sequence[float]) -> float:
+        return summarise(values).median_s
+
+    def curve(curves: Sequence[Curve]) -> Curve:
+        points = zip(*(item.seconds for item in curves), strict=True)
+        return Curve(curves[0].tokens, tuple(middle(point) for point in points))
+
+    def known(curves: Sequence[Curve | None]) -> Curve | None:
+        there = [item for item in curves if item is not None]
+        return curve(there) if there else None
+
+    def quantised(items: Sequence[QuantisedExpert]) -> QuantisedExpert:
+        whole, split = [item.whole for item in items], [item.split for item in items]
+        return QuantisedExpert(items[0].encoding, curve(whole), curve(split))
+
+    def layer(entries: Sequence[LayerCompute]) -> LayerCompute:
+        return LayerCompute(
+            layers=entries[0].layers,
+            attention=curve([entry.attention for entry in entries]),
+            router=known([entry.router for entry in entries]),
+            expert=known([entry.expert for entry in entries]),
+            expert_split=known([entry.expert_split for entry in entries]),
+            ffn=known([entry.ffn for entry in entries]),
+            fixed=known([entry.fixed for entry in entries]),
+            transfer_s=middle([entry.transfer_s for entry in entries]),
+            burst_s=middle([entry.burst_s for entry in entries]),
+            quantised=tuple(
+                map(quantised, zip(*(each.quantised for each in entries), strict=True))
+            ),
+        )
+
+    head_s = middle([profile.head_s for profile in rounds])
+    layers = zip(*(profile.layers for profile in rounds), strict=True)
+    combined = tuple(layer(entries) for entries in layers)
+    return replace(rounds[0], head_s=head_s, layers=combined, spread=round(spread, 3))
 
 
 def worthwhile_threads(spec: ModelSpec, profiles: Sequence[ComputeProfile]) -> ComputeProfile:

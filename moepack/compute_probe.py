@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -22,10 +21,11 @@ from moepack.compute import (
     ComputeProfile,
     Curve,
     LayerCompute,
-    block_seconds,
-    token_seconds,
+    QuantisedExpert,
+    median_profile,
     worthwhile_threads,
 )
+from moepack.encodings import fitting
 from moepack.expert_probe import (
     Probe,
     missing_experts,
@@ -36,7 +36,7 @@ from moepack.expert_probe import (
 from moepack.hardware import HardwareProfile
 from moepack.layer_walk import Experts, Laps, LayerWalk, median_laps
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.timing import Stopwatch, summarise
+from moepack.timing import Stopwatch
 
 if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
@@ -61,6 +61,9 @@ _LIMIT_S = 0.4
 # all. And with all that a token has, or one of them, to be fetched.
 _MANY, _SPLIT, _ONE, _DENSE = "many", "split", "one", "dense"
 _ALL_MISSING, _ONE_MISSING = "all missing", "one missing"
+
+# How much of an expert its first segment is, in the two ways of cutting it.
+_RATIOS = {_MANY: 1.0, _SPLIT: 0.5}
 
 
 def measure_compute(
@@ -109,48 +112,10 @@ def measure_compute(
     finally:
         progress.done()
         engine.reset()
-    found = [_median_profile(engine.spec, measured) for measured in rounds.values()]
+    found = [median_profile(engine.spec, measured) for measured in rounds.values()]
     best = worthwhile_threads(engine.spec, found)
     torch.set_num_threads(best.threads)
     return best
-
-
-def _median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> ComputeProfile:
-    """Point by point the median of several rounds; the spread is that of whole passes."""
-    passes = (token_seconds, block_seconds)
-    spread = max(
-        summarise([seconds(spec, profile) for profile in rounds]).spread for seconds in passes
-    )
-
-    def middle(values: Sequence[float]) -> float:
-        return summarise(values).median_s
-
-    def curve(curves: Sequence[Curve | None]) -> Curve | None:
-        known = [item for item in curves if item is not None]
-        if not known:
-            return None
-        points = zip(*(item.seconds for item in known), strict=True)
-        return Curve(known[0].tokens, tuple(middle(point) for point in points))
-
-    def layer(entries: Sequence[LayerCompute]) -> LayerCompute:
-        attention = curve([entry.attention for entry in entries])
-        assert attention is not None
-        return LayerCompute(
-            layers=entries[0].layers,
-            attention=attention,
-            router=curve([entry.router for entry in entries]),
-            expert=curve([entry.expert for entry in entries]),
-            expert_split=curve([entry.expert_split for entry in entries]),
-            ffn=curve([entry.ffn for entry in entries]),
-            fixed=curve([entry.fixed for entry in entries]),
-            transfer_s=middle([entry.transfer_s for entry in entries]),
-            burst_s=middle([entry.burst_s for entry in entries]),
-        )
-
-    head_s = middle([profile.head_s for profile in rounds])
-    layers = zip(*(profile.layers for profile in rounds), strict=True)
-    combined = tuple(layer(entries) for entries in layers)
-    return replace(rounds[0], head_s=head_s, layers=combined, spread=round(spread, 3))
 
 
 def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -> ComputeProfile:
@@ -215,10 +180,13 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
     many = min(max(2, moe.top_k), those.experts)
     walk = LayerWalk(engine, those.numbers, context, stopwatch)
     with ExitStack() as stack:
-        whole = stack.enter_context(resident_experts(probe, those, 1.0))
-        split = stack.enter_context(resident_experts(probe, those, 0.5))
+        ways = {}
+        for stored in (None, *fitting(engine.spec.hidden_size, moe.intermediate_size)):
+            for way, ratio in _RATIOS.items():
+                run = stack.enter_context(resident_experts(probe, those, ratio, stored))
+                ways[_way(way, stored)] = Experts(run, many)
+        ways[_ONE] = Experts(ways[_MANY].run, 1)
         missing = stack.enter_context(missing_experts(probe, numbers[0]))
-        ways = {_MANY: Experts(whole, many), _ONE: Experts(whole, 1), _SPLIT: Experts(split, many)}
         laps = {count: _take_turns(walk, count, ways) for count in tokens if count > 1}
         fetched = {
             _ALL_MISSING: Experts(missing.every, moe.top_k),
@@ -226,6 +194,11 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
         }
         laps = {1: _take_turns(walk, 1, {**ways, **fetched}), **laps}
     return _moe_compute(probe, numbers, those.numbers, many, laps)
+
+
+def _way(way: str, stored: str | None) -> str:
+    """The name of a way with experts in a quantised encoding; None: in the model's dtype."""
+    return way if stored is None else f"{way} {stored}"
 
 
 def _take_turns(
@@ -277,8 +250,12 @@ def _moe_compute(
             tokens, tuple(max(0.0, found[way].experts_s - rest_s) / many for found, rest_s in pairs)
         )
 
-    moe = probe.engine.spec.moe(numbers[0])
+    spec, moe = probe.engine.spec, probe.engine.spec.moe(numbers[0])
     expert, alone = each(_MANY), resident[0]
+    quantised = (
+        QuantisedExpert(name, each(_way(_MANY, name)), each(_way(_SPLIT, name)))
+        for name in fitting(spec.hidden_size, moe.intermediate_size)
+    )
 
     def beyond_s(way: str, missing: int) -> float:
         """What a layer takes longer than the cost model says when it has to fetch experts.
@@ -308,6 +285,7 @@ def _moe_compute(
         fixed=Curve(tokens, fixed_s),
         transfer_s=transfer_s,
         burst_s=burst_s,
+        quantised=tuple(quantised),
     )
     return compute, alone.head_s
 

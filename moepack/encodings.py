@@ -173,13 +173,15 @@ def encoding(name: str) -> Encoding:
         ) from None
 
 
+def fitting(hidden_size: int, width: int) -> tuple[str, ...]:
+    """The quantised encodings that experts of these sizes can be stored in, best first."""
+    divisor = math.gcd(hidden_size, width)
+    return tuple(name for name in QUANTISED if divisor % ENCODINGS[name].multiple == 0)
+
+
 def _alternatives(refused: Encoding, divisor: int) -> str:
     """The quantised encodings that take sizes with this divisor, for a message."""
-    others = [
-        item.name
-        for item in ENCODINGS.values()
-        if item.quantised and item is not refused and divisor % item.multiple == 0
-    ]
+    others = [name for name in fitting(divisor, divisor) if name != refused.name]
     return f"{', '.join(others)} or the model's own dtype" if others else "the model's own dtype"
 
 

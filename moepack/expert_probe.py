@@ -57,14 +57,27 @@ def walked(probe: Probe, numbers: Sequence[int]) -> Walked:
 
 
 @contextmanager
-def resident_experts(probe: Probe, those: Walked, ratio: float) -> Iterator[ExpertPass]:
-    """The expert half of some layers, cut at ``ratio``: every expert that is used is resident."""
+def resident_experts(
+    probe: Probe, those: Walked, ratio: float, encoding: str | None = None
+) -> Iterator[ExpertPass]:
+    """The expert half of some layers, cut at ``ratio``: every expert that is used is resident.
+
+    Parameters
+    ----------
+    encoding
+        A quantised one, for experts that are made up; None: those of the model.
+    """
+    from moepack_runtime.made_up_store import MadeUpStore
     from moepack_runtime.store import CheckpointStore
 
     spec = probe.engine.spec
-    layers = tuple(layer_layout(spec, number, ratio) for number in those.numbers)
+    layers = tuple(layer_layout(spec, number, ratio, encoding) for number in those.numbers)
     layout = Layout(spec.digest, layers)
-    store = CheckpointStore(probe.source, spec, layout)
+    store: SegmentStore
+    if encoding is None:
+        store = CheckpointStore(probe.source, spec, layout)
+    else:
+        store = MadeUpStore(spec, layout)
     with _open(probe, layout, store, slots=those.experts, keeps=0) as run:
         yield run
 

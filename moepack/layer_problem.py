@@ -124,14 +124,14 @@ class LayerProblem:
         return len(self.used)
 
 
-def cut_options(spec: ModelSpec, layer: int) -> Cuts:
-    """The cuts of a layer that are worth trying, uncut first.
+def cut_options(spec: ModelSpec, layer: int, encoding: str) -> Cuts:
+    """The cuts of a layer stored in an encoding that are worth trying, uncut first.
 
     All that its granularity allows, thinned evenly where there are many: on recorded routing and
     on shapes of real models twice as many gain 0.2 % at most. Experts with everything in the bottom
     are left out: the same bytes at the same price.
     """
-    return _cut_options(spec.moe(layer), spec.hidden_size, spec.dtype)
+    return _cut_options(spec.moe(layer), spec.hidden_size, encoding, spec.dtype)
 
 
 def kept_cut(spec: ModelSpec, layout: LayerLayout) -> Cuts:
@@ -141,15 +141,15 @@ def kept_cut(spec: ModelSpec, layout: LayerLayout) -> Cuts:
 
 
 @functools.cache
-def _cut_options(moe: MoeSpec, hidden_size: int, dtype: str) -> Cuts:
+def _cut_options(moe: MoeSpec, hidden_size: int, encoding: str, bias_dtype: str) -> Cuts:
     width = moe.intermediate_size
-    interior = cuts(moe, hidden_size, dtype)[-2:0:-1]
+    interior = cuts(moe, hidden_size, encoding)[-2:0:-1]
     most = min(MAX_CUTS, max(LEAST_CUTS, _OPTIONS // (2 * moe.num_experts + 1)))
     splits = [width, *_thinned(interior, most - 1)]
     sizes = [
         [
             0
-            if (shape := segment_shape(moe, hidden_size, dtype, split, part)) is None
+            if (shape := segment_shape(moe, hidden_size, encoding, split, part, bias_dtype)) is None
             else shape.stored_bytes
             for split in splits
         ]

@@ -28,7 +28,7 @@ class Experts(NamedTuple):
     """A way for the experts of a walk: what runs them, and how many of them each token has."""
 
     run: ExpertPass
-    count: int
+    each: int
 
 
 class Laps(NamedTuple):
@@ -114,7 +114,7 @@ class LayerWalk:
             router_s += lap()
             layer.shared(inputs)
             ffn_s += lap()
-            residual.add_(experts.run(number, inputs, experts.count))
+            residual.add_(experts.run(number, inputs, experts.each))
             experts_s += lap()
         self._sampler.draw(decoder.logits(decoder.embed(self._first_id))[-1])
         head_s = lap()

@@ -47,8 +47,19 @@ def uniform_layout(
     spec: ModelSpec,
     ratio: float,
     block_tokens: int = PREFILL_BLOCK_TOKENS,
-    encoding: str | None = None,
+    encodings: tuple[str, ...] | None = None,
 ) -> Layout:
-    """Every layer cut near the same ratio, in the same encoding."""
-    layers = tuple(layer_layout(spec, number, ratio, encoding) for number in spec.moe_layers)
+    """Every layer cut near the same ratio.
+
+    Parameters
+    ----------
+    encodings
+        Of each layer that has experts; None: the model's dtype.
+    """
+    numbers = spec.moe_layers
+    stored = encodings or (spec.dtype,) * len(numbers)
+    layers = tuple(
+        layer_layout(spec, number, ratio, name)
+        for number, name in zip(numbers, stored, strict=True)
+    )
     return Layout(spec.digest, layers, block_tokens)

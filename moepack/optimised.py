@@ -12,9 +12,8 @@ from moepack.cost import LayerTimes, LinkSeconds, distinct_experts
 from moepack.fixed_times import fixed_times
 from moepack.layer_problem import Cuts, LayerProblem, PromptTimes, cut_options, kept_cut
 from moepack.layer_tables import Choice, LayerTable, tabulate
-from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout, uniform_layout
+from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout
 from moepack.optimiser import Optimum, fixed_point_split, optimise
-from moepack.passes import expert_curve
 from moepack.placements import free_bytes, placement
 from moepack.plan import EngineCapabilities, LayerPlacement, Layout
 from moepack.plan_request import PlanRequest
@@ -34,6 +33,7 @@ class Optimised:
         self._tables = tables
         self._link = link
         kept = request.keep_layout
+        self._encodings = request.encodings
         block_tokens = PREFILL_BLOCK_TOKENS if kept is None else kept.prefill_block_tokens
         self._blocks = block_lengths(request.prompt_tokens, block_tokens)
         self._digest = request.spec.digest
@@ -80,7 +80,7 @@ class Optimised:
         engine = replace(
             FULL_ENGINE, policies=("lcp",), prefetch=("all",), max_prefetch_depth=top_k
         )
-        spare_bytes = free_bytes(request, uniform_layout(request.spec, 1.0), staging)
+        spare_bytes = free_bytes(request, request.even_layout(1.0), staging)
         if spare_bytes < 0:
             return None
         cuts = self._fixed_points(spare_bytes // len(request.spec.moe_layers))
@@ -96,14 +96,18 @@ class Optimised:
         kept = self._request.keep_layout
         if kept is not None:
             return [kept_cut(self._request.spec, cut) for cut in kept.layers]
-        return [cut_options(self._request.spec, layer) for layer in self._request.spec.moe_layers]
+        return [self._cut_options(index) for index in range(len(self._encodings))]
+
+    def _cut_options(self, index: int) -> Cuts:
+        spec = self._request.spec
+        return cut_options(spec, spec.moe_layers[index], self._encodings[index])
 
     def _fixed_points(self, share_bytes: int) -> list[Cuts]:
         """The one interior cut of each layer that is nearest to MoEpic's fixed point."""
         spec, found = self._request.spec, []
         curves = self._tables.fit_curves("lcp")
         for index, layer in enumerate(spec.moe_layers):
-            options, moe = cut_options(spec, layer), spec.moe(layer)
+            options, moe = self._cut_options(index), spec.moe(layer)
             whole_bytes = int(options.top_bytes[0])
             window_share = self._window_s(index) / (moe.top_k * self._link(whole_bytes))
             hits = curves[index, : moe.num_experts + 1]
@@ -128,7 +132,8 @@ class Optimised:
         ``W_i = T_moe(i - 1) + T_attn(i)``; before the first layer lies the last, a token earlier.
         """
         before = self._tables.layers[index - 1]
-        expert = expert_curve(self._request.compute.layer(before.layer), cut=True)
+        entry = self._request.compute.layer(before.layer)
+        expert = entry.expert_times(self._encodings[index - 1], cut=True)
         moe_s = before.top_k * expert.at(1) + float(self._token.after_s[index - 1])
         return moe_s + self._gap_s(index)
 
@@ -145,7 +150,8 @@ class Optimised:
         """One layer with everything that decides its price."""
         request, tables = self._request, self._tables
         shape, entry = tables.layers[index], request.compute.layer(tables.layers[index].layer)
-        whole, split = expert_curve(entry, cut=False), expert_curve(entry, cut=True)
+        stored = self._encodings[index]
+        whole, split = (entry.expert_times(stored, cut=cut) for cut in (False, True))
         curves = {
             policy: tables.fit_curves(policy)[index, : shape.num_experts + 1]
             for policy in engine.policies
@@ -201,7 +207,10 @@ class Optimised:
         spec, kept = request.spec, request.keep_layout
         layout = kept or Layout(
             self._digest,
-            tuple(cut_layout(spec, choice.layer, choice.split) for choice in optimum.choices),
+            tuple(
+                cut_layout(spec, choice.layer, choice.split, stored)
+                for choice, stored in zip(optimum.choices, self._encodings, strict=True)
+            ),
             PREFILL_BLOCK_TOKENS,
         )
         layers = [
@@ -231,6 +240,7 @@ def _spare_bytes(request: PlanRequest, tables: Sequence[LayerTable], staging: in
         if request.keep_layout is None
         else request.keep_layout.prefill_block_tokens,
         threads=request.compute.threads,
+        encodings=frozenset(request.encodings),
     )
     return request.fast_budget_bytes - fixed - staging * frame_bytes
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.budget import stored_bytes
-from moepack.compute import ComputeProfile, Curve, LayerCompute
+from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.errors import ProfileError
 from moepack.model_spec import ModelSpec
@@ -75,7 +75,8 @@ def segments_of(
     share = np.stack([tops, 1.0 - tops], axis=1)
     entries = [compute.layer(cut.layer) for cut in layout.layers]
     expert_s = [
-        expert_curve(entry, cut=cut).at(1) for entry, cut in zip(entries, interior, strict=True)
+        entry.expert_times(cut.encoding, cut=bool(two)).at(1)
+        for entry, cut, two in zip(entries, layout.layers, interior, strict=True)
     ]
     compute_s = np.array(expert_s)[:, None] * share
     transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
@@ -129,13 +130,6 @@ def behind_ram(
         part = np.where(segments.has_top, 0, 1)
         from_disk = np.take_along_axis(from_disk, part[:, None, None], axis=2)
     return segments._replace(read_s=read_s, from_disk=from_disk)
-
-
-def expert_curve(entry: LayerCompute, *, cut: bool) -> Curve:
-    """Seconds of one routed expert over tokens, whole or in two segments."""
-    curve = entry.expert_split if cut else entry.expert
-    assert curve is not None, f"layers {entry.layers} have experts, their compute profile has none"
-    return curve
 
 
 class Activations(NamedTuple):

@@ -40,6 +40,9 @@ class PlanRequest:
         (bytes per second, latency in seconds) of a throttled link to plan for.
     keep_layout : Layout or None
         Keep the bytes of an existing pack and decide the placement alone.
+    encoding : str or None
+        What all routed experts are stored in (:mod:`moepack.encodings`); None: in the model's
+        dtype. A layout that is kept has its own.
     """
 
     spec: ModelSpec
@@ -58,6 +61,24 @@ class PlanRequest:
     routing_is_assumed: bool = False
     assumed_engine: bool = False
     keep_layout: Layout | None = None
+    encoding: str | None = None
+
+    @property
+    def encodings(self) -> tuple[str, ...]:
+        """What the routed experts of each layer that has some are stored in."""
+        if self.keep_layout is not None:
+            return tuple(cut.encoding for cut in self.keep_layout.layers)
+        return (self.encoding or self.spec.dtype,) * len(self.spec.moe_layers)
+
+    def even_layout(self, ratio: float) -> Layout:
+        """Every layer cut near the same ratio, in its encoding.
+
+        Raises
+        ------
+        UnknownEncodingError, GroupMismatchError
+            When the experts cannot be stored so.
+        """
+        return uniform_layout(self.spec, ratio, encodings=self.encodings)
 
 
 def within_device(request: PlanRequest) -> PlanRequest:
@@ -90,7 +111,7 @@ def max_context_tokens(request: PlanRequest) -> int:
 
 def _least_bytes(request: PlanRequest) -> int:
     """Bytes of the smallest placement: everything fixed, and one expert in flight."""
-    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
+    layout = request.keep_layout or request.even_layout(1.0)
     return fixed_bytes(
         request.spec,
         request.context_tokens,

@@ -15,7 +15,6 @@ from moepack.passes import (
     Segments,
     ahead_seconds,
     disturbance_s,
-    expert_curve,
     read_seconds,
 )
 from moepack.plan import Layout, Placement
@@ -133,7 +132,8 @@ def prompt_passes(
     expert_s = np.zeros(used.shape)
     longest = int(prompts.counts.max())
     for index, cut in enumerate(layout.layers):
-        curve = expert_curve(compute.layer(cut.layer), cut=bool(segments.interior[index]))
+        entry, two = compute.layer(cut.layer), bool(segments.interior[index])
+        curve = entry.expert_times(cut.encoding, cut=two)
         seconds = np.array(_first_seconds(curve, longest))
         expert_s[:, index] = seconds[prompts.counts[:, index]].sum(axis=1)
     compute_s = expert_s[..., None] * segments.share[:, None, :]

@@ -6,6 +6,9 @@ operations, plus attention over the cache:
 - a product takes what one with as many weights took where the machine was measured
   (:meth:`moepack.hardware.HardwareProfile.product_seconds`); of a preset it takes
   ``max(bytes / memory bandwidth, flop / matmul rate) + launch``;
+- a product with quantised weights takes, for a few tokens in bfloat16 on a processor, as long as
+  one with as many bytes of plain weights, or ``weights * tokens / kernel rate``; else they are
+  dequantised first: ``bytes moved / memory bandwidth + launches``, stated below for each encoding;
 - attention of one token takes ``cache bytes / attention's rate of bytes``, that of a block
   ``flop / attention's rate of flop``; flop are two for each channel, head, token and row.
 
@@ -20,13 +23,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from moepack.budget import dequantised_rows
 from moepack.compute import (
     COMPUTE_VERSION,
     ComputeProfile,
     Curve,
     LayerCompute,
+    QuantisedExpert,
     worthwhile_threads,
 )
+from moepack.encodings import ENCODINGS, Encoding, fitting
 from moepack.hardware import HardwareProfile
 from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
@@ -44,6 +50,18 @@ _GATHER_LAUNCHES = 6  # an expert's tokens of several: taken out, filled up, add
 _PASS_LAUNCHES = 12
 _FFN_LAUNCHES = 5
 _HEAD_LAUNCHES = 8
+
+#: Up to how many tokens torch's kernels multiply with quantised weights, by the kind of encoding;
+#: the numbers of moepack_runtime.quantised.
+KERNEL_TOKENS = {"int8": 32, "int4": 48}
+
+# Weights times tokens that the kernels take in a second on one thread: with AVX-512, 31 to 47 G.
+_KERNEL_RATE = 35e9
+
+# What dequantising one weight reads and writes, in bytes, and how many operations a part of a
+# matrix takes: counted in moepack_runtime.quantised.
+_DEQUANTISED_BYTES = {"int8": 19, "int4": 23}
+_DEQUANTISE_LAUNCHES = {"int8": 6, "int4": 25}
 
 
 def derive_compute(
@@ -102,6 +120,7 @@ class _Roofline:
             router=self._linear(router, _ROUTER_LAUNCHES) if routed else None,
             expert=self._expert(number, segments=1) if routed else None,
             expert_split=self._expert(number, segments=2) if routed else None,
+            quantised=self._quantised(number) if routed else (),
             ffn=self._linear(ffn, _FFN_LAUNCHES) if ffn else None,
             fixed=self._linear((), _PASS_LAUNCHES) if routed else None,
         )
@@ -111,17 +130,48 @@ class _Roofline:
         elements = self.spec.vocab_size * self.spec.hidden_size
         return self._seconds(1, [elements], launches=_HEAD_LAUNCHES)
 
-    def _expert(self, number: int, *, segments: int) -> Curve:
+    def _quantised(self, number: int) -> tuple[QuantisedExpert, ...]:
+        """In every encoding that fits."""
+        width = self.spec.moe(number).intermediate_size
+        return tuple(
+            QuantisedExpert(
+                name,
+                self._expert(number, segments=1, stored=ENCODINGS[name]),
+                self._expert(number, segments=2, stored=ENCODINGS[name]),
+            )
+            for name in fitting(self.spec.hidden_size, width)
+        )
+
+    def _expert(self, number: int, *, segments: int, stored: Encoding | None = None) -> Curve:
         """Gate and up are one product of a segment, down is another."""
-        neurons = self.spec.moe(number).intermediate_size / segments
-        down = round(neurons * self.spec.hidden_size)
-        matrices = [2 * down, down] * segments
+        neurons = -(-self.spec.moe(number).intermediate_size // segments)
+        hidden = self.spec.hidden_size
+        shapes = [(2 * neurons, hidden), (hidden, neurons)] * segments
 
         def seconds(tokens: int) -> float:
             each = _SEGMENT_LAUNCHES + (_GATHER_LAUNCHES if tokens > 1 else 0)
-            return self._seconds(tokens, matrices, launches=segments * each)
+            launches_s = segments * each * self.hardware.launch_s
+            return launches_s + sum(self._product_s(tokens, *shape, stored) for shape in shapes)
 
         return _curve(seconds)
+
+    def _product_s(self, tokens: int, outputs: int, inputs: int, stored: Encoding | None) -> float:
+        """One product with a matrix [outputs, inputs] in an encoding; None: the model's dtype."""
+        elements = outputs * inputs
+        if stored is None:
+            return self._seconds(tokens, [elements])
+        by_kernel = self.hardware.device == "cpu" and self.spec.dtype == "BF16"
+        if by_kernel and tokens <= KERNEL_TOKENS[stored.kind]:
+            share = stored.bytes_per_weight(inputs) / DTYPE_BYTES[self.spec.dtype]
+            read_s = self._seconds(1, [round(share * elements)])
+            return max(read_s, elements * tokens / (_KERNEL_RATE * self.threads))
+        parts = -(-outputs // dequantised_rows(inputs))
+        moved_bytes = elements * _DEQUANTISED_BYTES[stored.kind]
+        return (
+            moved_bytes / self.hardware.memory.bytes_per_s
+            + parts * _DEQUANTISE_LAUNCHES[stored.kind] * self.hardware.launch_s
+            + self._seconds(tokens, [elements])
+        )
 
     def _linear(self, matrices: Sequence[int], launches: int) -> Curve:
         return _curve(lambda tokens: self._seconds(tokens, matrices, launches=launches))

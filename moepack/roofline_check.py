@@ -77,11 +77,20 @@ def check_roofline(
 
 
 def _pieces(measured: LayerCompute, derived: LayerCompute) -> Iterator[Checked]:
-    for piece in ("attention", "router", "fixed", "expert", "expert_split", "ffn"):
-        curve: Curve | None = getattr(measured, piece)
-        other: Curve | None = getattr(derived, piece)
-        if curve is not None and other is not None:
-            block = max(measured.attention.tokens)
-            yield Checked(
-                measured.layers, piece, curve.at(1), other.at(1), curve.at(block), other.at(block)
-            )
+    block = max(measured.attention.tokens)
+    others = _curves(derived)
+    for piece, curve in _curves(measured).items():
+        other = others[piece]
+        yield Checked(
+            measured.layers, piece, curve.at(1), other.at(1), curve.at(block), other.at(block)
+        )
+
+
+def _curves(entry: LayerCompute) -> dict[str, Curve]:
+    """Those that there are, by their names; quantised experts as ``expert INT8``."""
+    pieces = ("attention", "router", "fixed", "expert", "expert_split", "ffn")
+    found = {piece: curve for piece in pieces if (curve := getattr(entry, piece)) is not None}
+    for item in entry.quantised:
+        found[f"expert {item.encoding}"] = item.whole
+        found[f"expert_split {item.encoding}"] = item.split
+    return found

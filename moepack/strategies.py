@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 from moepack.allocation import exact
 from moepack.budget import stored_bytes
-from moepack.layouts import uniform_layout
 from moepack.passes import Oracle
 from moepack.placements import free_bytes, place_layer, placement
 from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Policy, SharedPool
@@ -77,7 +76,7 @@ class Strategies:
         self._engine = request.engine
         spec = request.spec
         self._top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
-        self._whole = uniform_layout(spec, 1.0)
+        self._whole = request.even_layout(1.0)
 
     def all(self) -> Iterator[Contender]:
         """Every strategy that fits the budget; of one name there may be several."""
@@ -87,7 +86,7 @@ class Strategies:
 
     def layered(self) -> Iterator[Contender]:
         """Those whose layers have slots of their own."""
-        whole, half, top_k = self._whole, uniform_layout(self._request.spec, 0.5), self._top_k
+        whole, half, top_k = self._whole, self._request.even_layout(0.5), self._top_k
         yield from self._even("on_demand", whole, "lru", slots=False)
         policies: tuple[Policy, ...] = ("lru", "lfu", "lcp")
         for policy in policies:

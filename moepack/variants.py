@@ -11,7 +11,6 @@ from typing import Any
 
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile, Curve, LayerCompute
-from moepack.layouts import uniform_layout
 from moepack.placements import free_bytes
 from moepack.plan import Plan
 from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest
@@ -40,7 +39,7 @@ def is_resident(plan: Plan) -> bool:
 
 def resident_bytes(request: PlanRequest) -> int:
     """What the fast tier would hold with every expert resident: no plan gains from more."""
-    layout = request.keep_layout or uniform_layout(request.spec, 1.0)
+    layout = request.keep_layout or request.even_layout(1.0)
     fixed = -free_bytes(replace(request, fast_budget_bytes=0), layout, 1)
     return fixed + sum(
         request.spec.moe(cut.layer).num_experts * stored_bytes(request.spec, cut, part)
@@ -124,16 +123,24 @@ def _faster(link: LinkCurve, factor: float) -> LinkCurve:
 
 
 def _quicker(compute: ComputeProfile, factor: float) -> ComputeProfile:
+    def quicker(curve: Curve) -> Curve:
+        return replace(curve, seconds=tuple(each / factor for each in curve.seconds))
+
     def layer(entry: LayerCompute) -> LayerCompute:
         curves: dict[str, Any] = {
-            field.name: replace(curve, seconds=tuple(each / factor for each in curve.seconds))
+            field.name: quicker(curve)
             for field in fields(entry)
             if isinstance(curve := getattr(entry, field.name), Curve)
         }
+        quantised = (
+            replace(item, whole=quicker(item.whole), split=quicker(item.split))
+            for item in entry.quantised
+        )
         return replace(
             entry,
             transfer_s=entry.transfer_s / factor,
             burst_s=entry.burst_s / factor,
+            quantised=tuple(quantised),
             **curves,
         )
 

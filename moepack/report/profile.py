@@ -110,7 +110,9 @@ def _compute(check: RooflineCheck) -> Table:
     """Seconds of each piece for one token and for a block, measured and derived."""
     rows = []
     for found in check.pieces:
-        name = f"layers {found.layers[0]} to {found.layers[-1]}: {_PIECES[found.piece]}"
+        piece, _, stored = found.piece.partition(" ")
+        name = f"layers {found.layers[0]} to {found.layers[-1]}: {_PIECES[piece]}"
+        name += f", {stored}" if stored else ""
         rows.append((name, *map(format_duration, found[2:])))
     whole = (check.token_s, check.derived_token_s, check.block_s, check.derived_block_s)
     rows.append(("the whole model", *map(format_duration, whole)))

@@ -31,12 +31,17 @@ def test_what_the_roofline_derives_stands_beside_what_was_measured(
     assert document.keys() == {"hardware", "compute", "roofline", "routing"}
     check = document["roofline"]
     assert {piece["piece"] for piece in check["pieces"]} == {
-        *("attention", "router", "fixed", "expert", "expert_split")
+        *("attention", "router", "fixed", "expert", "expert_split"),
+        *("expert INT8", "expert_split INT8", "expert INT4_G32", "expert_split INT4_G32"),
     }
     (entry,) = document["compute"]["layers"]
+    curves = dict(entry)
+    for item in entry["quantised"]:
+        curves[f"expert {item['encoding']}"] = item["whole"]
+        curves[f"expert_split {item['encoding']}"] = item["split"]
     for piece in check["pieces"]:
-        assert piece["token_s"] == entry[piece["piece"]]["seconds"][0]
-        assert piece["block_s"] == entry[piece["piece"]]["seconds"][-1]
+        assert piece["token_s"] == curves[piece["piece"]]["seconds"][0]
+        assert piece["block_s"] == curves[piece["piece"]]["seconds"][-1]
         assert piece["derived_token_s"] > 0
     assert check["token_ratio"] == pytest.approx(check["derived_token_s"] / check["token_s"])
     assert check["block_ratio"] == pytest.approx(check["derived_block_s"] / check["block_s"])
@@ -44,6 +49,7 @@ def test_what_the_roofline_derives_stands_beside_what_was_measured(
     assert "derived" in shown
     assert "the whole model" in shown
     assert "pass over experts" in shown
+    assert "expert in two, INT8" in shown
 
 
 def test_a_profile_tells_how_it_differs_from_the_one_before(

@@ -91,6 +91,9 @@ def test_pieces_of_a_layer_are_told_apart(
     assert layer.fixed == always(5.0)
     assert layer.expert == always(3.0)
     assert layer.expert_split == always(6.0), "two segments"
+    assert [item.encoding for item in layer.quantised] == ["INT8", "INT4_G32"]
+    for item in layer.quantised:
+        assert (item.whole, item.split) == (always(3.0), always(6.0))
     assert profile.head_s == 5.0
     # But for the link's own time, which is no disturbance.
     assert layer.transfer_s == pytest.approx(7.0, rel=1e-3)

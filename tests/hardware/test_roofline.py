@@ -4,11 +4,13 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
+from moepack_runtime.quantised import INT4_KERNEL_TOKENS, INT8_KERNEL_TOKENS
 
+from moepack.errors import ProfileError
 from moepack.hardware import HardwareProfile, find_hardware
 from moepack.model_spec import AttentionSpec, LayerSpec, MlaSpec, ModelSpec, TensorInfo
 from moepack.rates import AttentionRate, MatmulCurve, MatmulPoint, MemoryRate
-from moepack.roofline import TOKENS, derive_compute
+from moepack.roofline import KERNEL_TOKENS, TOKENS, derive_compute
 from tests.pack.fake_models import make_spec
 
 #: A gigabyte and a teraflop a second, nothing else.
@@ -86,9 +88,9 @@ def latent_attention(tokens: int, context_tokens: int) -> float:
     return next(entry for entry in profile.layers if 1 in entry.layers).attention.at(tokens)
 
 
-def slow() -> HardwareProfile:
-    """A gigaflop a second."""
-    curve = MatmulCurve("BF16", 8, 8, (MatmulPoint(1, 1e9, 0.0),))
+def slow(flop_per_s: float = 1e9) -> HardwareProfile:
+    """A gigaflop a second, if nothing else is said."""
+    curve = MatmulCurve("BF16", 8, 8, (MatmulPoint(1, flop_per_s, 0.0),))
     return dataclasses.replace(PLAIN, matmul=(curve,))
 
 
@@ -137,6 +139,38 @@ def test_as_many_threads_are_taken_as_are_worthwhile() -> None:
     assert derive_compute(model(), little).threads == 1
     assert derive_compute(model(), much).threads == 6
     assert derive_compute(model(), PLAIN).threads == PLAIN.cores
+
+
+def test_few_tokens_cost_reading_the_codes_and_as_many_bytes_as_they_are() -> None:
+    fast = slow(flop_per_s=1e15)
+    moe = derive_compute(model(), fast).layers[1]
+    for name, bits in (("INT8", 8.0), ("INT4_G32", 5.0)):
+        for cut in (False, True):
+            # Scales of INT8: 2 bytes to every 320 or 480 weights, or to a half of these.
+            seconds = 3 * 480 * 320 * bits / 8 / 1e9
+            assert moe.expert_times(name, cut=cut).at(1) == pytest.approx(seconds, rel=0.01)
+    with pytest.raises(ProfileError, match="no times of experts in INT4_G64, it has INT8, INT4_G3"):
+        moe.expert_times("INT4_G64", cut=False)
+
+
+def test_many_tokens_cost_dequantising_as_well() -> None:
+    moe = derive_compute(model(), slow()).layers[1]
+    assert moe.expert is not None
+    for item in moe.quantised:
+        further_s = item.whole.at(512) - moe.expert.at(512)
+        assert 3 * 480 * 320 * 10e-9 < further_s < 3 * 480 * 320 * 30e-9, "so many bytes a weight"
+
+
+def test_other_dtypes_and_devices_have_no_kernel_and_dequantise() -> None:
+    gpu = derive_compute(model(), find_hardware("rtx-4090")).layers[1]
+    wide = derive_compute(dataclasses.replace(model(), dtype="F32"), PLAIN).layers[1]
+    for moe in (gpu, wide):
+        assert moe.expert is not None
+        assert all(item.whole.at(1) > moe.expert.at(1) for item in moe.quantised)
+
+
+def test_the_kernels_tokens_are_those_of_the_runtime() -> None:
+    assert KERNEL_TOKENS == {"int8": INT8_KERNEL_TOKENS, "int4": INT4_KERNEL_TOKENS}
 
 
 def test_two_segments_cost_their_launches_twice_and_their_bytes_once() -> None:

@@ -206,7 +206,7 @@ def test_a_faster_link_makes_no_option_dearer(engine: EngineCapabilities) -> Non
 def test_cuts_are_those_of_the_granularity_uncut_first(tiny_folder: TinyFolder) -> None:
     spec = Checkpoint.open(tiny_folder("qwen3_moe", "plain")).spec
     layer = spec.moe_layers[0]
-    found = cut_options(spec, layer)
+    found = cut_options(spec, layer, spec.dtype)
     moe = spec.moe(layer)
     possible = cuts(moe, spec.hidden_size, spec.dtype)
     assert found.splits[0] == moe.intermediate_size
@@ -223,7 +223,7 @@ def test_many_cuts_are_thinned_evenly_more_so_of_many_experts(tiny_folder: TinyF
         moe = dataclasses.replace(spec.moe(layer), intermediate_size=16 * 200, num_experts=experts)
         layers = list(spec.layers)
         layers[layer] = dataclasses.replace(layers[layer], moe=moe)
-        found = cut_options(dataclasses.replace(spec, layers=tuple(layers)), layer)
+        found = cut_options(dataclasses.replace(spec, layers=tuple(layers)), layer, spec.dtype)
         return sorted(found.splits.tolist())
 
     for experts, count in ((8, MAX_CUTS), (64, 49), (256, LEAST_CUTS)):
