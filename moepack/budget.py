@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from moepack.encodings import TILE_ROWS, Encoding, encoding
+from moepack.errors import PlanMismatchError
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, MemoryBreakdown, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
@@ -33,18 +34,74 @@ _DEQUANTISED_WEIGHTS = 1 << 19
 TRUNK_ALIGNMENT_BYTES = 64
 
 
-def layer_segment(spec: ModelSpec, layout: LayerLayout, part: Part) -> SegmentShape | None:
-    """Geometry of one part of a layer's experts under its layout."""
+def layer_segment(
+    spec: ModelSpec, layout: LayerLayout, part: Part, name: str | None = None
+) -> SegmentShape | None:
+    """Geometry of one part of a layer's experts under its layout.
+
+    Parameters
+    ----------
+    name
+        Of a mixed layer those experts that are stored in the encoding of this name; None, here and
+        below: those that take most bytes, which in any other layer are all.
+    """
     moe = spec.moe(layout.layer)
-    return segment_shape(
-        moe, spec.hidden_size, layout.encoding, layout.split, part, bias_dtype=spec.dtype
+    name = name or layout.encoding
+    return segment_shape(moe, spec.hidden_size, name, layout.split, part, bias_dtype=spec.dtype)
+
+
+def stored_bytes(spec: ModelSpec, layout: LayerLayout, part: Part, name: str | None = None) -> int:
+    """Stored bytes of one part of one expert; 0 where the part is empty."""
+    shape = layer_segment(spec, layout, part, name)
+    return 0 if shape is None else shape.stored_bytes
+
+
+def layer_bytes(spec: ModelSpec, layout: LayerLayout) -> int:
+    """Stored bytes of all parts of all experts of a layer."""
+    experts = spec.moe(layout.layer).num_experts
+    return sum(
+        count * stored_bytes(spec, layout, part, name)
+        for name, count in layout.class_sizes(experts).items()
+        for part in PARTS
     )
 
 
-def stored_bytes(spec: ModelSpec, layout: LayerLayout, part: Part) -> int:
-    """Stored bytes of one part of one expert; 0 where the part is empty."""
-    shape = layer_segment(spec, layout, part)
-    return 0 if shape is None else shape.stored_bytes
+def class_slots(layout: LayerLayout, placement: LayerPlacement) -> tuple[int, ...]:
+    """How many slots the experts of each of a layer's encodings have.
+
+    Of the one part that they have; where all are stored alike, of tops and bottoms together.
+
+    Raises
+    ------
+    PlanMismatchError
+        When the slots of a mixed layer do not fit its encodings.
+    """
+    slots = placement.top_slots + placement.bottom_slots
+    if not layout.encodings:
+        if placement.class_slots:
+            raise PlanMismatchError(
+                f"layer {layout.layer} is placed with slots for {len(placement.class_slots)} "
+                "encodings and its experts are stored alike; plan again"
+            )
+        return (slots,)
+    members = layout.class_sizes(len(layout.encodings))
+    sizes = tuple(members.values())
+    if 0 < layout.split < layout.width:
+        raise PlanMismatchError(
+            f"layer {layout.layer} holds experts in {len(sizes)} encodings and cuts them at "
+            f"{layout.split} of {layout.width} neurons; expected whole experts; plan again"
+        )
+    found = placement.class_slots
+    if not found and slots in (0, len(layout.encodings)):
+        found = sizes if slots else (0,) * len(sizes)
+    fits = len(found) == len(sizes)
+    if not fits or any(count > size for count, size in zip(found, sizes, strict=True)):
+        raise PlanMismatchError(
+            f"layer {layout.layer} has slots for {found or slots} experts and "
+            f"{', '.join(f'{count} in {name}' for name, count in members.items())}; expected so "
+            "many of each at most; plan again"
+        )
+    return found
 
 
 def kv_capacity_tokens(attention: AttentionSpec, context_tokens: int, block_tokens: int) -> int:
@@ -219,7 +276,20 @@ def staging_bytes(spec: ModelSpec, layout: Layout, staging_experts: int) -> int:
 
 
 def slots_bytes(spec: ModelSpec, layout: LayerLayout, placement: LayerPlacement) -> int:
-    """Bytes of one layer's slots."""
+    """Bytes of one layer's slots.
+
+    Raises
+    ------
+    PlanMismatchError
+        When those of a mixed layer do not fit its encodings, here and below.
+    """
+    if layout.encodings:
+        counts = zip(layout.classes, class_slots(layout, placement), strict=True)
+        return sum(
+            count * stored_bytes(spec, layout, part, name)
+            for name, count in counts
+            for part in PARTS
+        )
     return placement.top_slots * stored_bytes(
         spec, layout, "top"
     ) + placement.bottom_slots * stored_bytes(spec, layout, "bottom")
@@ -254,11 +324,7 @@ def memory_breakdown(
 
 def slow_bytes(spec: ModelSpec, layout: Layout) -> int:
     """Stored bytes of every segment: what the slow tier holds."""
-    return sum(
-        spec.moe(cut.layer).num_experts * stored_bytes(spec, cut, part)
-        for cut in layout.layers
-        for part in PARTS
-    )
+    return sum(layer_bytes(spec, cut) for cut in layout.layers)
 
 
 class Needs(NamedTuple):

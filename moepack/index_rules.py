@@ -15,6 +15,7 @@ from moepack.encodings import ENCODINGS
 from moepack.errors import DeclaredSizeError, EncodingError, PackFormatError
 from moepack.manifest import TRUNK_FILE, Manifest, SegmentGroup
 from moepack.model_spec import DTYPE_BYTES, ModelSpec
+from moepack.plan import LayerLayout
 from moepack.segments import PARTS, align_up
 from moepack.units import TIB, format_size
 
@@ -43,16 +44,7 @@ def check_manifest(manifest: Manifest) -> None:
         "the layers of the layout are not the layers with experts",
     )
     for cut in layout.layers:
-        width = spec.moe(cut.layer).intermediate_size
-        require(cut.encoding in ENCODINGS, f"layer {cut.layer} is encoded as {cut.encoding!r}")
-        require(
-            cut.width == width and 0 <= cut.split <= width,
-            f"layer {cut.layer} is split at {cut.split} of {cut.width}, its width is {width}",
-        )
-        try:
-            layer_segment(spec, cut, "top")
-        except EncodingError as failure:
-            raise PackFormatError(f"manifest.json: layer {cut.layer}: {failure}") from None
+        _check_cut(spec, cut)
     _check_groups(manifest)
     names = tuple(tensor.name for tensor in spec.trunk)
     require(
@@ -61,6 +53,31 @@ def check_manifest(manifest: Manifest) -> None:
     )
     for digest in _digests(manifest):
         require(_SHA256.fullmatch(digest) is not None, f"{digest!r} is not a SHA-256")
+
+
+def _check_cut(spec: ModelSpec, cut: LayerLayout) -> None:
+    """A layer is cut as its experts can be."""
+    moe = spec.moe(cut.layer)
+    width = moe.intermediate_size
+    require(
+        cut.width == width and 0 <= cut.split <= width,
+        f"layer {cut.layer} is split at {cut.split} of {cut.width}, its width is {width}",
+    )
+    require(
+        not cut.encodings or len(cut.encodings) == moe.num_experts,
+        f"layer {cut.layer} has encodings of {len(cut.encodings)} experts, and {moe.num_experts}",
+    )
+    for name in cut.classes:
+        require(name in ENCODINGS, f"layer {cut.layer} is encoded as {name!r}")
+        # Version 1, in which one cannot be told from the other, knows no mixed layers.
+        require(
+            not cut.encodings or name == spec.dtype or ENCODINGS[name].quantised,
+            f"layer {cut.layer} mixes {name} with other encodings, the model is {spec.dtype}",
+        )
+        try:
+            layer_segment(spec, cut, "top", name)
+        except EncodingError as failure:
+            raise PackFormatError(f"manifest.json: layer {cut.layer}: {failure}") from None
 
 
 def _check_sizes(spec: ModelSpec) -> None:
@@ -83,23 +100,26 @@ def _check_sizes(spec: ModelSpec) -> None:
 def _check_groups(manifest: Manifest) -> None:
     """Every expert has its base segments, each once and of the geometry of its layout."""
     spec = manifest.spec
+    cuts = {cut.layer: cut for cut in manifest.layout.layers}
     base = {
-        (cut.layer, part): (shape, cut.encoding)
-        for cut in manifest.layout.layers
+        (cut.layer, part): {name: layer_segment(spec, cut, part, name) for name in cut.classes}
+        for cut in cuts.values()
         for part in PARTS
-        if (shape := layer_segment(spec, cut, part)) is not None
+        if layer_segment(spec, cut, part) is not None
     }
     experts: defaultdict[tuple[int, str, str], list[int]] = defaultdict(list)
     contents: dict[str, tuple[int, str, str] | None] = {TRUNK_FILE: None}
     for group in manifest.groups:
         what = f"layer {group.layer}, {group.part} ({group.variant})"
         expected = base.get((group.layer, group.part))
-        require(expected is not None, f"{what} is not part of the layout")
+        if expected is None:
+            raise _refused(f"{what} is not part of the layout")
         if group.variant == "base":
             require(
-                (group.shape, group.encoding) == expected,
+                group.shape == expected.get(group.encoding),
                 f"the segments of {what} are not cut as the layout says",
             )
+            _check_members(what, cuts[group.layer], group)
         else:
             _check_shape(what, group)
         key = (group.layer, group.part, group.variant)
@@ -116,6 +136,16 @@ def _check_groups(manifest: Manifest) -> None:
     for layer, part in base:
         missing = spec.moe(layer).num_experts - len(experts[layer, part, "base"])
         require(missing == 0, f"layer {layer}, {part} lacks {missing} experts")
+
+
+def _check_members(what: str, cut: LayerLayout, group: SegmentGroup) -> None:
+    """The experts of a group are stored in its encoding."""
+    for item in group.segments if cut.encodings else ():
+        known = 0 <= item.expert < len(cut.encodings)
+        require(
+            known and cut.encodings[item.expert] == group.encoding,
+            f"{what} lists expert {item.expert} as {group.encoding}, the layout does not",
+        )
 
 
 def _check_shape(what: str, group: SegmentGroup) -> None:
@@ -141,7 +171,11 @@ def _digests(manifest: Manifest) -> Iterator[str]:
 def require(holds: bool, what: str) -> None:
     """Refuse the manifest for what it says, unless the rule holds."""
     if not holds:
-        raise PackFormatError(f"manifest.json: {what}; pack again")
+        raise _refused(what)
+
+
+def _refused(what: str) -> PackFormatError:
+    return PackFormatError(f"manifest.json: {what}; pack again")
 
 
 def check_plausible(what: str, size_bytes: int) -> None:

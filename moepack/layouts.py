@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+from moepack.encodings import ENCODINGS
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, Layout
 from moepack.segments import cuts, granularity
@@ -40,6 +42,29 @@ def cut_layout(spec: ModelSpec, layer: int, split: int, encoding: str | None = N
     name = encoding or spec.dtype
     step = granularity(moe, spec.hidden_size, name)
     return LayerLayout(layer, split, moe.intermediate_size, step, name)
+
+
+def mixed_layout(
+    spec: ModelSpec, layer: int, encodings: Sequence[str], *, split: int | None = None
+) -> LayerLayout:
+    """One layer whose experts are stored in encodings of their own.
+
+    Parameters
+    ----------
+    encodings
+        Of every expert, by its id. Where they are all the same this is :func:`cut_layout`.
+    split
+        Neurons in the top; None: whole experts.
+    """
+    moe = spec.moe(layer)
+    if len(encodings) != moe.num_experts:
+        raise ValueError(f"{len(encodings)} encodings for {moe.num_experts} experts")
+    whole = moe.intermediate_size if split is None else split
+    if len(set(encodings)) == 1:
+        return cut_layout(spec, layer, whole, encodings[0])
+    step = max(granularity(moe, spec.hidden_size, name) for name in {*encodings})
+    largest = next(name for name in ENCODINGS if name in encodings)
+    return LayerLayout(layer, whole, moe.intermediate_size, step, largest, tuple(encodings))
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,7 +11,6 @@ whole format, with its MUST and MAY, is in ``docs/format.md``.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -178,7 +177,7 @@ class Manifest:
     trunk : tuple of TrunkEntry
         In the order of ``spec.trunk``.
     groups : tuple of SegmentGroup
-        By layer, top before bottom.
+        By layer, top before bottom; of a mixed layer one for each encoding.
     """
 
     spec: ModelSpec
@@ -193,7 +192,7 @@ class Manifest:
     @property
     def version(self) -> int:
         """The format version that it is of."""
-        return version_for(cut.encoding for cut in self.layout.layers)
+        return version_for(self.layout.encodings)
 
     def entries(self) -> Iterator[SegmentEntry]:
         """Every segment, by group."""
@@ -227,7 +226,7 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of ``manifest.json``: one line for each shard, tensor and segment."""
-    fields = dataclasses.asdict(manifest).items()
+    fields = records.to_plain(manifest).items()
     body = ",\n".join(f"{json.dumps(name)}:{_text(value)}" for name, value in fields) + "}\n"
     content = body.encode()
     first = {

@@ -199,16 +199,23 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
                 f"the plan cuts layer {cut.layer} at {cut.split} of {cut.width}, its experts are "
                 f"{width} wide; plan again"
             )
-        try:
-            stored = encoding(cut.encoding)
-            layer_segment(spec, cut, "top")
-        except EncodingError as failure:
-            raise type(failure)(f"the plan's layer {cut.layer}: {failure}") from None
-        if not stored.quantised and cut.encoding != spec.dtype:
-            raise CapabilityError(
-                f"the plan stores layer {cut.layer} as {cut.encoding}, the checkpoint holds "
-                f"{spec.dtype}; packing keeps that or quantises it: plan again"
+        experts = spec.moe(cut.layer).num_experts
+        if cut.encodings and len(cut.encodings) != experts:
+            raise PlanMismatchError(
+                f"the plan stores {len(cut.encodings)} experts of layer {cut.layer}, the model has "
+                f"{experts}; plan again"
             )
+        for name in cut.classes:
+            try:
+                stored = encoding(name)
+                layer_segment(spec, cut, "top", name)
+            except EncodingError as failure:
+                raise type(failure)(f"the plan's layer {cut.layer}: {failure}") from None
+            if not stored.quantised and name != spec.dtype:
+                raise CapabilityError(
+                    f"the plan stores layer {cut.layer} as {name}, the checkpoint holds "
+                    f"{spec.dtype}; packing keeps that or quantises it: plan again"
+                )
 
 
 def _check_spec(spec: ModelSpec) -> None:

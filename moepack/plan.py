@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from moepack import records
+from moepack.encodings import ENCODINGS
 from moepack.errors import PlanError
-from moepack.records import record
+from moepack.records import added, record
 
 PLAN_VERSION = 3
 
@@ -57,8 +58,14 @@ def require_half_life(what: str, policy: Policy, half_life_tokens: float | None)
 class LayerLayout:
     """How the experts of one layer are cut: ``split`` neurons of ``width`` go to the top.
 
-    ``encoding`` is how they are stored, by its name in :mod:`moepack.encodings`: the model's dtype,
-    as safetensors spells it, or a quantised one.
+    Attributes
+    ----------
+    encoding : str
+        How they are stored, by its name in :mod:`moepack.encodings`: the model's dtype, as
+        safetensors spells it, or a quantised one.
+    encodings : tuple of str
+        In a *mixed* layer the encoding of every expert, by its id, and ``encoding`` is the one that
+        takes most bytes. Empty where all are stored alike: a layer can be said in one way only.
     """
 
     layer: int
@@ -66,11 +73,49 @@ class LayerLayout:
     width: int
     granularity: int
     encoding: str
+    encodings: tuple[str, ...] = added(default=())
+
+    def __post_init__(self) -> None:
+        if self.encodings and (len(self.classes) == 1 or self.encoding != self.classes[0]):
+            raise ValueError(
+                f"layer {self.layer} is {self.encoding} and its experts {', '.join(self.classes)}, "
+                "expected the one that takes most bytes, and experts that differ"
+            )
 
     @property
     def split_ratio(self) -> float:
         """The fraction in the top segment, theta."""
         return self.split / self.width
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The encodings that its experts have, from most bytes to fewest."""
+        if not self.encodings:
+            return (self.encoding,)
+        order = tuple(ENCODINGS)  # behind them what this moepack does not know
+        return tuple(
+            sorted(
+                set(self.encodings),
+                key=lambda name: (order.index(name) if name in ENCODINGS else len(order), name),
+            )
+        )
+
+    def encoding_of(self, expert: int) -> str:
+        """What one expert is stored in."""
+        return self.encodings[expert] if self.encodings else self.encoding
+
+    def class_sizes(self, num_experts: int) -> dict[str, int]:
+        """How many experts have each encoding, in the order of :attr:`classes`."""
+        if not self.encodings:
+            return {self.encoding: num_experts}
+        return {name: self.encodings.count(name) for name in self.classes}
+
+    def class_of(self, num_experts: int) -> tuple[int, ...]:
+        """Of every expert, the place of its encoding in :attr:`classes`."""
+        if not self.encodings:
+            return (0,) * num_experts
+        places = {name: place for place, name in enumerate(self.classes)}
+        return tuple(places[name] for name in self.encodings)
 
 
 @record
@@ -92,7 +137,7 @@ class Layout:
     @property
     def encodings(self) -> frozenset[str]:
         """Those of its layers."""
-        return frozenset(layer.encoding for layer in self.layers)
+        return frozenset(name for layer in self.layers for name in layer.classes)
 
 
 @record
@@ -116,6 +161,10 @@ class LayerPlacement:
         How many predicted experts, best first, are looked at for that; 0 where it is off.
     half_life_tokens : float or None
         After how many tokens an activation counts half, where the policy is ``lfu_decay``.
+    class_slots : tuple of int
+        Of a mixed layer: how many of its slots are for the experts of each encoding, in the order
+        of :attr:`LayerLayout.classes`; experts of one encoding compete for those. Empty where all
+        experts are stored alike, and it may be where none has a slot or all do.
     """
 
     layer: int
@@ -127,6 +176,7 @@ class LayerPlacement:
     prefetch: PrefetchMode = "off"
     prefetch_depth: int = 0
     half_life_tokens: float | None = None
+    class_slots: tuple[int, ...] = added(default=())
 
     def __post_init__(self) -> None:
         experts = len(self.hot)
@@ -139,6 +189,12 @@ class LayerPlacement:
             )
         if self.budget_bytes < 0 or self.prefetch_depth < 0:
             raise ValueError(f"a size or depth of layer {self.layer} is negative")
+        classes = self.class_slots
+        if classes and (min(classes) < 0 or sum(classes) != self.top_slots + self.bottom_slots):
+            raise ValueError(
+                f"layer {self.layer} has {classes} slots for its encodings, expected "
+                f"{self.top_slots + self.bottom_slots} of them in all"
+            )
         if (self.prefetch == "off") != (self.prefetch_depth == 0):
             raise ValueError(
                 f"layer {self.layer} has prefetch {self.prefetch} to a depth of "
@@ -289,6 +345,8 @@ class EngineCapabilities:
         Predicted experts that it can fetch ahead; 0 where it fetches on demand only.
     shared_pool : bool
         Whether it has slots that all layers share.
+    mixed_layers : bool
+        Whether experts of one layer may be stored in different encodings.
     as_ready : bool
         Whether it computes what is resident while the rest arrives. False: experts are computed in
         one fixed order, and a missing one holds up those behind it.
@@ -303,6 +361,7 @@ class EngineCapabilities:
     shared_pool: bool = False
     as_ready: bool = False
     encodings: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
+    mixed_layers: bool = False
 
 
 @record

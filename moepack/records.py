@@ -17,8 +17,20 @@ from moepack.errors import MoepackError
 
 T = TypeVar("T")
 
+# Of a field, in its metadata: files leave it out where it is at its default.
+_LEFT_OUT = "left out"
 
-@dataclass_transform(frozen_default=True)
+
+def added(*, default: T) -> T:
+    """A field that was added to a record later, left out of files where it is at its default.
+
+    So records that do not use it are written as before, byte for byte, and read by older versions.
+    """
+    field: T = dataclasses.field(default=default, metadata={_LEFT_OUT: True})
+    return field
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(added, dataclasses.field))
 def record(cls: type[T]) -> type[T]:
     """Make a class a frozen, slotted dataclass that forbids unknown fields when it is read."""
     made = dataclasses.dataclass(frozen=True, slots=True)(cls)
@@ -121,8 +133,24 @@ def to_short_data(item: Any) -> Any:
 
 def encode(item: Any, *, indent: int | None = None) -> str:
     """A record as JSON. Equal records give equal text."""
-    text: str = json.dumps(dataclasses.asdict(item), indent=indent, ensure_ascii=False)
+    text: str = json.dumps(to_plain(item), indent=indent, ensure_ascii=False)
     return text
+
+
+def to_plain(item: Any) -> Any:
+    """A record as a dict, and what it holds as well: what a file of it says."""
+    if isinstance(item, tuple | list):
+        return tuple(map(to_plain, item))
+    if isinstance(item, dict):
+        return {name: to_plain(element) for name, element in item.items()}
+    if not dataclasses.is_dataclass(item):
+        return item
+    return {
+        field.name: to_plain(value)
+        for field in dataclasses.fields(item)
+        if (value := getattr(item, field.name)) != field.default
+        or not field.metadata.get(_LEFT_OUT)
+    }
 
 
 def digest(item: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -37,7 +37,7 @@ from moepack.manifest import (
     version_for,
 )
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
+from moepack.plan import LayerLayout, Layout
 from moepack.progress import Progress
 from moepack.quantise import quantise_expert
 from moepack.records import record
@@ -69,12 +69,23 @@ class Source(Protocol):
 
 
 class Cut(NamedTuple):
-    """The part of a layer's experts that a shard holds."""
+    """The part of a layer's experts that a shard holds.
 
-    layer: int
+    ``shapes`` is what a segment of each of the layer's encodings holds.
+    """
+
+    layout: LayerLayout
     part: Part
-    encoding: str
-    shape: SegmentShape
+    shapes: Mapping[str, SegmentShape]
+
+    def shape(self, expert: int) -> SegmentShape:
+        """What the segment of one expert holds."""
+        return self.shapes[self.layout.encoding_of(expert)]
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest of its segments."""
+        return max(shape.size_bytes for shape in self.shapes.values())
 
 
 class Shard(NamedTuple):
@@ -127,9 +138,13 @@ def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
         layer = layout_layer.layer
         shards = []
         for part in PARTS:
-            shape = layer_segment(spec, layout_layer, part)
-            if shape is not None:
-                cut = Cut(layer, part, layout_layer.encoding, shape)
+            shapes = {
+                name: shape
+                for name in layout_layer.classes
+                if (shape := layer_segment(spec, layout_layer, part, name)) is not None
+            }
+            if shapes:
+                cut = Cut(layout_layer, part, shapes)
                 draft = _draft_experts(cut, spec.moe(layer).num_experts)
                 shards.append(Shard(shard_file(layer, part), draft, cut))
         units.append(Unit(layer, tuple(shards)))
@@ -137,18 +152,19 @@ def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
 
 
 def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
+    layer, names = cut.layout.layer, cut.layout.classes
     blocks = (
         [
-            replace(item, name=f"layers.{cut.layer}.experts.{expert}.{item.name}")
-            for item in cut.shape.tensors
+            replace(item, name=f"layers.{layer}.experts.{expert}.{item.name}")
+            for item in cut.shape(expert).tensors
         ]
         for expert in range(experts)
     )
-    fields = {"layer": str(cut.layer), "part": cut.part, "variant": "base"}
-    if encoding(cut.encoding).quantised:
+    fields = {"layer": str(layer), "part": cut.part, "variant": "base"}
+    version = version_for(names)
+    if version > 1:
         # Part of the header, by which layers are reused: codes of another search are made anew.
-        fields |= {"encoding": cut.encoding, "rounding": str(ROUNDING)}
-    version = version_for([cut.encoding])
+        fields |= {"encoding": ",".join(names), "rounding": str(ROUNDING)}
     return draft_shard(blocks, _metadata(version=version, content="experts", **fields))
 
 
@@ -203,30 +219,38 @@ def _write_layer(
 ) -> FinishedUnit:
     cuts = [shard.cut for shard in unit.shards if shard.cut is not None]
     # Two buffers for each shard: one segment is cut while the digests of the last are computed.
-    buffers = [np.empty((2, cut.shape.size_bytes), np.uint8) for cut in cuts]
+    buffers = [np.empty((2, cut.largest_bytes), np.uint8) for cut in cuts]
     for expert in range(source.spec.moe(layer).num_experts):
-        weights = _stored(source, layer, expert, cuts[0].encoding, pool)
+        weights = _stored(source, layer, expert, cuts[0].layout.encoding_of(expert), pool)
         for cut, writer, pair in zip(cuts, writers, buffers, strict=True):
-            segment = pair[expert % 2]
-            cut_expert_into(weights, cut.shape, cut.part, segment)
+            shape = cut.shape(expert)
+            segment = pair[expert % 2, : shape.size_bytes]
+            cut_expert_into(weights, shape, cut.part, segment)
             progress.advance(writer.append(segment.data))
         del weights  # before the next expert is read
-    groups = [
-        SegmentGroup(
-            layer=layer,
-            part=cut.part,
-            variant="base",
-            encoding=cut.encoding,
-            shard=shard.path,
-            shape=cut.shape,
-            segments=tuple(
-                SegmentRecord(expert, *placed) for expert, placed in enumerate(writer.finish())
-            ),
-        )
-        for shard, cut, writer in zip(unit.shards, cuts, writers, strict=True)
-    ]
+    groups: list[SegmentGroup] = []
+    for shard, cut, writer in zip(unit.shards, cuts, writers, strict=True):
+        groups += _groups(shard.path, cut, writer.finish())
     entries = tuple(shard.entry for shard in unit.shards)
     return FinishedUnit(unit.name, entries, (), tuple(groups))
+
+
+def _groups(path: str, cut: Cut, placed: Sequence[_Placed]) -> Iterator[SegmentGroup]:
+    """What the manifest says of a shard of experts: a group for each encoding."""
+    for name, shape in cut.shapes.items():
+        yield SegmentGroup(
+            layer=cut.layout.layer,
+            part=cut.part,
+            variant="base",
+            encoding=name,
+            shard=path,
+            shape=shape,
+            segments=tuple(
+                SegmentRecord(expert, *place)
+                for expert, place in enumerate(placed)
+                if cut.layout.encoding_of(expert) == name
+            ),
+        )
 
 
 def _stored(

@@ -77,7 +77,7 @@ def evaluate(
         most_tokens=tokens,
         progress=TerminalProgress(),
     )
-    encodings = dict.fromkeys(cut.encoding for cut in packed.layout.layers)
+    encodings = dict.fromkeys(name for cut in packed.layout.layers for name in cut.classes)
     emit(
         {"model": plan.model_name, "encodings": list(encodings), **evaluation_document(found)},
         as_json=json,

@@ -109,6 +109,7 @@ def pack_document(packed: PackedModel) -> dict[str, object]:
                 "split": cut.split,
                 "split_ratio": cut.split_ratio,
                 "encoding": cut.encoding,
+                "experts_by_encoding": cut.class_sizes(packed.spec.moe(cut.layer).num_experts),
             }
             for cut in packed.layout.layers
         ],

@@ -8,6 +8,7 @@ from moepack.budget import needs, stored_bytes
 from moepack.formats import PackedModel
 from moepack.model_spec import ModelSpec
 from moepack.pack import PackReport
+from moepack.plan import LayerLayout
 from moepack.report.tables import by_layer, columns, facts
 from moepack.source_formats import SourceSize
 from moepack.units import format_duration, format_rate, format_size
@@ -93,13 +94,21 @@ def pack_view(packed: PackedModel) -> RenderableType:
                     format_size(stored_bytes(spec, cut, "top")),
                     format_size(stored_bytes(spec, cut, "bottom")),
                     f"{cut.split_ratio:.2f}",
-                    cut.encoding,
+                    _encodings(spec, cut),
                 ),
             )
             for cut in packed.layout.layers
         ),
     )
     return Group(overview, "", layers)
+
+
+def _encodings(spec: ModelSpec, cut: LayerLayout) -> str:
+    """``INT8``, or ``3 INT8, 5 INT4_G32`` of a mixed layer."""
+    sizes = cut.class_sizes(spec.moe(cut.layer).num_experts)
+    if len(sizes) == 1:
+        return cut.encoding
+    return ", ".join(f"{count} {name}" for name, count in sizes.items())
 
 
 def pack_done_view(done: PackReport) -> RenderableType:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moepack.layouts import mixed_layout
 from moepack.model_spec import (
     DTYPE_BYTES,
     AttentionSpec,
@@ -149,12 +150,17 @@ def make_plan(
     *,
     new_tokens: int = 8,
     block_tokens: int = 512,
-    encodings: Sequence[str] | None = None,
+    encodings: Sequence[str | Sequence[str]] | None = None,
 ) -> Plan:
-    """A plan that cuts the layers with experts at ``splits``; its figures mean nothing."""
+    """A plan that cuts the layers with experts at ``splits``; its figures mean nothing.
+
+    ``encodings``: of every layer, or where that is mixed of every expert.
+    """
     names = encodings or [spec.dtype] * len(splits)
     layers = tuple(
         LayerLayout(layer, split, spec.moe(layer).intermediate_size, 16, name)
+        if isinstance(name, str)
+        else mixed_layout(spec, layer, name, split=split)
         for layer, split, name in zip(spec.moe_layers, splits, names, strict=True)
     )
     return Plan(

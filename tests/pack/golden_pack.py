@@ -1,13 +1,14 @@
 """The golden packs: format versions 1 and 2, byte for byte, in a form that people can read.
 
-``golden/manifest.json`` is the file itself; those of version 2 are in ``golden_quantised``. A shard
-is its size, its header (the padding of spaces left out) and every row of sixteen bytes that is not
-zero. ``python -m tests.pack.golden_pack`` writes them anew: only together with a new format
-version, once moepack is released.
+``golden/manifest.json`` is the file itself; those of version 2 are in ``golden_quantised``, and
+of a mixed layer in ``golden_mixed``. A shard is its size, its header (the padding of spaces left
+out) and every row of sixteen bytes that is not zero. ``python -m tests.pack.golden_pack`` writes
+them anew: only together with a new format version, once moepack is released.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.pack.fake_models import make_plan, make_spec
 
 GOLDEN = Path(__file__).with_name("golden")
 GOLDEN_QUANTISED = Path(__file__).with_name("golden_quantised")
+GOLDEN_MIXED = Path(__file__).with_name("golden_mixed")
 ROW = 16
 
 
@@ -76,13 +78,32 @@ class GridSource(CountingSource):
             values = (
                 np.where(columns == rows % 32, 127, (29 * rows + 53 * columns + seed) % 255 - 127)
                 / 128
-                if layer == 0
+                if self.is_for_int8((layer, expert))
                 else ((3 * rows + 7 * columns + seed) % 16 - 8) / 16
             )
             bits = np.asarray(values, np.float32).view(np.uint32)
             assert not (bits & 0xFFFF).any()
             found[name] = np.asarray(bits >> 16, np.uint16)
         return found
+
+    def is_for_int8(self, where: tuple[int, int]) -> bool:
+        return where[0] == 0
+
+
+class MixedGridSource(GridSource):
+    """The same in one layer: the last expert is on the grid of INT8, the others on that of INT4."""
+
+    def is_for_int8(self, where: tuple[int, int]) -> bool:
+        return where[1] == 2
+
+
+def golden_mixed_source(folder: Path) -> tuple[MixedGridSource, Plan]:
+    """Three experts of width 32 over a hidden size of 32, without biases, each stored otherwise."""
+    spec = make_spec(hidden=32, width=32, experts=3, moe_layers=1, dense_layers=0, vocab=3)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    source = MixedGridSource(replace(spec, name="golden"), auxiliary_files=(tokenizer,))
+    return source, make_plan(spec, [32], encodings=[["INT4_G32", "BF16", "INT8"]])
 
 
 def golden_quantised_source(folder: Path) -> tuple[GridSource, Plan]:
@@ -124,10 +145,18 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
+#: What each folder is made from.
+SOURCES: dict[Path, Callable[[Path], tuple[CountingSource, Plan]]] = {
+    GOLDEN: golden_source,
+    GOLDEN_QUANTISED: golden_quantised_source,
+    GOLDEN_MIXED: golden_mixed_source,
+}
+
+
 def main() -> None:
     from tempfile import TemporaryDirectory
 
-    for golden, make in ((GOLDEN, golden_source), (GOLDEN_QUANTISED, golden_quantised_source)):
+    for golden, make in SOURCES.items():
         golden.mkdir(exist_ok=True)
         with TemporaryDirectory() as name:
             source, plan = make(Path(name))

@@ -8,28 +8,22 @@ import pytest
 
 from moepack.formats import PackedModel
 from moepack.pack import pack
-from moepack.plan import Plan
 from moepack.segments import SegmentId
-from moepack.shards import Source
 from moepack.verify import verify
 from tests.pack.golden_pack import (
     GOLDEN,
+    GOLDEN_MIXED,
     GOLDEN_QUANTISED,
+    SOURCES,
     dump,
-    golden_quantised_source,
-    golden_source,
     shards,
     undump,
 )
 
 
-def made_anew(golden: Path, folder: Path) -> tuple[Source, Plan]:
-    return golden_source(folder) if golden == GOLDEN else golden_quantised_source(folder)
-
-
-@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_QUANTISED], ids=["version 1", "version 2"])
+@pytest.mark.parametrize("golden", SOURCES, ids=lambda golden: golden.name)
 def test_packing_gives_the_golden_bytes(tmp_path: Path, golden: Path) -> None:
-    source, plan = made_anew(golden, tmp_path)
+    source, plan = SOURCES[golden](tmp_path)
     pack(source, plan, tmp_path / "pack")
     for path in shards(tmp_path / "pack"):
         assert dump(path.read_bytes()) == (golden / f"{path.stem}.txt").read_text(), path.name
@@ -107,3 +101,22 @@ def test_the_golden_segment_of_int4_is_laid_out_as_the_format_says(tmp_path: Pat
     for high, numbers in ((0x13, range(32, 64)), (0x14, range(32, 64)), (0x15, range(32))):
         expected += [byte for number in numbers for byte in (number, high)]
     assert payload_of(model, SegmentId(1, 0, "bottom")) == bytes(expected)
+
+
+def test_the_golden_mixed_layer_holds_every_expert_in_its_encoding(tmp_path: Path) -> None:
+    """One shard, experts in their order, each as large as its encoding makes it."""
+    model = written_long_ago(GOLDEN_MIXED, tmp_path)
+    assert model.layout.layers[0].encodings == ("INT4_G32", "BF16", "INT8")
+    found = [model.entry(SegmentId(0, expert, "top")) for expert in range(3)]
+    assert [entry.encoding for entry in found] == ["INT4_G32", "BF16", "INT8"]
+    codes, scales = 3 * 32 * 32 // 2, 3 * 32 * 4
+    sizes_bytes = [codes + scales, 3 * 32 * 32 * 2, 3 * 32 * 32 + 3 * 32 * 2]
+    assert [entry.size_bytes for entry in found] == sizes_bytes
+    assert [entry.offset_bytes for entry in found] == [4096, 8192, 16384]
+    assert {entry.path for entry in found} == {"experts/layer-000.top.safetensors"}
+    # INT8's codes of gate: row by row, with those of up behind them.
+    payload = payload_of(model, found[2].id)
+    expected = [code_of_int8(row, column, 0) for row in range(32) for column in range(32)]
+    assert payload[:1024] == bytes(expected)
+    # In BF16 minus a half, then minus a sixteenth.
+    assert payload_of(model, found[1].id)[:4].hex() == "00bf80bd"
