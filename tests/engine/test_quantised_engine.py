@@ -7,22 +7,19 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from moepack_runtime.store import CheckpointStore, PackStore, SegmentStore
-from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.checkpoint import Checkpoint
-from moepack.encodings import encoding
 from moepack.errors import NonFiniteWeightError, PlanMismatchError
 from moepack.model_spec import ModelSpec
 from moepack.pack import pack
 from moepack.plan import Layout
-from moepack.quantise import dequantise_expert, quantise_expert
 from moepack.segments import Bits
 from tests.conftest import TinyFolder
 from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
+from tests.support.dequantised import Dequantised
 from tests.support.engines import all_logits, open_engine
 from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
@@ -57,32 +54,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) ->
         return made[key]
 
     return of
-
-
-def _bits(values: npt.NDArray[np.float32], dtype: str) -> Bits:
-    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(TORCH_DTYPE[dtype])
-    return rounded.view(torch.uint8).numpy().view({4: np.uint32, 2: np.uint16}[rounded.itemsize])
-
-
-class Dequantised:
-    """The same checkpoint with every expert rounded to codes and back, in the model's dtype."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self.checkpoint = checkpoint
-        self.encoding = encoding(name)
-
-    def expert(self, layer: int, expert: int) -> Mapping[str, Bits]:
-        weights = self.checkpoint.expert(layer, expert)
-        dtype = self.checkpoint.spec.dtype
-        quantised = quantise_expert(weights, self.encoding, dtype, "expert")
-        exact = dequantise_expert(quantised, self.encoding)
-        return {
-            name: _bits(exact[name], dtype) if name in exact else bits
-            for name, bits in weights.items()
-        }
-
-    def trunk_tensor(self, name: str) -> Bits:
-        return self.checkpoint.trunk_tensor(name)
 
 
 def resident(
