@@ -47,7 +47,7 @@ from moepack.kept_states import KeptStates
 from moepack.layouts import uniform_layout
 from moepack.plan import Layout, Placement, Plan
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.quality import Quality, TokenScores, joined, quality
+from moepack.quality import Quality, TokenScores, empty_scores, quality
 from moepack.records import record
 from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
@@ -294,7 +294,10 @@ def _run_packed(
 
     memory = plan.placement.memory
     rows_at_once = rows_within(memory.workspace_bytes, packed.spec.vocab_size)
-    found: list[list[TokenScores]] = [[] for _ in passages]
+    # Taken at once: small arrays, one for every few rows of logits, would come to lie between those
+    # and keep the allocator from using their memory again.
+    found = [empty_scores(text.scored_tokens, compared=kept is not None) for text in passages]
+    done = [0] * len(passages)
     with open_packed(packed, plan, progress=progress) as engine:
 
         def take(text: int, rows: torch.Tensor, targets: Sequence[int]) -> None:
@@ -305,11 +308,12 @@ def _run_packed(
                 with refusals_named(engine.device, memory.total_bytes):
                     scores = score_rows(engine.logits, part, ids, exact)
                 _require_probabilities(scores, passages[text].name)
-                found[text].append(scores)
+                found[text].put(done[text], scores)
+                done[text] += len(part)
 
         tokens_at_once = plan.placement.context_tokens
         run_windows(engine, runs, tokens_at_once, "run the packed model (tokens)", take, progress)
-    return [joined(parts) for parts in found]
+    return found
 
 
 def _require_probabilities(scores: TokenScores, name: str) -> None:

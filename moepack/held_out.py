@@ -48,6 +48,11 @@ class Passage(NamedTuple):
     prefix: tuple[int, ...]
     first: int
 
+    @property
+    def scored_tokens(self) -> int:
+        """How many are scored."""
+        return len(self.ids) - self.first
+
 
 class Window(NamedTuple):
     """What a model is given at once.

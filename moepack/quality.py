@@ -60,15 +60,20 @@ class TokenScores(NamedTuple):
     kl: Floats | None = None
     agrees: Floats | None = None
 
+    def put(self, begin: int, scores: TokenScores) -> None:
+        """Fill in consecutive tokens from place ``begin`` on."""
+        for column, found in zip(self, scores, strict=True):
+            if column is not None and found is not None:
+                column[begin : begin + len(found)] = found
+
     def columns(self) -> Floats:
         """Everything there is, [tokens, 1 or 4]."""
         return np.stack([column for column in self if column is not None], axis=1)
 
 
-def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Scores of consecutive tokens, one behind the other."""
-    columns = np.concatenate([part.columns() for part in parts])
-    return TokenScores(*columns.T)
+def empty_scores(tokens: int, *, compared: bool) -> TokenScores:
+    """Room for the scores of a text; ``compared``: with an exact model."""
+    return TokenScores(*(np.full(tokens, np.nan) for _ in range(4 if compared else 1)))
 
 
 @record

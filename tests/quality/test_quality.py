@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from moepack.quality import BLOCK_TOKENS, LEAST_BLOCKS, Estimate, TokenScores, joined, quality
+from moepack.quality import BLOCK_TOKENS, LEAST_BLOCKS, Estimate, TokenScores, empty_scores, quality
 
 
 def scored(seed: int, tokens: int) -> TokenScores:
@@ -37,7 +37,10 @@ def test_figures_of_a_text_are_plain_means() -> None:
 
 def test_of_several_texts_every_token_weighs_the_same() -> None:
     texts = [scored(1, 1500), scored(2, 700), scored(3, 90)]
-    alone = quality([joined(texts)])
+    whole = empty_scores(2290, compared=True)
+    for begin, text in zip((0, 1500, 2200), texts, strict=True):
+        whole.put(begin, text)
+    alone = quality([whole])
     assert quality(texts).perplexity.value == pytest.approx(alone.perplexity.value, rel=1e-12)
     assert quality(texts).tokens == alone.tokens == 2290
 
