@@ -7,6 +7,7 @@ placement takes is in :mod:`moepack.budget`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -123,11 +124,18 @@ class Layout:
     """Which bytes a pack holds. Equal layouts of one model give equal packs.
 
     ``prefill_block_tokens`` belongs here: the shape of a batch decides the bits of its result.
+
+    Attributes
+    ----------
+    low : str
+        What the low copy of every expert is stored in, beside the expert itself and cut as it is;
+        empty where there are none.
     """
 
     model_digest: str
     layers: tuple[LayerLayout, ...]
     prefill_block_tokens: int = 512
+    low: str = added(default="")
 
     @property
     def digest(self) -> str:
@@ -136,8 +144,16 @@ class Layout:
 
     @property
     def encodings(self) -> frozenset[str]:
-        """Those of its layers."""
-        return frozenset(name for layer in self.layers for name in layer.classes)
+        """Those of its layers, and of their low copies."""
+        low = (self.low,) if self.low else ()
+        return frozenset((*low, *(name for layer in self.layers for name in layer.classes)))
+
+    @property
+    def low_layers(self) -> tuple[LayerLayout, ...]:
+        """The layers as their low copies are stored; empty where there are none."""
+        if not self.low:
+            return ()
+        return tuple(replace(cut, encoding=self.low, encodings=()) for cut in self.layers)
 
 
 @record
@@ -282,6 +298,27 @@ class HostTier:
 
 
 @record
+class OnMiss:
+    """What is fetched for an expert that is missing when a token is decoded, by what it counts.
+
+    A token's experts are taken in descending order of their weights, and ``s`` is the share of all
+    their weights that those before one have: 0 for the first. Up to ``exact_up_to`` the expert
+    itself is fetched, up to ``low_up_to`` its low copy; beyond, it is left out. Rule and defaults
+    are HOBBIT's (arXiv 2411.01433: T1 and T2).
+    """
+
+    exact_up_to: float = 0.6
+    low_up_to: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exact_up_to <= self.low_up_to <= 1:
+            raise ValueError(
+                f"thresholds of a miss {self.exact_up_to} and {self.low_up_to}, expected "
+                "0 <= T1 <= T2 <= 1"
+            )
+
+
+@record
 class Placement:
     """What happens with the bytes of a layout on one machine. May change without repacking.
 
@@ -297,6 +334,8 @@ class Placement:
         Slots that all layers share; their own are then 0.
     host : HostTier or None
         What RAM holds behind a device; None where the processor computes.
+    on_miss : OnMiss or None
+        Which missing experts are replaced by their low copies, or left out; None: none.
     """
 
     device: DeviceKind
@@ -312,6 +351,7 @@ class Placement:
     readers: int = 4
     pool: SharedPool | None = None
     host: HostTier | None = None
+    on_miss: OnMiss | None = added(default=None)
 
     def __post_init__(self) -> None:
         counts = {
@@ -347,6 +387,8 @@ class EngineCapabilities:
         Whether it has slots that all layers share.
     mixed_layers : bool
         Whether experts of one layer may be stored in different encodings.
+    low_copies : tuple of str
+        Kinds of devices on which it takes low copies of experts that are missing.
     as_ready : bool
         Whether it computes what is resident while the rest arrives. False: experts are computed in
         one fixed order, and a missing one holds up those behind it.
@@ -362,6 +404,7 @@ class EngineCapabilities:
     as_ready: bool = False
     encodings: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     mixed_layers: bool = False
+    low_copies: tuple[DeviceKind, ...] = ()
 
 
 @record
@@ -462,6 +505,10 @@ class Plan:
         placed = [layer.layer for layer in self.placement.layers]
         if cut != placed:
             raise ValueError(f"the layout is of layers {cut}, the placement of {placed}")
+        if self.placement.on_miss is not None and not self.layout.low:
+            raise ValueError(
+                "the placement replaces missing experts by low copies, the layout has none"
+            )
         if self.link is not None and not (self.link[0] > 0 and self.link[1] >= 0):
             raise ValueError(f"a link of {self.link[0]} bytes/s and {self.link[1]} s")
 

@@ -11,6 +11,8 @@ is to be admitted, and into which slot. The rules, which replay and runtime must
 - after a pass the cache wants the ``capacity`` first of what it holds and what was used, so a
   missing expert is always admitted where there are slots enough. A ``pinned`` cache wants what it
   holds;
+- of what a pass uses it may be said that it is not kept: it counts as used, and is not wanted if it
+  is missing;
 - experts are consumed in ascending id. A missing expert that is wanted takes the slot of the
   resident that is last in the order, not wanted and not needed any more in this pass; where there
   is none it is not admitted (only possible with fewer slots than experts in use).
@@ -22,7 +24,7 @@ al. 1970): a larger cache holds whatever a smaller one does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple, Protocol
 
@@ -134,13 +136,16 @@ class LayerCache(Protocol):
     def holds(self, expert: int) -> bool:
         """Whether an expert of the layer is resident."""
 
-    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+    def step(self, tokens: Iterable[Sequence[int]], unkept: Collection[int] = ()) -> Access:
         """Account for one pass over the layer.
 
         Parameters
         ----------
         tokens
             For every token of the pass, in order, the ids of its experts.
+        unkept
+            Those of them that do not come, if they are missing. They count as used: the router
+            chose them. They are not admitted, so nothing leaves for them.
         """
 
 
@@ -194,7 +199,7 @@ class ExpertCache:
         """See :meth:`LayerCache.holds`."""
         return expert in self._slot_of
 
-    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+    def step(self, tokens: Iterable[Sequence[int]], unkept: Collection[int] = ()) -> Access:
         """Account for one pass; see :meth:`LayerCache.step`."""
         uses, last, clock, half_life = self._uses, self._last, self._clock, self._half_life_tokens
         needed: set[int] = set()
@@ -210,6 +215,8 @@ class ExpertCache:
         order = sorted(needed)
         slots = self._slot_of
         hits = {expert: slots[expert] for expert in order if expert in slots}
+        if unkept:
+            order = [expert for expert in order if expert in hits or expert not in unkept]
         if len(hits) == len(order) or self.capacity == 0 or self.policy == "pinned":
             return Access(hits, {})
         if len(order) <= self.capacity:
@@ -368,9 +375,12 @@ class _SharedLayer:
     def holds(self, expert: int) -> bool:
         return self._cache.holds(self._first + expert)
 
-    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+    def step(self, tokens: Iterable[Sequence[int]], unkept: Collection[int] = ()) -> Access:
         first = self._first
-        found = self._cache.step([[first + expert for expert in experts] for experts in tokens])
+        found = self._cache.step(
+            [[first + expert for expert in experts] for experts in tokens],
+            {first + expert for expert in unkept},
+        )
         return Access(
             {expert - first: slot for expert, slot in found.resident.items()},
             {expert - first: slot for expert, slot in found.admitted.items()},

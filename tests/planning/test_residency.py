@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -54,13 +54,13 @@ class ObviousCache:
         self._layers = layers
         self._history: list[list[int]] = []
 
-    def step(self, tokens: Iterable[Sequence[int]]) -> Access:
+    def step(self, tokens: Iterable[Sequence[int]], unkept: Collection[int] = ()) -> Access:
         passed = [list(token) for token in tokens]
         self._history += passed
         used = {expert for token in passed for expert in token}
         before = list(self.slots)
         contenders = sorted(
-            used.union(before),
+            used.difference(unkept).union(before),
             key=lambda expert: (expert in used, *self._order(expert)),
             reverse=True,
         )
@@ -145,6 +145,31 @@ def test_every_policy_does_what_its_rules_say(
         passed = tokens[start : start + batch]
         assert cache.step(passed) == obvious.step(passed)
         assert cache.resident == {expert: slot for slot, expert in enumerate(obvious.slots)}
+
+
+@given(routings(), policies, st.integers(0, 9), st.integers(1, 3), st.data())
+def test_what_is_not_kept_counts_as_used_and_stays_outside(
+    routing: tuple[int, list[list[int]]],
+    policy: Policy,
+    capacity: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    experts, tokens = routing
+    capacity = min(capacity, experts)
+    cache = ExpertCache(
+        capacity, range(experts), policy, half_life_tokens=half_life_of(policy, 3.0)
+    )
+    pool = SharedCache(capacity, [range(experts)], policy if policy in POOL_POLICIES else "lru")
+    plain = ObviousCache(capacity, range(experts), policy, half_life=3.0)
+    pooled = ObviousCache(capacity, range(experts), policy if policy in POOL_POLICIES else "lru")
+    for start in range(0, len(tokens), batch):
+        passed = tokens[start : start + batch]
+        unkept = data.draw(st.sets(st.integers(0, experts - 1)))
+        found = cache.step(passed, unkept)
+        assert found == plain.step(passed, unkept)
+        assert not unkept.intersection(found.admitted)
+        assert pool.layer(0).step(passed, unkept) == pooled.step(passed, unkept)
 
 
 @given(
