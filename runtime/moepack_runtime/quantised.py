@@ -27,7 +27,7 @@ from moepack_runtime.int4_tiles import memory_tile_rows, torch_tile_rows
 # The most tokens that the kernels multiply with. Beyond, dequantising is faster: on matrices of
 # [2048, 2048] and [2048, 1024], by interleaved medians.
 INT8_KERNEL_TOKENS = 32
-INT4_KERNEL_TOKENS = 48
+INT4_KERNEL_TOKENS = 64
 
 # Of int8 codes the kernel loads so many at a time, from addresses that are multiples of it; of
 # tokens, twice the bytes.

@@ -8,11 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepack_runtime import quantised
+from moepack_runtime.ffn import QuantisedFfn, gated_ffn, rows_for
 from moepack_runtime.int4_tiles import AVX2_TILE_ROWS, memory_tile_rows, rebuild, tiles_of
 from moepack_runtime.quantised import Int4Matrix, Int8Matrix, QuantisedMatrix, Room, product
+from moepack_runtime.weights import TORCH_DTYPE
 
-from moepack.budget import dequantised_bytes
+from moepack.budget import ROW_MULTIPLE, dequantised_bytes, workspace_bytes
 from moepack.encodings import encoding, pack_tiles
+from moepack.model_spec import (
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    RouterSpec,
+)
 from tests.support.memory import peak_bytes
 
 DTYPES = {
@@ -169,8 +179,7 @@ def test_dequantising_takes_what_is_planned(
     name: str, dtype: str, outputs: int, inputs: int
 ) -> None:
     matrix = Case(name, outputs, inputs).matrix
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    x = drawn(1, inputs).to(kinds[dtype])
+    x = drawn(1, inputs).to(TORCH_DTYPE[dtype])
 
     def dequantise() -> None:
         for _ in matrix.parts(Room(outputs, inputs, x)):
@@ -201,3 +210,46 @@ def test_matrices_in_rebuilt_tiles_are_dequantised_to_the_same_weights(
     scale, offset = scales.float().repeat_interleave(32, 0).unbind(-1)
     weights = (torch.from_numpy(codes).float() - 8) * scale + offset
     torch.testing.assert_close(product(torch.eye(64), rebuilt), weights, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("block", [1, 128])
+@torch.inference_mode()
+def test_an_expert_stays_within_the_planned_workspace(name: str, dtype: str, block: int) -> None:
+    hidden, width = 256, 1024
+    moe = MoeSpec(16, 4, width, RouterSpec())
+    spec = ModelSpec(
+        name="any",
+        family="any",
+        architecture="any",
+        dtype=dtype,
+        vocab_size=8,
+        hidden_size=hidden,
+        context_length=128,
+        norm="rms",
+        norm_eps=1e-6,
+        tied_embeddings=True,
+        rope=RopeSpec(1e4),
+        layers=(LayerSpec(AttentionSpec(1, 1, 8, 8, 8, 0.1), moe, None),),
+        trunk=(),
+    )
+    expert = QuantisedFfn(Case(name, 2 * width, hidden).matrix, Case(name, hidden, width).matrix)
+    x = drawn(block, hidden).to(TORCH_DTYPE[dtype])
+    taken = peak_bytes(lambda: gated_ffn(x, expert, moe.activation_spec))
+    assert taken <= workspace_bytes(spec, 128, block, encodings={"BF16", name})
+    for matrix in (expert.gate_up, expert.down):
+        matrix.kernel_tokens = 0
+    taken = peak_bytes(lambda: gated_ffn(x, expert, moe.activation_spec))
+    assert taken <= workspace_bytes(spec, 128, block, encodings={"BF16", name})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few_tokens_are_multiplied_as_they_are_and_many_in_known_multiples(name: str) -> None:
+    expert = QuantisedFfn(Case(name, 128, 64).matrix, Case(name, 64, 64).matrix)
+    most = min(expert.gate_up.kernel_tokens, expert.down.kernel_tokens)
+    for tokens in (1, 3, most, most + 1):
+        wide = rows_for(tokens, drawn(1, 64), expert)
+        assert wide == -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+        kernels = tokens if 0 < tokens <= most else wide
+        assert rows_for(tokens, drawn(1, 64).bfloat16(), expert) == kernels

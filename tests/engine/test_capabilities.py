@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moepack_runtime.capabilities import CAPABILITIES, require_capable, require_fit
+from moepack_runtime.capabilities import (
+    CAPABILITIES,
+    require_capable,
+    require_encodings,
+    require_fit,
+)
 from moepack_runtime.loading import open_packed
 
 from moepack.checkpoint import Checkpoint
@@ -43,6 +48,23 @@ def test_every_policy_and_the_pool_are_there_and_nothing_is_fetched_ahead() -> N
     assert CAPABILITIES.shared_pool
     assert CAPABILITIES.as_ready
     assert set(CAPABILITIES.prefetch) == {"off", "bottoms", "all"}
+
+
+def test_a_layout_is_refused_in_an_encoding_that_the_engine_does_not_compute_with(
+    checkpoint: Checkpoint,
+) -> None:
+    layout = mixed_layout(checkpoint.spec, (1.0,), encodings=(None, "INT8"))
+    require_encodings(layout)
+    with pytest.raises(CapabilityError, match=r"layer 1 holds its experts as 'INT8'; .* BF16; plan"):
+        require_encodings(layout, LESSER)
+    later = dataclasses.replace(layout.layers[0], encoding="INT2_G16")
+    place = place_all(checkpoint, layout)
+    with pytest.raises(CapabilityError, match="layer 0 holds its experts as 'INT2_G16'"):
+        require_fit(
+            checkpoint.spec,
+            dataclasses.replace(layout, layers=(later, *layout.layers[1:])),
+            place,
+        )
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(
