@@ -80,10 +80,16 @@ def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES)
         Naming the layer, its encoding and those that there are.
     """
     for cut in layout.layers:
-        if cut.encoding not in engine.encodings:
+        for name in cut.classes:
+            if name not in engine.encodings:
+                raise CapabilityError(
+                    f"layer {cut.layer} holds its experts as {name!r}; this engine computes with "
+                    f"{', '.join(engine.encodings)}; plan again with this moepack"
+                )
+        if cut.encodings:
             raise CapabilityError(
-                f"layer {cut.layer} holds its experts as {cut.encoding!r}; this engine computes "
-                f"with {', '.join(engine.encodings)}; plan again with this moepack"
+                f"layer {cut.layer} holds its experts as {' and '.join(cut.classes)}; this engine "
+                "wants those of one layer alike; plan again with one encoding a layer"
             )
 
 

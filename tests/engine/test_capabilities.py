@@ -55,7 +55,7 @@ def test_a_layout_is_refused_in_an_encoding_that_the_engine_does_not_compute_wit
 ) -> None:
     layout = mixed_layout(checkpoint.spec, (1.0,), encodings=(None, "INT8"))
     require_encodings(layout)
-    with pytest.raises(CapabilityError, match=r"layer 1 holds its experts as 'INT8'; .* BF16; plan"):
+    with pytest.raises(CapabilityError, match=r"layer 1 holds its experts as 'INT8'; .* BF16;"):
         require_encodings(layout, LESSER)
     later = dataclasses.replace(layout.layers[0], encoding="INT2_G16")
     place = place_all(checkpoint, layout)
@@ -65,6 +65,16 @@ def test_a_layout_is_refused_in_an_encoding_that_the_engine_does_not_compute_wit
             dataclasses.replace(layout, layers=(later, *layout.layers[1:])),
             place,
         )
+
+
+def test_a_layer_whose_experts_are_stored_in_several_encodings_is_refused(
+    checkpoint: Checkpoint,
+) -> None:
+    layout = mixed_layout(checkpoint.spec, (1.0,), encodings=("INT8",))
+    first = layout.layers[0]
+    mixed = dataclasses.replace(first, encodings=("INT4_G32", *["INT8"] * 15))
+    with pytest.raises(CapabilityError, match="layer 0 holds its experts as INT8 and INT4_G32"):
+        require_encodings(dataclasses.replace(layout, layers=(mixed, *layout.layers[1:])))
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(
