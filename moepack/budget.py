@@ -66,6 +66,35 @@ def layer_bytes(spec: ModelSpec, layout: LayerLayout) -> int:
     )
 
 
+def require_low_copies(spec: ModelSpec, layout: Layout) -> None:
+    """Refuse low copies that experts do not fit, or that take no less than the experts themselves.
+
+    A low copy passes through the room of the part that it stands for.
+
+    Raises
+    ------
+    UnknownEncodingError, GroupMismatchError
+        When the experts cannot be stored so, or not where they are cut.
+    PlanMismatchError
+        When a copy would take as much as its expert.
+    """
+    for cut, low in zip(layout.layers, layout.low_layers, strict=False):
+        if cut.encodings:
+            raise PlanMismatchError(
+                f"layer {cut.layer} holds experts in {', '.join(cut.classes)} and is to have low "
+                "copies; expected experts that are stored alike; plan again"
+            )
+        pairs = [(stored_bytes(spec, cut, part), stored_bytes(spec, low, part)) for part in PARTS]
+        if any(small > large for large, small in pairs) or not any(
+            small < large for large, small in pairs
+        ):
+            whole, copy = (sum(sizes) for sizes in zip(*pairs, strict=True))
+            raise PlanMismatchError(
+                f"an expert of layer {cut.layer} takes {whole} bytes in {cut.encoding}, its low "
+                f"copy {copy} in {layout.low}; expected fewer: choose an encoding of fewer bits"
+            )
+
+
 def class_slots(layout: LayerLayout, placement: LayerPlacement) -> tuple[int, ...]:
     """How many slots the experts of each of a layer's encodings have.
 

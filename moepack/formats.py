@@ -140,10 +140,18 @@ def check_plan_fits(plan: Plan, manifest: Manifest, where: str) -> None:
             f"{where}: the plan is for model {plan.model_digest[:12]} ({plan.model_name}), the "
             f"folder holds {manifest.layout.model_digest[:12]}; plan this model or pack that one"
         )
+    if plan.layout.low and plan.layout.low != manifest.layout.low:
+        raise PlanMismatchError(
+            f"{where}: the plan replaces missing experts by low copies in {plan.layout.low}, the "
+            f"folder has {manifest.layout.low or 'none'}; pack again (what is there is reused), or "
+            "plan without --on-miss"
+        )
     if plan.layout.digest != manifest.layout_digest:
         held = {layer.layer: layer for layer in manifest.layout.layers}
         changed = [str(cut.layer) for cut in plan.layout.layers if held.get(cut.layer) != cut]
         what = f"layers {', '.join(changed)}" if changed else "the prefill block"
+        if not changed and plan.layout.low != manifest.layout.low:
+            what = f"the low copies, of which the folder has some in {manifest.layout.low}"
         raise PlanMismatchError(
             f"{where}: the plan's layout differs from the folder's in {what}; pack again "
             "(the other layers are reused) or plan with --keep-layout"

@@ -10,13 +10,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from moepack.budget import layer_segment
+from moepack.budget import layer_segment, require_low_copies
 from moepack.encodings import ENCODINGS
-from moepack.errors import DeclaredSizeError, EncodingError, PackFormatError
+from moepack.errors import DeclaredSizeError, EncodingError, PackFormatError, PlanError
 from moepack.manifest import TRUNK_FILE, Manifest, SegmentGroup
 from moepack.model_spec import DTYPE_BYTES, ModelSpec
-from moepack.plan import LayerLayout
-from moepack.segments import PARTS, align_up
+from moepack.plan import LayerLayout, Layout
+from moepack.segments import BASE, LOW, PARTS, align_up
 from moepack.units import TIB, format_size
 
 #: More than thirty times the largest open model.
@@ -45,6 +45,7 @@ def check_manifest(manifest: Manifest) -> None:
     )
     for cut in layout.layers:
         _check_cut(spec, cut)
+    _check_low_copies(spec, layout)
     _check_groups(manifest)
     names = tuple(tensor.name for tensor in spec.trunk)
     require(
@@ -80,6 +81,17 @@ def _check_cut(spec: ModelSpec, cut: LayerLayout) -> None:
             raise PackFormatError(f"manifest.json: layer {cut.layer}: {failure}") from None
 
 
+def _check_low_copies(spec: ModelSpec, layout: Layout) -> None:
+    """Low copies can be of this encoding, and are smaller than what they stand for."""
+    low = layout.low
+    require(not low or low in ENCODINGS, f"low copies are encoded as {low!r}")
+    require(not low or ENCODINGS[low].quantised, f"low copies are {low}, which is not quantised")
+    try:
+        require_low_copies(spec, layout)
+    except PlanError as failure:
+        raise PackFormatError(f"manifest.json: low copies: {failure}") from None
+
+
 def _check_sizes(spec: ModelSpec) -> None:
     """Refuse sizes that no model has before anything is computed from them."""
     require(spec.hidden_size > 0, f"a hidden size of {spec.hidden_size}")
@@ -98,12 +110,15 @@ def _check_sizes(spec: ModelSpec) -> None:
 
 
 def _check_groups(manifest: Manifest) -> None:
-    """Every expert has its base segments, each once and of the geometry of its layout."""
-    spec = manifest.spec
-    cuts = {cut.layer: cut for cut in manifest.layout.layers}
-    base = {
-        (cut.layer, part): {name: layer_segment(spec, cut, part, name) for name in cut.classes}
-        for cut in cuts.values()
+    """Every expert has its segments, each once and of the geometry of its layout."""
+    spec, layout = manifest.spec, manifest.layout
+    cuts = {(cut.layer, BASE): cut for cut in layout.layers}
+    cuts |= {(cut.layer, LOW): cut for cut in layout.low_layers}
+    laid_out = {
+        (cut.layer, part, variant): {
+            name: layer_segment(spec, cut, part, name) for name in cut.classes
+        }
+        for (_, variant), cut in cuts.items()
         for part in PARTS
         if layer_segment(spec, cut, part) is not None
     }
@@ -111,18 +126,17 @@ def _check_groups(manifest: Manifest) -> None:
     contents: dict[str, tuple[int, str, str] | None] = {TRUNK_FILE: None}
     for group in manifest.groups:
         what = f"layer {group.layer}, {group.part} ({group.variant})"
-        expected = base.get((group.layer, group.part))
-        if expected is None:
+        key = (group.layer, group.part, group.variant)
+        if (group.layer, group.part, BASE) not in laid_out:
             raise _refused(f"{what} is not part of the layout")
-        if group.variant == "base":
+        if key in laid_out:
             require(
-                group.shape == expected.get(group.encoding),
+                group.shape == laid_out[key].get(group.encoding),
                 f"the segments of {what} are not cut as the layout says",
             )
-            _check_members(what, cuts[group.layer], group)
+            _check_members(what, cuts[group.layer, group.variant], group)
         else:
             _check_shape(what, group)
-        key = (group.layer, group.part, group.variant)
         require(
             contents.setdefault(group.shard, key) == key,
             f"{group.shard} holds {what} and something else",
@@ -133,9 +147,10 @@ def _check_groups(manifest: Manifest) -> None:
         what = f"layer {layer}, {part} ({variant})"
         require(len(set(numbers)) == len(numbers), f"{what} lists an expert twice")
         require(all(number in known for number in numbers), f"{what} lists an unknown expert")
-    for layer, part in base:
-        missing = spec.moe(layer).num_experts - len(experts[layer, part, "base"])
-        require(missing == 0, f"layer {layer}, {part} lacks {missing} experts")
+    for layer, part, variant in laid_out:
+        missing = spec.moe(layer).num_experts - len(experts[layer, part, variant])
+        what = f"layer {layer}, {part}" + ("" if variant == BASE else f" ({variant})")
+        require(missing == 0, f"{what} lacks {missing} experts")
 
 
 def _check_members(what: str, cut: LayerLayout, group: SegmentGroup) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moepack import records
 from moepack.atomic import output_error, write_atomically
-from moepack.budget import layer_segment
+from moepack.budget import layer_segment, require_low_copies
 from moepack.encodings import encoding
 from moepack.errors import (
     CapabilityError,
@@ -216,6 +216,10 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
                     f"the plan stores layer {cut.layer} as {name}, the checkpoint holds "
                     f"{spec.dtype}; packing keeps that or quantises it: plan again"
                 )
+    try:
+        require_low_copies(spec, plan.layout)
+    except EncodingError as failure:
+        raise type(failure)(f"the plan's low copies: {failure}") from None
 
 
 def _check_spec(spec: ModelSpec) -> None:

@@ -38,6 +38,10 @@ MIN_INTERIOR_CUTS = 4
 Part = Literal["top", "bottom"]
 PARTS: tuple[Part, Part] = ("top", "bottom")
 
+#: The variants of a segment that this moepack writes: what the layout says, and the low copy.
+BASE = "base"
+LOW = "low"
+
 #: The tensors of an expert as checkpoints hold it, and of a segment in a float encoding, in their
 #: order inside it: gate and up are neighbours, so that a runtime may see them as one [2 f, hidden]
 #: matrix.
@@ -60,7 +64,7 @@ class SegmentId:
     layer: int
     expert: int
     part: Part
-    variant: str = "base"
+    variant: str = BASE
 
     def __str__(self) -> str:
         return f"layer {self.layer}, expert {self.expert}, {self.part} ({self.variant})"

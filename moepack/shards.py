@@ -1,7 +1,8 @@
 """The shards that a layout consists of, and writing them.
 
 Shards are written in *units* that finish together: the trunk, then each layer's top and bottom,
-because an expert is read once and cut into both.
+because an expert is read once and cut into both. A layer's low copies are a unit of their own,
+which takes reading its experts again: so a pack without them gives a pack with them all the rest.
 
 Peak memory: three experts (the one being cut, one being written, and one whose digests are being
 computed) beside what the source itself keeps, or two trunk tensors where they are larger. Quantised
@@ -43,7 +44,16 @@ from moepack.quantise import quantise_expert
 from moepack.records import record
 from moepack.rounding import ROUNDING
 from moepack.safetensors_io import ShardDraft, draft_shard
-from moepack.segments import ALIGNMENT_BYTES, PARTS, Bits, Part, SegmentShape, cut_expert_into
+from moepack.segments import (
+    ALIGNMENT_BYTES,
+    BASE,
+    LOW,
+    PARTS,
+    Bits,
+    Part,
+    SegmentShape,
+    cut_expert_into,
+)
 
 
 class Source(Protocol):
@@ -71,12 +81,14 @@ class Source(Protocol):
 class Cut(NamedTuple):
     """The part of a layer's experts that a shard holds.
 
-    ``shapes`` is what a segment of each of the layer's encodings holds.
+    ``shapes`` is what a segment of each of the layer's encodings holds; the layer of a variant is
+    that of :attr:`moepack.plan.Layout.low_layers`.
     """
 
     layout: LayerLayout
     part: Part
     shapes: Mapping[str, SegmentShape]
+    variant: str = BASE
 
     def shape(self, expert: int) -> SegmentShape:
         """What the segment of one expert holds."""
@@ -108,11 +120,14 @@ class Unit(NamedTuple):
 
     layer: int | None
     shards: tuple[Shard, ...]
+    variant: str = BASE
 
     @property
     def name(self) -> str:
         """For the journal."""
-        return "trunk" if self.layer is None else f"layer {self.layer}"
+        if self.layer is None:
+            return "trunk"
+        return f"layer {self.layer}" + ("" if self.variant == BASE else f" ({self.variant})")
 
     @property
     def size_bytes(self) -> int:
@@ -134,21 +149,28 @@ def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
     """Every shard of a pack, in the order of the manifest: sizes and headers, no data."""
     trunk = draft_shard(([tensor] for tensor in spec.trunk), _metadata(content="trunk"))
     units = [Unit(None, (Shard(TRUNK_FILE, trunk, None),))]
-    for layout_layer in layout.layers:
-        layer = layout_layer.layer
-        shards = []
-        for part in PARTS:
-            shapes = {
-                name: shape
-                for name in layout_layer.classes
-                if (shape := layer_segment(spec, layout_layer, part, name)) is not None
-            }
-            if shapes:
-                cut = Cut(layout_layer, part, shapes)
-                draft = _draft_experts(cut, spec.moe(layer).num_experts)
-                shards.append(Shard(shard_file(layer, part), draft, cut))
-        units.append(Unit(layer, tuple(shards)))
+    low_layers = layout.low_layers or (None,) * len(layout.layers)
+    for cut, low in zip(layout.layers, low_layers, strict=True):
+        units.append(_draft_layer(spec, cut, BASE))
+        if low is not None:
+            units.append(_draft_layer(spec, low, LOW))
     return tuple(units)
+
+
+def _draft_layer(spec: ModelSpec, layout: LayerLayout, variant: str) -> Unit:
+    layer = layout.layer
+    shards = []
+    for part in PARTS:
+        shapes = {
+            name: shape
+            for name in layout.classes
+            if (shape := layer_segment(spec, layout, part, name)) is not None
+        }
+        if shapes:
+            cut = Cut(layout, part, shapes, variant)
+            draft = _draft_experts(cut, spec.moe(layer).num_experts)
+            shards.append(Shard(shard_file(layer, part, variant), draft, cut))
+    return Unit(layer, tuple(shards), variant)
 
 
 def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
@@ -160,7 +182,7 @@ def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
         ]
         for expert in range(experts)
     )
-    fields = {"layer": str(layer), "part": cut.part, "variant": "base"}
+    fields = {"layer": str(layer), "part": cut.part, "variant": cut.variant}
     version = version_for(names)
     if version > 1:
         # Part of the header, by which layers are reused: codes of another search are made anew.
@@ -241,7 +263,7 @@ def _groups(path: str, cut: Cut, placed: Sequence[_Placed]) -> Iterator[SegmentG
         yield SegmentGroup(
             layer=cut.layout.layer,
             part=cut.part,
-            variant="base",
+            variant=cut.variant,
             encoding=name,
             shard=path,
             shape=shape,
