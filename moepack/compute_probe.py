@@ -25,7 +25,7 @@ from moepack.compute import (
     median_profile,
     worthwhile_threads,
 )
-from moepack.encodings import fitting
+from moepack.encodings import QUANTISED, fitting
 from moepack.expert_probe import (
     Probe,
     missing_experts,
@@ -149,17 +149,19 @@ def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -
     )
 
 
-#: Walks with one token in one measurement of a kind: each lengthens the context by one.
-_SINGLES = 5 * (_WALKS + 1)
-
-
 def probe_context_tokens(spec: ModelSpec) -> int:
     """Context that an engine must be open with to be measured."""
-    return _context_tokens(spec) + _SINGLES
+    return _context_tokens(spec) + _singles()
+
+
+def _singles() -> int:
+    """Walks with one token in one measurement of a kind: each lengthens the context by one."""
+    ways = 5 + len(_RATIOS) * len(QUANTISED)
+    return ways * (_WALKS + 1)
 
 
 def _context_tokens(spec: ModelSpec) -> int:
-    return min(CONTEXT_TOKENS, max(1, spec.context_length - _SINGLES))
+    return min(CONTEXT_TOKENS, max(1, spec.context_length - _singles()))
 
 
 def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute, float]:
