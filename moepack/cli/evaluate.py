@@ -77,12 +77,16 @@ def evaluate(
         most_tokens=tokens,
         progress=TerminalProgress(),
     )
-    encodings = dict.fromkeys(name for cut in packed.layout.layers for name in cut.classes)
+    encodings = Counter(
+        cut.encoding_of(expert)
+        for cut in packed.layout.layers
+        for expert in range(packed.spec.moe(cut.layer).num_experts)
+    )
     emit(
-        {"model": plan.model_name, "encodings": list(encodings), **evaluation_document(found)},
+        {"model": plan.model_name, "encodings": encodings, **evaluation_document(found)},
         as_json=json,
         view=lambda: evaluation_view(
-            found, model=plan.model_name, encodings=tuple(encodings), exact=exact.told
+            found, model=plan.model_name, encodings=encodings, exact=exact.told
         ),
     )
 

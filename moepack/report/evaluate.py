@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from rich.console import Group, RenderableType
 
@@ -12,14 +12,14 @@ from moepack.report.tables import columns, facts, figure
 
 
 def evaluation_view(
-    found: Evaluation, *, model: str, encodings: Sequence[str], exact: str
+    found: Evaluation, *, model: str, encodings: Mapping[str, int], exact: str
 ) -> RenderableType:
     """Every text, then all of them, and how it was measured.
 
     Parameters
     ----------
     encodings
-        Of the packed experts.
+        How many of the packed experts are in each.
     exact
         The exact model's name; or why there is none.
     """
@@ -33,12 +33,20 @@ def evaluation_view(
     table = columns(head, [(name, *_cells(quality)) for name, quality in rows])
     scored = f"in windows of {found.window_tokens} tokens, {found.stride_tokens} apart"
     told = [
-        ("model", f"{model}, experts in {', '.join(encodings)}"),
+        ("model", f"{model}, {_experts(encodings)}"),
         *_nearness(found, exact),
         ("scored", f"what no routing profile learns from, each token once, {scored}"),
         (level, f"bootstrap over blocks of {BLOCK_TOKENS} tokens, within each text"),
     ]
     return Group(table, "", facts(told))
+
+
+def _experts(encodings: Mapping[str, int]) -> str:
+    """``experts in INT8``, or ``96 experts in INT8, 160 in INT4_G32``."""
+    if len(encodings) == 1:
+        return f"experts in {next(iter(encodings))}"
+    (first, count), *others = encodings.items()
+    return ", ".join([f"{count} experts in {first}", *(f"{n} in {name}" for name, n in others)])
 
 
 def _cells(quality: Quality) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def test_json_answers_with_the_documented_keys(packed: Path, moepack: Moepack, t
     assert found["tokens"] == sum(each["tokens"] for each in found["domains"].values())
     assert found["tokens"] == text.stat().st_size + other.stat().st_size - 2
     assert found["perplexity"] > 1
+    assert found["encodings"] == {"F32": 3 * 16}
     # The pack keeps the model's float32, and this plan cuts nothing.
     assert found["kl"] == pytest.approx(0, abs=1e-9)
     assert found["top1_agreement"] == 1
