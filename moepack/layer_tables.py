@@ -8,7 +8,7 @@ prefetching. It does not depend on the budget: tabulated once, a layer can be so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -143,29 +143,48 @@ def tabulate(problem: LayerProblem) -> LayerTable:
     too, and the best of several would be the luckiest. With prefetching, what of the predicted
     experts is held counts as well, and follows the hit rate closely.
     """
+    return tabulate_all([problem])[0]
+
+
+def tabulate_all(problems: Sequence[LayerProblem]) -> list[LayerTable]:
+    """Price a layer for several amounts of staging, in the time of the last.
+
+    All of them hold what a token uses, and two experts or more: beyond that staging only bounds how
+    deep an engine fetches ahead, which the problems may differ in too. What is fetched deepest
+    comes last.
+    """
+    problem = problems[-1]
     policies = [policy for policy in problem.hits if policy in problem.engine.policies]
     curves = np.array([problem.hits[policy] for policy in policies])  # [P, N + 1]
     leader = _smoothed(curves, problem.num_experts // 8).argmax(axis=0)
     hits = np.maximum.accumulate(np.take_along_axis(curves, leader[None], axis=0)[0])
     hits[-1] = 1.0
     pricer = _Pricer(problem, hits, _predicted_held(problem, policies, leader))
-    variants = tuple(pricer.variants())
+    every = tuple(_variants(problem))
+    asked = [tuple(_variants(each)) for each in problems]
+    places = [[every.index(variant) for variant in variants] for variants in asked]
     experts, count = problem.num_experts, len(problem.cuts.splits)
-    seconds = np.full((2 * experts + 1, count), np.inf)
-    variant = np.zeros(seconds.shape, dtype=np.uint8)
+    shape = 2 * experts + 1, count
+    seconds = [np.full(shape, np.inf) for _ in problems]
+    variant = [np.zeros(shape, dtype=np.uint8) for _ in problems]
     interior = np.flatnonzero(problem.cuts.interior)
     groups = [(slice(experts, None), np.arange(count))]
     if len(interior):
         groups.append((slice(0, experts), interior))
     for states, columns in groups:
-        prices = np.full((len(variants), *seconds[states, columns].shape), np.inf)
-        for index, price in pricer.prices(variants, states, columns):
+        prices = np.full((len(every), *seconds[0][states, columns].shape), np.inf)
+        for index, price in pricer.prices(every, states, columns):
             prices[index] = price
-        best = prices.min(axis=0)
-        # Of equals the simplest, whatever they are rounded to.
-        variant[states, columns] = (prices <= best * (1.0 + 1e-9)).argmax(axis=0)
-        seconds[states, columns] = best
-    return LayerTable(problem, seconds, variant, variants, tuple(policies[p] for p in leader))
+        for one, mine in enumerate(places):
+            some = prices if len(mine) == len(every) else prices[mine]
+            best = some.min(axis=0)
+            # Of equals the simplest, whatever they are rounded to.
+            variant[one][states, columns] = (some <= best * (1.0 + 1e-9)).argmax(axis=0)
+            seconds[one][states, columns] = best
+    policy = tuple(policies[place] for place in leader)
+    return [
+        LayerTable(*each, policy) for each in zip(problems, seconds, variant, asked, strict=True)
+    ]
 
 
 def _smoothed(curves: Array, reach: int) -> Array:
@@ -188,6 +207,19 @@ def _predicted_held(
     return found
 
 
+def _ranks(problem: LayerProblem) -> int:
+    """How deep can be fetched ahead."""
+    return min(len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts)
+
+
+def _variants(problem: LayerProblem) -> Iterator[Variant]:
+    """No prefetching, then every mode to every depth."""
+    yield Variant("off", 0)
+    for mode in problem.engine.prefetch:
+        if mode != "off":
+            yield from (Variant(mode, depth) for depth in range(1, _ranks(problem) + 1))
+
+
 class _Pricer:
     """Prices groups of states and cuts of one layer under every variant."""
 
@@ -195,9 +227,7 @@ class _Pricer:
         self._problem = problem
         self._hits = hits
         self._predicted_held = predicted_held
-        self._ranks = min(
-            len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts
-        )
+        self._ranks = _ranks(problem)
         self._missing = missing_after(problem.used)
         cuts, interior = problem.cuts, problem.cuts.interior
         seconds = {
@@ -215,14 +245,6 @@ class _Pricer:
         self._share = np.where(interior, cuts.splits / cuts.width, 0.0)
         self._expert_s = np.where(interior, problem.split_s, problem.token.expert_s)
         self._prompt_s = np.where(interior, problem.prompt.split_s, problem.prompt.experts_s)
-
-    def variants(self) -> Iterator[Variant]:
-        """No prefetching, then every mode to every depth."""
-        problem = self._problem
-        yield Variant("off", 0)
-        for mode in problem.engine.prefetch:
-            if mode != "off":
-                yield from (Variant(mode, depth) for depth in range(1, self._ranks + 1))
 
     def prices(
         self, variants: tuple[Variant, ...], states: slice, columns: npt.NDArray[np.intp]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from moepack.budget import fixed_bytes
 from moepack.cost import LayerTimes, LinkSeconds, distinct_experts
 from moepack.fixed_times import fixed_times
 from moepack.layer_problem import Cuts, LayerProblem, PromptTimes, cut_options, kept_cut
-from moepack.layer_tables import Choice, LayerTable, tabulate
+from moepack.layer_tables import Choice, LayerTable, tabulate_all
 from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout
 from moepack.optimiser import Optimum, fixed_point_split, optimise
 from moepack.placements import free_bytes, placement
@@ -20,6 +20,9 @@ from moepack.plan_request import PlanRequest
 from moepack.prompts import block_lengths
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import FULL_ENGINE, Contender, Strategies
+
+#: Experts in flight, and what an engine can do with them.
+_Staged = tuple[int, EngineCapabilities]
 
 
 class Optimised:
@@ -39,7 +42,7 @@ class Optimised:
         self._digest = request.spec.digest
         self._token = fixed_times(request.spec, request.compute, (1,))
         self._prompt = fixed_times(request.spec, request.compute, self._blocks)
-        self._priced: dict[tuple[int, EngineCapabilities], list[LayerTable]] = {}
+        self._priced: dict[_Staged, list[LayerTable]] = {}
 
     def contenders(self, request: PlanRequest) -> tuple[list[Contender], Optimum | None]:
         """The best division for every useful amount of staging, and the best of them.
@@ -52,10 +55,12 @@ class Optimised:
         """
         strategies = Strategies(request, self._tables)
         found: list[tuple[Optimum, Contender]] = []
-        for staging in strategies.staging_amounts():
-            engine = within_staging(request.engine, staging, strategies.top_k)
-            if (staging, engine) not in self._priced:
-                self._priced[staging, engine] = self._tabulate(staging, engine, self._cuts())
+        asked = [
+            (staging, within_staging(request.engine, staging, strategies.top_k))
+            for staging in strategies.staging_amounts()
+        ]
+        self._price(asked, strategies.top_k)
+        for staging, engine in asked:
             tables = self._priced[staging, engine]
             spare_bytes = _spare_bytes(request, tables, staging)
             if spare_bytes >= 0:
@@ -84,7 +89,7 @@ class Optimised:
         if spare_bytes < 0:
             return None
         cuts = self._fixed_points(spare_bytes // len(request.spec.moe_layers))
-        tables = self._tabulate(staging, engine, cuts)
+        tables = [each for (each,) in self._tabulate([(staging, engine)], cuts)]
         spare_bytes = _spare_bytes(request, tables, staging)  # cut experts are padded, so less
         if spare_bytes < 0:
             return None
@@ -137,12 +142,21 @@ class Optimised:
         moe_s = before.top_k * expert.at(1) + float(self._token.after_s[index - 1])
         return moe_s + self._gap_s(index)
 
+    def _price(self, asked: Sequence[_Staged], top_k: int) -> None:
+        """Tabulate what has not been yet; amounts of staging that are ample all at once."""
+        missing = [each for each in asked if each not in self._priced]
+        ample = [each for each in missing if each[0] >= max(2, top_k)]
+        for some in (ample, *([each] for each in missing if each not in ample)):
+            if some:
+                tables = self._tabulate(some, self._cuts())
+                self._priced.update(zip(some, map(list, zip(*tables, strict=True)), strict=True))
+
     def _tabulate(
-        self, staging: int, engine: EngineCapabilities, cuts: Sequence[Cuts]
-    ) -> list[LayerTable]:
-        return [
-            tabulate(self._problem(index, cut, staging, engine)) for index, cut in enumerate(cuts)
-        ]
+        self, asked: Sequence[_Staged], cuts: Sequence[Cuts]
+    ) -> Iterator[list[LayerTable]]:
+        """Of each layer a table for every amount of staging and what it lets an engine do."""
+        for index, cut in enumerate(cuts):
+            yield tabulate_all([self._problem(index, cut, *each) for each in asked])
 
     def _problem(
         self, index: int, cuts: Cuts, staging: int, engine: EngineCapabilities

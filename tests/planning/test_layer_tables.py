@@ -14,7 +14,7 @@ from moepack.checkpoint import Checkpoint
 from moepack.cost import Held, Parts, missing_after, prefill_layer_s
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import LEAST_CUTS, MAX_CUTS, Cuts, LayerProblem, cut_options, kept_cut
-from moepack.layer_tables import Choice, LayerTable, tabulate
+from moepack.layer_tables import Choice, LayerTable, tabulate, tabulate_all
 from moepack.layouts import layer_layout
 from moepack.plan import EngineCapabilities
 from moepack.prefetching import Ahead
@@ -104,6 +104,31 @@ def test_every_entry_is_the_price_of_its_option(engine: EngineCapabilities) -> N
         assert choice.budget_bytes == used_bytes(problem, choice)
     assert {choice.prefetch for choice in found} <= set(problem.engine.prefetch)
     assert max(choice.depth for choice in found) <= problem.staging_experts
+
+
+def test_amounts_of_staging_that_are_ample_can_be_priced_at_once() -> None:
+    deepest = layer_problem(engine=STREAMING, staging_experts=8)
+    problems = [
+        dataclasses.replace(
+            deepest,
+            staging_experts=2 + depth,
+            engine=dataclasses.replace(
+                STREAMING,
+                prefetch=STREAMING.prefetch if depth else ("off",),
+                max_prefetch_depth=depth,
+            ),
+        )
+        for depth in (0, 1, 3)
+    ]
+    for together, problem in zip(
+        tabulate_all([*problems, deepest]), [*problems, deepest], strict=True
+    ):
+        alone = tabulate(problem)
+        assert together.problem is problem
+        assert together.variants == alone.variants
+        assert together.policy == alone.policy
+        assert together.seconds.tolist() == alone.seconds.tolist()
+        assert together.variant.tolist() == alone.variant.tolist()
 
 
 def test_prefetching_is_chosen_where_it_is_better_and_only_what_the_engine_has() -> None:
