@@ -319,7 +319,7 @@ def _expert_half(checkpoint: Checkpoint, times: int) -> tuple[Work, Work]:
         block = Block(x, Routing(ids, torch.full(ids.shape, 1 / moe.top_k)))
         slots = memory.layers[number]
         pieces = slots.slots["top"].pieces[: moe.top_k]
-        weights = [piece.weights(slots.shapes["top"]) for piece in pieces]
+        weights = [piece.weights(slots.shapes["top"][0]) for piece in pieces]
 
     @torch.inference_mode()
     def half() -> None:

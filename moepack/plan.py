@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from moepack import records
-from moepack.encodings import ENCODINGS
 from moepack.errors import PlanError
 from moepack.records import added, record
 
@@ -93,6 +92,9 @@ class LayerLayout:
         """The encodings that its experts have, from most bytes to fewest."""
         if not self.encodings:
             return (self.encoding,)
+        # Deferred: most layers are not mixed, and encodings need numpy.
+        from moepack.encodings import ENCODINGS
+
         order = tuple(ENCODINGS)  # behind them what this moepack does not know
         return tuple(
             sorted(

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from moepack.budget import slow_bytes, stored_bytes
+from moepack.budget import layer_bytes, slow_bytes, stored_bytes
+from moepack.mixed_residency import starting
 from moepack.model_spec import ModelSpec
-from moepack.plan import HostTier, LayerPlacement, Layout
+from moepack.plan import HostTier, LayerLayout, LayerPlacement, Layout
 from moepack.segments import PARTS, Part, SegmentId
 
 #: Copies from RAM to the device in flight at once: one crosses, the next is ready to.
@@ -96,11 +97,7 @@ def host_tier(
     held = dict.fromkeys((cut.layer for cut in layout.layers), 0)
     for segment, size_bytes in tier.held.items():
         held[segment.layer] += size_bytes
-    shares = tuple(
-        held[cut.layer]
-        / (spec.moe(cut.layer).num_experts * sum(stored_bytes(spec, cut, part) for part in PARTS))
-        for cut in layout.layers
-    )
+    shares = tuple(held[cut.layer] / layer_bytes(spec, cut) for cut in layout.layers)
     held_bytes = sum(held.values())
     return HostTier(pinned_bytes, held_bytes, tier.bounces, tier.bounce_bytes, shares)
 
@@ -115,22 +112,27 @@ def _ranking(
     last = []
     cuts = list(zip(layout.layers, layers, strict=True))
     sizes = {
-        cut.layer: [(part, stored_bytes(spec, cut, part)) for part in PARTS] for cut, _ in cuts
+        (cut.layer, name): [(part, stored_bytes(spec, cut, part, name)) for part in PARTS]
+        for cut, _ in cuts
+        for name in cut.classes
     }
-    for place, experts in enumerate(zip_longest(*(placed.hot for _, placed in cuts))):
-        for (cut, placed), expert in zip(cuts, experts, strict=True):
+    staying = {cut.layer: _staying(cut, placed) for cut, placed in cuts}
+    for experts in zip_longest(*(placed.hot for _, placed in cuts)):
+        for (cut, _), expert in zip(cuts, experts, strict=True):
             if expert is None:
                 continue  # the layer has fewer experts
-            for part, size_bytes in sizes[cut.layer]:
+            for part, size_bytes in sizes[cut.layer, cut.encoding_of(expert)]:
                 if size_bytes:
                     found = SegmentId(cut.layer, expert, part), size_bytes
-                    if _stays(placed, part, place):
+                    if expert in staying[cut.layer][part]:
                         last.append(found)
                     else:
                         yield found
     yield from last
 
 
-def _stays(placed: LayerPlacement, part: Part, place: int) -> bool:
-    slots = placed.top_slots if part == "top" else placed.bottom_slots
-    return placed.policy == "pinned" and place < slots
+def _staying(cut: LayerLayout, placed: LayerPlacement) -> dict[Part, frozenset[int]]:
+    """Of each part, the experts that never leave their slots."""
+    if placed.policy != "pinned":
+        return {part: frozenset() for part in PARTS}
+    return {part: frozenset(starting(cut, placed, part)) for part in PARTS}

@@ -41,10 +41,12 @@ def replan_live(
     Returns
     -------
     list of ReplanReport
-        Filled while the engine runs; it stays empty where all layers share their slots.
+        Filled while the engine runs; it stays empty where all layers share their slots, or one
+        holds experts in several encodings.
     """
     reports: list[ReplanReport] = []
-    if not every_tokens or plan.placement.pool is not None:
+    mixed = any(cut.encodings for cut in plan.layout.layers)
+    if not every_tokens or mixed or plan.placement.pool is not None:
         return reports
 
     def again(live: LiveRouting) -> Sequence[LayerPlacement] | None:

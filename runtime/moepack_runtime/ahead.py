@@ -92,7 +92,7 @@ class Ahead:
             tickets = {
                 part: self._transfer.start(
                     SegmentId(self._layer.number, expert, part),
-                    self._layer.room(frame, part),
+                    self._layer.room(frame, expert, part),
                     Priority.PREFETCH,
                 )
                 for part in missing

@@ -25,6 +25,7 @@ CAPABILITIES = EngineCapabilities(
     shared_pool=True,
     as_ready=True,
     encodings=tuple(ENCODINGS),
+    mixed_layers=True,
 )
 
 
@@ -86,7 +87,7 @@ def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES)
                     f"layer {cut.layer} holds its experts as {name!r}; this engine computes with "
                     f"{', '.join(engine.encodings)}; plan again with this moepack"
                 )
-        if cut.encodings:
+        if cut.encodings and not engine.mixed_layers:
             raise CapabilityError(
                 f"layer {cut.layer} holds its experts as {' and '.join(cut.classes)}; this engine "
                 "wants those of one layer alike; plan again with one encoding a layer"
@@ -111,6 +112,11 @@ def _require_alike(spec: ModelSpec, layout: Layout, placement: Placement) -> Non
             raise PlanMismatchError(
                 f"all layers share slots for whole experts, and layer {cut.layer} is cut at "
                 f"{cut.split} of {cut.width} neurons; plan again"
+            )
+        if cut.encodings:
+            raise PlanMismatchError(
+                f"all layers share slots of one size, and layer {cut.layer} holds experts in "
+                f"{', '.join(cut.classes)}; plan again"
             )
         if layer_segment(spec, cut, "top") != shape:
             raise PlanMismatchError(

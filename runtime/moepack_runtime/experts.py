@@ -113,7 +113,7 @@ class ExpertMemory:
         for layer, part, experts in loads:
             for expert, slot in experts.items():
                 segment = SegmentId(layer.number, expert, part)
-                room = layer.slots[part].pieces[slot].room(layer.shapes[part])
+                room = layer.slot_room(slot, expert, part)
                 tickets.append(self.transfer.start(segment, room))
         total_bytes = sum(ticket.stored_bytes for ticket in tickets)
         with working(progress, "fill the slots", total_bytes):
@@ -250,7 +250,8 @@ class LayerPass:
         for part in self._lacking[expert]:
             if part not in fetch.tickets:
                 segment = SegmentId(layer.number, expert, part)
-                fetch.tickets[part] = self._transfer.start(segment, layer.room(fetch.frame, part))
+                room = layer.room(fetch.frame, expert, part)
+                fetch.tickets[part] = self._transfer.start(segment, room)
                 fetch.demanded.add(part)
 
     def in_order(self) -> Iterator[Arrival]:
@@ -317,11 +318,11 @@ class LayerPass:
         self._end_slice()
         slot = self._access[part].resident.get(expert)
         if slot is not None:
-            weights = layer.slots[part].pieces[slot].weights(layer.shapes[part])
+            weights = layer.slot_weights(slot, expert, part)
         else:
             fetch = self._fetches[expert]
             self._wait(fetch.tickets[part])
-            weights = layer.weights(fetch.frame, part)
+            weights = layer.weights(fetch.frame, expert, part)
         if self._timeline is not None:
             self._computing = SegmentId(layer.number, expert, part), perf_counter()
         return Arrival(expert, part, weights)
@@ -353,7 +354,7 @@ class LayerPass:
         for part, ticket in fetch.tickets.items():
             slot = self._access[part].admitted.get(expert)
             if slot is not None:
-                frame = self._layer.admit(frame, part, slot)
+                frame = self._layer.admit(frame, expert, part, slot)
             demanded = part in fetch.demanded
             if demanded:
                 self._demand_bytes += ticket.stored_bytes

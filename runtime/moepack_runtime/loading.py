@@ -167,10 +167,11 @@ def open_transfer(
 
 def _all_segments(spec: ModelSpec, layout: Layout) -> dict[SegmentId, int]:
     return {
-        SegmentId(cut.layer, expert, part): size_bytes
+        SegmentId(cut.layer, expert, part): sizes_bytes[cut.encoding_of(expert)]
         for cut in layout.layers
         for part in PARTS
-        if (size_bytes := stored_bytes(spec, cut, part))
+        if stored_bytes(spec, cut, part)
+        for sizes_bytes in ({name: stored_bytes(spec, cut, part, name) for name in cut.classes},)
         for expert in range(spec.moe(cut.layer).num_experts)
     }
 

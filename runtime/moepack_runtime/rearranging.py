@@ -29,6 +29,12 @@ def require_same_slots(
             f"all layers share {placement.pool.slots} slots, so that none can move between them; "
             "expected a plan whose layers have slots of their own"
         )
+    mixed = [number for number, layer in memory.layers.items() if layer.is_mixed]
+    if mixed:
+        raise PlanMismatchError(
+            f"layer {mixed[0]} holds experts in several encodings, and slots of as many sizes, "
+            "which do not move; expected a plan whose layers each have one encoding"
+        )
     before = [_without_slots(place) for place in placement.layers]
     if [_without_slots(place) for place in layers] != before:
         raise PlanMismatchError(
@@ -40,7 +46,7 @@ def require_same_slots(
         layer = memory.layers[place.layer]
         for part, count in _counts(place).items():
             if part in layer.slots:
-                counts[layer.shapes[part].stored_bytes] += count
+                counts[layer.slot_bytes(part)] += count
             elif count:
                 raise PlanMismatchError(
                     f"layer {place.layer} was given {count} slots for {part}s and has none"
@@ -83,13 +89,13 @@ def rearrange(memory: ExpertMemory, layers: Sequence[LayerPlacement]) -> int:
                 growing.append((layer, part, more, place))
             else:
                 freed = layer.shrink(part, count, place.hot)
-                spare.setdefault(layer.shapes[part].stored_bytes, []).extend(freed)
+                spare.setdefault(layer.slot_bytes(part), []).extend(freed)
     loads, moved_bytes = [], 0
     for layer, part, more, place in growing:
-        free = spare[layer.shapes[part].stored_bytes]
+        free = spare[layer.slot_bytes(part)]
         taken = [free.pop() for _ in range(more)]
         loads.append(Load(layer, part, layer.grow(part, taken, place.hot)))
-        moved_bytes += more * layer.shapes[part].stored_bytes
+        moved_bytes += more * layer.slot_bytes(part)
     memory.spare = [piece for of_size in spare.values() for piece in of_size]
     memory.fill(loads)
     return moved_bytes

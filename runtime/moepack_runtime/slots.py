@@ -1,17 +1,19 @@
 """Slots: memory of the fast tier in which experts stay, and the cache that decides who.
 
 A layer has slots of its own for each part of its experts, or its part of a pool that all layers
-share. Either way it sees :class:`Slots`.
+share. Either way it sees :class:`Slots`. In a mixed layer they are of several sizes, and an expert
+may lie in those of its own encoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from moepack.budget import layer_segment
+from moepack.budget import class_slots, layer_segment
+from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
 from moepack.residency import ExpertCache, LayerCache, SharedCache
@@ -19,6 +21,9 @@ from moepack.segments import PARTS, Part, SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.transfer import Transfer
+
+#: Of every expert, what one part of it holds.
+_Shapes = tuple[SegmentShape, ...]
 
 
 class Slots(NamedTuple):
@@ -42,52 +47,69 @@ class LayerSlots:
 
     Attributes
     ----------
-    shapes, slots : dict
-        Of each part that the layer's experts have.
+    shapes : dict
+        Of each part that the layer's experts have, what it holds of every expert.
+    slots : dict
+        Of each part.
     key_part : str
         The part whose residency counts as a hit.
     num_experts : int
-    is_cut : bool
-        Whether its experts have two parts.
+    is_cut, is_mixed : bool
+        Whether its experts have two parts; whether they are stored in different encodings.
     """
 
     def __init__(
-        self,
-        number: int,
-        num_experts: int,
-        shapes: dict[Part, SegmentShape],
-        slots: dict[Part, Slots],
+        self, cut: LayerLayout, shapes: dict[Part, _Shapes], slots: dict[Part, Slots]
     ) -> None:
-        self.number = number
-        self.num_experts = num_experts
+        self.number = cut.layer
+        self.num_experts = len(next(iter(shapes.values())))
         self.shapes = shapes
         self.slots = slots
         self.key_part: Part = "top" if "top" in shapes else "bottom"
         self.is_cut = len(shapes) == 2
-        # Where each part lies in a frame: the bottom behind the top.
-        self._frame_offset: dict[Part, int] = {"top": 0, "bottom": 0}
-        if self.is_cut:
-            self._frame_offset["bottom"] = shapes["top"].stored_bytes
+        self.is_mixed = bool(cut.encodings)
 
     @property
     def frame_bytes(self) -> int:
-        """What one whole expert takes."""
-        return sum(shape.stored_bytes for shape in self.shapes.values())
+        """What the largest of its experts takes, whole."""
+        return max(
+            sum(shapes[expert].stored_bytes for shapes in self.shapes.values())
+            for expert in range(self.num_experts)
+        )
+
+    def slot_bytes(self, part: Part) -> int:
+        """What one slot takes, where experts are stored alike."""
+        assert not self.is_mixed, "slots of several sizes"
+        return self.shapes[part][0].stored_bytes
 
     def missing(self, expert: int) -> list[Part]:
         """The parts of an expert that are not resident, top first."""
         return [part for part, slots in self.slots.items() if not slots.cache.holds(expert)]
 
-    def room(self, frame: Piece, part: Part) -> torch.Tensor:
+    def room(self, frame: Piece, expert: int, part: Part) -> torch.Tensor:
         """Where a part of an expert lies in a frame: uint8 [stored bytes]."""
-        return frame.room(self.shapes[part], self._frame_offset[part])
+        return frame.room(self.shapes[part][expert], self._frame_offset(expert, part))
 
-    def weights(self, frame: Piece, part: Part) -> FfnWeights | QuantisedFfn:
+    def weights(self, frame: Piece, expert: int, part: Part) -> FfnWeights | QuantisedFfn:
         """The same as weights."""
-        return frame.weights(self.shapes[part], self._frame_offset[part])
+        return frame.weights(self.shapes[part][expert], self._frame_offset(expert, part))
 
-    def admit(self, frame: Piece, part: Part, slot: int) -> Piece:
-        """Put a part that lies in a frame into a slot.
+    def _frame_offset(self, expert: int, part: Part) -> int:
+        """Where a part lies in a frame: the bottom behind the top."""
+        if self.is_cut and part == "bottom":
+            return self.shapes["top"][expert].stored_bytes
+        return 0
+
+    def slot_room(self, slot: int, expert: int, part: Part) -> torch.Tensor:
+        """Where a part of an expert lies in a slot that it may lie in: uint8 [stored bytes]."""
+        return self.slots[part].pieces[slot].room(self.shapes[part][expert])
+
+    def slot_weights(self, slot: int, expert: int, part: Part) -> FfnWeights | QuantisedFfn:
+        """The same as weights."""
+        return self.slots[part].pieces[slot].weights(self.shapes[part][expert])
+
+    def admit(self, frame: Piece, expert: int, part: Part, slot: int) -> Piece:
+        """Put a part of an expert that lies in a frame into a slot.
 
         Where both are of one size they change places: nothing is copied.
 
@@ -101,7 +123,7 @@ class LayerSlots:
         if room.memory.nbytes == frame.memory.nbytes:
             pieces[slot] = frame
             return room
-        room.room(self.shapes[part]).copy_(self.room(frame, part))
+        self.slot_room(slot, expert, part).copy_(self.room(frame, expert, part))
         return frame
 
     def shrink(self, part: Part, capacity: int, hot: Sequence[int]) -> list[Piece]:
@@ -164,55 +186,70 @@ def allocate_slots(
     if pool is not None:
         by_layer, allocated_bytes = _shared(shapes, placement, pool, transfer)
     else:
-        by_layer, allocated_bytes = _own(shapes, placement, transfer)
+        by_layer, allocated_bytes = _own(layout, shapes, placement, transfer)
     return {
-        cut.layer: LayerSlots(cut.layer, spec.moe(cut.layer).num_experts, of_layer, slots)
+        cut.layer: LayerSlots(cut, of_layer, slots)
         for cut, of_layer, slots in zip(layout.layers, shapes, by_layer, strict=True)
     }, allocated_bytes
 
 
 def _shapes(
     spec: ModelSpec, layout: LayerLayout, known: dict[SegmentShape, SegmentShape]
-) -> dict[Part, SegmentShape]:
+) -> dict[Part, _Shapes]:
     """Of each part that the layer's experts have; one object for all that are alike."""
-    found: dict[Part, SegmentShape] = {}
+    found: dict[Part, _Shapes] = {}
     for part in PARTS:
-        shape = layer_segment(spec, layout, part)
-        if shape is not None:
-            found[part] = known.setdefault(shape, shape)
+        of_class = {
+            name: known.setdefault(shape, shape)
+            for name in layout.classes
+            if (shape := layer_segment(spec, layout, part, name)) is not None
+        }
+        if of_class:
+            experts = range(spec.moe(layout.layer).num_experts)
+            found[part] = tuple(of_class[layout.encoding_of(expert)] for expert in experts)
     return found
 
 
 def _own(
-    shapes: Sequence[dict[Part, SegmentShape]],
+    layout: Layout,
+    shapes: Sequence[dict[Part, _Shapes]],
     placement: Sequence[LayerPlacement],
     transfer: Transfer,
 ) -> tuple[list[dict[Part, Slots]], int]:
     allocated_bytes = 0
     by_layer: list[dict[Part, Slots]] = []
-    for of_layer, place in zip(shapes, placement, strict=True):
-        capacity: dict[Part, int] = {"top": place.top_slots, "bottom": place.bottom_slots}
+    for cut, of_layer, place in zip(layout.layers, shapes, placement, strict=True):
         slots: dict[Part, Slots] = {}
-        for part, shape in of_layer.items():
-            allocated_bytes += capacity[part] * shape.stored_bytes
-            slots[part] = Slots(
-                ExpertCache(
-                    capacity[part], place.hot, place.policy, half_life_tokens=place.half_life_tokens
-                ),
-                _allocate(shape, capacity[part], transfer),
-            )
+        for part, of_expert in of_layer.items():
+            memory: list[Piece] = []
+            for count, shape in _slot_shapes(cut, place, part, of_expert):
+                allocated_bytes += count * shape.stored_bytes
+                memory += _allocate(shape, count, transfer)
+            slots[part] = Slots(layer_cache(cut, place, part), memory)
         by_layer.append(slots)
     return by_layer, allocated_bytes
 
 
+def _slot_shapes(
+    cut: LayerLayout, place: LayerPlacement, part: Part, of_expert: _Shapes
+) -> Iterator[tuple[int, SegmentShape]]:
+    """How many slots there are, and for what, in the order in which the cache numbers them."""
+    if not cut.encodings:
+        yield place.top_slots if part == "top" else place.bottom_slots, of_expert[0]
+        return
+    for name, count in zip(cut.classes, class_slots(cut, place), strict=True):
+        yield count, of_expert[cut.encodings.index(name)]
+
+
 def _shared(
-    shapes: Sequence[dict[Part, SegmentShape]],
+    shapes: Sequence[dict[Part, _Shapes]],
     placement: Sequence[LayerPlacement],
     pool: SharedPool,
     transfer: Transfer,
 ) -> tuple[list[dict[Part, Slots]], int]:
-    shape = shapes[0]["top"]
-    assert all(of_layer == {"top": shape} for of_layer in shapes), "a pool of unlike experts"
+    shape = shapes[0]["top"][0]
+    alike = all({*of_layer} == {"top"} and {*of_layer["top"]} == {shape} for of_layer in shapes)
+    assert alike, "a pool of unlike experts"
     cache = SharedCache(pool.slots, [place.hot for place in placement], pool.policy)
     shared = _allocate(shape, pool.slots, transfer)
     by_layer: list[dict[Part, Slots]] = [

@@ -18,7 +18,7 @@ from isal import isal_zlib
 from typing_extensions import override
 
 from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
-from moepack.encodings import Encoding, encoding
+from moepack.encodings import encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.manifest import TRUNK_FILE
@@ -26,6 +26,7 @@ from moepack.model_spec import ModelSpec, TensorInfo
 from moepack.plan import Layout
 from moepack.quantise import quantise_expert
 from moepack.segments import (
+    PARTS,
     Bits,
     Part,
     SegmentId,
@@ -278,28 +279,31 @@ class CheckpointStore(SegmentStore):
     def __init__(self, source: ExpertSource, spec: ModelSpec, layout: Layout) -> None:
         self._source = source
         self._spec = spec
-        self._shapes: dict[tuple[int, Part], SegmentShape] = {}
-        self._encodings: dict[int, Encoding] = {}
+        self._cuts = {cut.layer: cut for cut in layout.layers}
+        self._shapes: dict[tuple[int, Part, str], SegmentShape] = {}
         for cut in layout.layers:
-            stored = self._encodings[cut.layer] = encoding(cut.encoding)
-            if not stored.quantised and cut.encoding != spec.dtype:
-                raise PlanMismatchError(
-                    f"layer {cut.layer} is planned as {cut.encoding}, the checkpoint holds "
-                    f"{spec.dtype}; expected that, or a quantised encoding; plan again"
-                )
-            for part in ("top", "bottom"):
-                shape = layer_segment(spec, cut, part)
-                if shape is not None:
-                    self._shapes[cut.layer, part] = shape
+            for name in cut.classes:
+                if not encoding(name).quantised and name != spec.dtype:
+                    raise PlanMismatchError(
+                        f"layer {cut.layer} is planned as {name}, the checkpoint holds "
+                        f"{spec.dtype}; expected that, or a quantised encoding; plan again"
+                    )
+                for part in PARTS:
+                    shape = layer_segment(spec, cut, part, name)
+                    if shape is not None:
+                        self._shapes[cut.layer, part, name] = shape
         self._recent: OrderedDict[tuple[int, int], Mapping[str, Bits]] = OrderedDict()
         self._lock = threading.Lock()
 
     @override
     def shape(self, segment: SegmentId) -> SegmentShape:
-        shape = self._shapes.get((segment.layer, segment.part))
-        if shape is None:
-            raise PlanMismatchError(f"the layout has no segment {segment}; plan again")
-        return shape
+        cut = self._cuts.get(segment.layer)
+        if cut is not None:
+            name = cut.encoding_of(segment.expert)
+            shape = self._shapes.get((segment.layer, segment.part, name))
+            if shape is not None:
+                return shape
+        raise PlanMismatchError(f"the layout has no segment {segment}; plan again")
 
     @override
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
@@ -312,7 +316,7 @@ class CheckpointStore(SegmentStore):
         weights = self._recent.pop((layer, expert), None)
         if weights is None:
             weights = self._source.expert(layer, expert)
-            stored = self._encodings[layer]
+            stored = encoding(self._cuts[layer].encoding_of(expert))
             if stored.quantised:
                 what = f"layer {layer}, expert {expert}"
                 weights = quantise_expert(weights, stored, self._spec.dtype, what)

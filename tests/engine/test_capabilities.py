@@ -67,14 +67,17 @@ def test_a_layout_is_refused_in_an_encoding_that_the_engine_does_not_compute_wit
         )
 
 
-def test_a_layer_whose_experts_are_stored_in_several_encodings_is_refused(
+def test_a_layer_whose_experts_are_stored_in_several_encodings_may_be_refused(
     checkpoint: Checkpoint,
 ) -> None:
     layout = mixed_layout(checkpoint.spec, (1.0,), encodings=("INT8",))
     first = layout.layers[0]
     mixed = dataclasses.replace(first, encodings=("INT4_G32", *["INT8"] * 15))
+    layout = dataclasses.replace(layout, layers=(mixed, *layout.layers[1:]))
+    require_encodings(layout)
+    lesser = dataclasses.replace(CAPABILITIES, mixed_layers=False)
     with pytest.raises(CapabilityError, match="layer 0 holds its experts as INT8 and INT4_G32"):
-        require_encodings(dataclasses.replace(layout, layers=(mixed, *layout.layers[1:])))
+        require_encodings(layout, lesser)
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_missing_bytes(

@@ -38,6 +38,7 @@ from moepack.units import MIB
 from tests.conftest import TinyFolder
 from tests.support.caches import half_life_of
 from tests.support.engines import Twin, all_logits, open_engine
+from tests.support.mixed import slots_drawn, with_slots
 from tests.support.plans import mixed_layout, placement
 from tests.support.predictors import Guesses
 
@@ -88,19 +89,20 @@ def any_placement(
         experts = spec.moe(cut.layer).num_experts
         policy = random.choice(POLICIES)
         prefetch = random.choice(PREFETCH_MODES)
-        layers.append(
-            LayerPlacement(
-                layer=cut.layer,
-                budget_bytes=0,
-                top_slots=random.randint(0, experts) if cut.split and not pooled else 0,
-                bottom_slots=random.randint(0, experts) if cut.split < cut.width else 0,
-                policy=policy,
-                hot=tuple(random.sample(range(experts), experts)),
-                prefetch=prefetch,
-                prefetch_depth=0 if prefetch == "off" else random.randint(1, experts),
-                half_life_tokens=half_life_of(policy, random.choice((1.0, 7.3, 300.0))),
-            )
+        place = LayerPlacement(
+            layer=cut.layer,
+            budget_bytes=0,
+            top_slots=random.randint(0, experts) if cut.split and not pooled else 0,
+            bottom_slots=random.randint(0, experts) if cut.split < cut.width else 0,
+            policy=policy,
+            hot=tuple(random.sample(range(experts), experts)),
+            prefetch=prefetch,
+            prefetch_depth=0 if prefetch == "off" else random.randint(1, experts),
+            half_life_tokens=half_life_of(policy, random.choice((1.0, 7.3, 300.0))),
         )
+        if cut.encodings:
+            place = with_slots(cut, place, slots_drawn(cut, random))
+        layers.append(place)
     everyone = sum(len(place.hot) for place in layers)
     pool = SharedPool(random.randint(1, everyone), random.choice(POOL_POLICIES))
     shared = pool if pooled else None

@@ -95,7 +95,7 @@ def require_right_contents(engine: Engine, checkpoint: Checkpoint, layout: Layou
             held = slots.cache.resident
             assert sorted(held.values()) == list(range(count)) == list(range(len(slots.pieces)))
             for expert, slot in held.items():
-                shape = layer.shapes[part]
+                shape = layer.shapes[part][expert]
                 expected = np.zeros(shape.stored_bytes, np.uint8)
                 store.read_into(SegmentId(place.layer, expert, part), expected, CheckMode.NEVER)
                 found = slots.pieces[slot].memory.numpy()

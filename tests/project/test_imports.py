@@ -31,6 +31,7 @@ SHARED = {
     "manifest",
     "machine",
     "residency",
+    "mixed_residency",
     "cost",
 }
 
