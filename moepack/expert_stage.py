@@ -105,14 +105,9 @@ class Stage:
             list(_powers(chance, top_k)) for chance in (bottom_lack, both_lack, ready)
         )
         # Exactly so many lack something, whatever it is: all others are covered or ready.
-        lacking = [
-            sum(
-                brought.covered[:, top_k - lack - more, None]
-                * (math.comb(lack + more, lack) * rest[more])
-                for more in range(top_k - lack + 1)
-            )
-            for lack in range(top_k + 1)
-        ]
+        covered, orders = _others(top_k)
+        lacking = (brought.covered[:, covered] * orders) @ np.stack(rest, axis=1)
+        lacking = lacking.transpose(1, 0, 2)  # [K + 1, D + 1, S]
         ways = self._ways
         chances = np.empty((len(ways.factor), *ready.shape))
         for chance, i, j, factor in zip(chances, ways.bottom, ways.both, ways.factor, strict=True):
@@ -144,6 +139,25 @@ def _ways(top_k: int, bottoms: bool, boths: bool) -> _Ways:
     bottom, both = np.array(pairs, dtype=np.intp).T
     factor = [float(math.comb(bottom + both, both)) for bottom, both in pairs]
     return _Ways(bottom, both, np.array(factor))
+
+
+@functools.cache
+def _others(top_k: int) -> tuple[npt.NDArray[np.intp], Array]:
+    """Of so many that lack something and so many that are ready: how many others, in what orders.
+
+    Returns
+    -------
+    covered : int [K + 1, K + 1]
+    orders : float64 [K + 1, K + 1]
+        0 where the two are more than K.
+    """
+    count = range(top_k + 1)
+    orders = [
+        [float(math.comb(lack + ready, lack)) * (lack + ready <= top_k) for ready in count]
+        for lack in count
+    ]
+    each = np.arange(top_k + 1)
+    return np.maximum(top_k - each[:, None] - each, 0), np.array(orders)
 
 
 def _powers(base: Array, top_k: int) -> Iterator[Array]:
