@@ -51,48 +51,84 @@ class LayerTimes(NamedTuple):
 
 
 class Lacks(NamedTuple):
-    """How likely an activated expert lacks its bottom alone, and all that it has."""
+    """How likely an activated expert lacks its bottom alone, and all that it has.
+
+    ``bottom_disk`` and ``both_disk``: and RAM lacks it too; None where RAM holds everything.
+    """
 
     bottom: Array
     both: Array
+    bottom_disk: Array | None = None
+    both_disk: Array | None = None
+
+    def each(self, change: Callable[[Array], Array]) -> Lacks:
+        """All of them changed alike."""
+        return Lacks(
+            change(self.bottom),
+            change(self.both),
+            None if self.bottom_disk is None else change(self.bottom_disk),
+            None if self.both_disk is None else change(self.both_disk),
+        )
 
 
 class Parts(NamedTuple):
     """How experts are cut, each a float or [C].
 
     ``top_s`` and ``bottom_s`` are the link's seconds for one, 0 where there is none; ``top_share``
-    is theta, the top's share of an expert's computing.
+    is theta, the top's share of an expert's computing. ``top_read_s`` and ``bottom_read_s`` are the
+    disk's, for what RAM does not hold.
     """
 
     top_s: Number
     bottom_s: Number
     top_share: Number
+    top_read_s: Number = 0.0
+    bottom_read_s: Number = 0.0
 
     def columns(self) -> tuple[Array, Array, Array]:
-        """The three of them, each [C]."""
-        top_s, bottom_s, share = (np.atleast_1d(np.asarray(part, np.float64)) for part in self)
+        """The link's seconds and the share, each [C]."""
+        top_s, bottom_s, share = (np.atleast_1d(np.asarray(part, np.float64)) for part in self[:3])
         return top_s, bottom_s, share
+
+    def read_columns(self) -> tuple[Array, Array]:
+        """The disk's seconds, each [C]."""
+        top_s, bottom_s = (np.atleast_1d(np.asarray(part, np.float64)) for part in self[3:])
+        return top_s, bottom_s
+
+    def read_s(self, lacks: Lacks) -> Array:
+        """Disk seconds of what an expert lacks on average, [..., C] for lacks of [...]."""
+        assert lacks.bottom_disk is not None, "RAM holds everything"
+        assert lacks.both_disk is not None, "RAM holds everything"
+        top_s, bottom_s = self.read_columns()
+        both = lacks.both_disk[..., None] * (top_s + bottom_s)
+        return np.asarray(lacks.bottom_disk[..., None] * bottom_s + both)
 
     def link_s(self, lacks: Lacks) -> Array:
         """Link seconds of what an expert lacks on average, [..., C] for lacks of [...]."""
         top_s, bottom_s, _ = self.columns()
-        return np.tensordot(np.stack(lacks), np.stack([bottom_s, top_s + bottom_s]), axes=(0, 0))
+        return np.tensordot(
+            np.stack(lacks[:2]), np.stack([bottom_s, top_s + bottom_s]), axes=(0, 0)
+        )
 
 
 class Held(NamedTuple):
     """How likely each part of an expert is resident, each a float or [S].
 
     1 where there is no such part. Caches are nested (a bottom is kept only where every top is), so
-    an expert is whole with the smaller of the two chances.
+    an expert is whole with the smaller of the two chances. ``bottom_disk`` and ``both_disk``: see
+    :class:`Lacks`.
     """
 
     top: Number
     bottom: Number
+    bottom_disk: Array | None = None
+    both_disk: Array | None = None
 
     def lacking(self) -> Lacks:
         """What an activated expert lacks if nothing is fetched ahead, each [S]."""
-        top, bottom = (np.atleast_1d(np.asarray(chance, np.float64)) for chance in self)
-        return Lacks(top - np.minimum(top, bottom), 1.0 - top)
+        top, bottom = (np.atleast_1d(np.asarray(chance, np.float64)) for chance in self[:2])
+        lacks = Lacks(top - np.minimum(top, bottom), 1.0 - top)
+        return lacks._replace(bottom_disk=self.bottom_disk, both_disk=self.both_disk)
 
 
 def throttled(link: LinkSeconds, rate_bytes_per_s: float, latency_s: float) -> LinkSeconds:
@@ -131,6 +167,7 @@ def prefill_layer_s(
     *,
     staging_experts: int,
     ahead: bool = False,
+    missing_disk: tuple[Number, Number] | None = None,
 ) -> Array:
     """Expected seconds of a whole prompt through one layer, [S, C].
 
@@ -146,10 +183,20 @@ def prefill_layer_s(
         See :class:`LayerTimes`.
     missing
         Tops and bottoms that have to be fetched, each a float or [S]: :func:`missing_after`.
+    missing_disk
+        Those of them that RAM lacks too. The disk works beside the bus as far as experts are in
+        flight: with one frame one after the other, with many both at once.
     """
     tops, bottoms = (np.atleast_1d(np.asarray(count, np.float64))[:, None] for count in missing)
     top_s, bottom_s, _ = parts.columns()
     link_s = tops * top_s + bottoms * bottom_s
+    if missing_disk is not None:
+        tops_read, bottoms_read = (
+            np.atleast_1d(np.asarray(count, np.float64))[:, None] for count in missing_disk
+        )
+        top_read_s, bottom_read_s = parts.read_columns()
+        read_s = tops_read * top_read_s + bottoms_read * bottom_read_s
+        link_s = np.maximum(link_s, read_s) + np.minimum(link_s, read_s) / staging_experts
     transfers = tops * (top_s > 0.0) + bottoms * (bottom_s > 0.0)
     compute_s = np.atleast_1d(experts_s) + transfers * transfer_s
     compute_s = compute_s + np.minimum(transfers, 1.0) * burst_s

@@ -12,6 +12,7 @@ import numpy as np
 from moepack.cost import Array, Held, Lacks, LayerTimes, Parts
 from moepack.expert_stage import Stage
 from moepack.prefetching import Ahead, Brought, brought, nothing_brought
+from moepack.tier_stage import TierStage
 
 # Stands for no width at all, so that nothing is divided by 0.
 _LEAST_WIDTH_S = 1e-15
@@ -39,7 +40,7 @@ def decode_layer_s(
     [S, C]
     """
     lacks = held.lacking()
-    stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
+    stage = _stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
     seconds, _ = stage.expected(nothing_brought(lacks, top_k))
     return np.asarray(seconds[0] + _unhidden_s(times, top_k, parts, held))
 
@@ -73,12 +74,14 @@ def decode_ahead_s(
     lacks = held.lacking()
     times = times._replace(shared_s=times.shared_s + ahead.guess_s)
     after = brought(lacks, ahead, top_k).first(depth)
-    stage = Stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
-    begun, done = ranks_in_time(*_rooms_s(stage, parts, ahead, after, ahead.gap_s))
+    stage = _stage(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
+    begun, done = _ranks_in_time(stage, parts, ahead, after)
     expected_s, link_bound = stage.expected(after)
     wrong = (1.0 - ahead.accuracy[:, None])[:depth]
-    wasted = Lacks(*(wrong * lack[:depth] for lack in ahead.lacks()))
+    wasted = ahead.lacks().each(lambda lack: wrong * lack[:depth])
     late_s = parts.link_s(wasted)
+    if isinstance(stage, TierStage):
+        late_s = np.maximum(late_s, parts.read_s(wasted))
     costs_s = _transfers(wasted, parts) * times.transfer_s
     layer_s = np.empty(late_s.shape)
     total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held)
@@ -90,6 +93,33 @@ def decode_ahead_s(
         total_s = total_s - brings_s + delays_s + begun[rank] * costs_s[rank]
         layer_s[rank] = total_s
     return layer_s
+
+
+def _stage(
+    times: LayerTimes,
+    top_k: int,
+    parts: Parts,
+    lacks: Lacks,
+    *,
+    staging_experts: int,
+    as_ready: bool,
+) -> Stage:
+    kind = Stage if lacks.both_disk is None else TierStage
+    return kind(times, top_k, parts, lacks, staging_experts=staging_experts, as_ready=as_ready)
+
+
+def _ranks_in_time(stage: Stage, parts: Parts, ahead: Ahead, after: Brought) -> tuple[Array, Array]:
+    """:func:`ranks_in_time`; what has to be read first is in time where both disk and link are."""
+    begun, done = ranks_in_time(*_rooms_s(stage, parts, ahead, after, ahead.gap_s))
+    lacks = ahead.lacks()
+    if lacks.bottom_disk is None or lacks.both_disk is None:
+        return begun, done
+    ranks = len(begun)
+    reads = (lacks.bottom_disk + lacks.both_disk)[:ranks]
+    share = (reads / np.maximum(lacks.bottom + lacks.both, 1e-9)[:ranks])[..., None]
+    read_begun, read_done = ranks_in_time(*_disk_rooms_s(stage, parts, ahead, after))
+    begun = begun + share * (read_begun - begun)
+    return begun, np.minimum(done + share * (np.minimum(read_done, done) - done), begun)
 
 
 def ranks_in_time(rooms_s: Array, deviations_s: Array, transfers_s: Array) -> tuple[Array, Array]:
@@ -147,7 +177,7 @@ def _rooms_s(
     top_s, bottom_s, _ = parts.columns()
     both_s = top_s + bottom_s
     ranks = len(brought.covered) - 1
-    bottom, both = (lack[:ranks] for lack in ahead.lacks())
+    bottom, both = (lack[:ranks] for lack in ahead.lacks()[:2])
     needs_s = parts.link_s(Lacks(_sums(bottom), _sums(both)))
     # Of each rank the mean square less the square of the mean.
     terms = (bottom - bottom**2, both - both**2, -2.0 * bottom * both)
@@ -155,6 +185,28 @@ def _rooms_s(
     variance = np.tensordot(np.stack([_sums(term) for term in terms]), squares, axes=(0, 0))
     rooms_s = stage.link_idle_s(brought.mean_lacks()) + gap_s - needs_s
     # What a rank that lacks something takes of the room: the more is there, the less is demanded.
+    some = np.maximum(bottom + both, 1e-9)[..., None]
+    takes_s = np.maximum(rooms_s[:-1] - rooms_s[1:], 0.0) / some
+    return rooms_s, np.sqrt(np.maximum(variance, 0.0)), takes_s
+
+
+def _disk_rooms_s(
+    stage: Stage, parts: Parts, ahead: Ahead, brought: Brought
+) -> tuple[Array, Array, Array]:
+    """The same of the disk, for what RAM does not hold."""
+    lacks = ahead.lacks()
+    assert lacks.bottom_disk is not None, "RAM holds everything"
+    assert lacks.both_disk is not None, "RAM holds everything"
+    top_s, bottom_s = parts.read_columns()
+    ranks = len(brought.covered) - 1
+    bottom, both = lacks.bottom_disk[:ranks], lacks.both_disk[:ranks]
+    sums = Lacks(_sums(bottom), _sums(both), _sums(bottom), _sums(both))
+    terms = (bottom - bottom**2, both - both**2, -2.0 * bottom * both)
+    both_s = top_s + bottom_s
+    squares = np.stack([bottom_s**2, both_s**2, bottom_s * both_s])
+    variance = np.tensordot(np.stack([_sums(term) for term in terms]), squares, axes=(0, 0))
+    assert isinstance(stage, TierStage), "RAM holds everything"
+    rooms_s = stage.disk_idle_s(brought.mean_lacks()) + ahead.gap_s - parts.read_s(sums)
     some = np.maximum(bottom + both, 1e-9)[..., None]
     takes_s = np.maximum(rooms_s[:-1] - rooms_s[1:], 0.0) / some
     return rooms_s, np.sqrt(np.maximum(variance, 0.0)), takes_s

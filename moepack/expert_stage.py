@@ -49,15 +49,8 @@ class Stage:
         staging_experts: int,
         as_ready: bool,
     ) -> None:
-        self._top_k = top_k
-        self._parts = parts
-        self._as_ready = as_ready
+        self._prepare(times, top_k, parts, as_ready=as_ready)
         self._ways = _ways(top_k, bool(lacks.bottom.any()), bool(lacks.both.any()))
-        _, bottom_s, share = parts.columns()
-        self._expert_s = np.atleast_1d(np.asarray(times.expert_s, dtype=np.float64))
-        # What is left to compute when the last part has arrived.
-        self._last_s = self._expert_s * np.where(bottom_s > 0.0, 1.0 - share, 1.0)
-        self._compute_s = times.shared_s + top_k * self._expert_s
         # By how many lack their bottom, and how many both, [K + 1, K + 1, C].
         top_s, bottom_s, _ = parts.columns()
         hidden_s = self._expert_s - self._last_s
@@ -68,6 +61,16 @@ class Stage:
         # To lack less never takes longer: a rule that averages break a little.
         stage_s = np.maximum.accumulate(np.maximum.accumulate(stage_s, axis=0), axis=1)
         self.seconds: Array = stage_s[self._ways.bottom, self._ways.both]
+
+    def _prepare(self, times: LayerTimes, top_k: int, parts: Parts, *, as_ready: bool) -> None:
+        self._top_k = top_k
+        self._parts = parts
+        self._as_ready = as_ready
+        _, bottom_s, share = parts.columns()
+        self._expert_s = np.atleast_1d(np.asarray(times.expert_s, dtype=np.float64))
+        # What is left to compute when the last part has arrived.
+        self._last_s = self._expert_s * np.where(bottom_s > 0.0, 1.0 - share, 1.0)
+        self._compute_s = times.shared_s + top_k * self._expert_s
 
     def expected(self, brought: Brought) -> tuple[Array, Array]:
         """Expectations over the ways after m = 0 ... D ranks, each [D + 1, S, C].
@@ -90,7 +93,9 @@ class Stage:
         ``max(K * expert - D, tail)`` at the expected lack. It stands for the layer before, which is
         taken to be like this one, so that layers can be priced one by one.
         """
-        demand_s = self._top_k * self._parts.link_s(lacks)
+        return self._idle_s(lacks, self._top_k * self._parts.link_s(lacks))
+
+    def _idle_s(self, lacks: Lacks, demand_s: Array) -> Array:
         tail_s = self._last_s
         if not self._as_ready:
             lack = self._top_k * (lacks.bottom + lacks.both)[..., None]
@@ -99,7 +104,7 @@ class Stage:
 
     def _chances(self, brought: Brought) -> Array:
         """Chance of each way, [J, D + 1, S]: multinomial in those that are not covered."""
-        top_k, (bottom_lack, both_lack) = self._top_k, brought.lacks
+        top_k, (bottom_lack, both_lack) = self._top_k, brought.lacks[:2]
         ready = np.clip(1.0 - bottom_lack - both_lack, 0.0, 1.0)
         bottom, both, rest = (
             list(_powers(chance, top_k)) for chance in (bottom_lack, both_lack, ready)

@@ -64,6 +64,28 @@ class PromptTimes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class DiskProblem:
+    """A disk behind RAM that does not hold every expert of a layer.
+
+    Attributes
+    ----------
+    link : callable
+        Seconds of one read of so many bytes.
+    held : int
+        Experts that RAM holds: the hottest.
+    shares : mapping of str to float64 [N + 1]
+        Of what 0, 1 ... N slots lack under each policy, the share that RAM lacks too.
+    predicted_shares : mapping of str to float64 [D, N + 1]
+        The same of the expert predicted at each rank.
+    """
+
+    link: LinkSeconds
+    held: int
+    shares: Mapping[Policy, Array]
+    predicted_shares: Mapping[Policy, Array]
+
+
+@dataclass(frozen=True, eq=False)
 class LayerProblem:
     """What is known of one layer. ``N`` experts, ``D`` ranks of the prediction (may be none).
 
@@ -99,6 +121,8 @@ class LayerProblem:
         How likely the expert predicted at rank r is activated.
     predicted_held : mapping of str to float64 [D, N + 1]
         How likely it is held by 0, 1 ... N slots under each policy.
+    disk : DiskProblem or None
+        What RAM does not hold of what the slots lack; None where it holds everything.
     """
 
     layer: int
@@ -117,6 +141,7 @@ class LayerProblem:
     guess_s: float = 0.0
     accuracy: Array = field(default_factory=lambda: np.zeros(0))
     predicted_held: Mapping[Policy, Array] = field(default_factory=dict)
+    disk: DiskProblem | None = None
 
     @property
     def num_experts(self) -> int:

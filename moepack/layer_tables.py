@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.byte_division import Frontier
-from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
+from moepack.cost import Array, Held, LinkSeconds, Parts, missing_after, prefill_layer_s
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
-from moepack.layer_problem import Integers, LayerProblem
+from moepack.layer_problem import Cuts, Integers, LayerProblem
 from moepack.plan import Policy, PrefetchMode
 from moepack.prefetching import Ahead
 
@@ -159,7 +159,9 @@ def tabulate_all(problems: Sequence[LayerProblem]) -> list[LayerTable]:
     leader = _smoothed(curves, problem.num_experts // 8).argmax(axis=0)
     hits = np.maximum.accumulate(np.take_along_axis(curves, leader[None], axis=0)[0])
     hits[-1] = 1.0
-    pricer = _Pricer(problem, hits, _predicted_held(problem, policies, leader))
+    pricer = _Pricer(
+        problem, hits, _predicted_held(problem, policies, leader), _reads(problem, policies, leader)
+    )
     every = tuple(_variants(problem))
     asked = [tuple(_variants(each)) for each in problems]
     places = [[every.index(variant) for variant in variants] for variants in asked]
@@ -220,28 +222,45 @@ def _variants(problem: LayerProblem) -> Iterator[Variant]:
             yield from (Variant(mode, depth) for depth in range(1, _ranks(problem) + 1))
 
 
+def _reads(
+    problem: LayerProblem, policies: list[Policy], leader: npt.NDArray[np.intp]
+) -> tuple[Array, Array] | None:
+    """Shares of what n slots lack that RAM lacks too, under the policy that leads there.
+
+    Returns
+    -------
+    activated : float64 [N + 1]
+    predicted : float64 [D, N + 1]
+    """
+    disk = problem.disk
+    if disk is None:
+        return None
+    slots = np.arange(len(leader))
+    activated = np.array([disk.shares[policy] for policy in policies])[leader, slots]
+    predicted = np.array([disk.predicted_shares[policy] for policy in policies])
+    return activated, predicted[leader, : len(problem.accuracy), slots].T
+
+
 class _Pricer:
     """Prices groups of states and cuts of one layer under every variant."""
 
-    def __init__(self, problem: LayerProblem, hits: Array, predicted_held: Array) -> None:
+    def __init__(
+        self,
+        problem: LayerProblem,
+        hits: Array,
+        predicted_held: Array,
+        reads: tuple[Array, Array] | None = None,
+    ) -> None:
         self._problem = problem
+        self._reads = reads
         self._hits = hits
         self._predicted_held = predicted_held
         self._ranks = _ranks(problem)
         self._missing = missing_after(problem.used)
         cuts, interior = problem.cuts, problem.cuts.interior
-        seconds = {
-            int(size): problem.link(int(size))
-            for size in {*cuts.top_bytes.tolist(), *cuts.bottom_bytes.tolist()}
-            if size
-        }
-        top_s, bottom_s = (
-            np.array([seconds.get(int(size), 0.0) for size in sizes])
-            for sizes in (cuts.top_bytes, cuts.bottom_bytes)
-        )
-        # An uncut expert counts as all bottom.
-        self._top_s = np.where(interior, top_s, 0.0)
-        self._bottom_s = np.where(interior, bottom_s, top_s + bottom_s)
+        self._transfers: tuple[Array, ...] = _part_seconds(cuts, problem.link)
+        if problem.disk is not None:
+            self._transfers += _part_seconds(cuts, problem.disk.link)
         self._share = np.where(interior, cuts.splits / cuts.width, 0.0)
         self._expert_s = np.where(interior, problem.split_s, problem.token.expert_s)
         self._prompt_s = np.where(interior, problem.prompt.split_s, problem.prompt.experts_s)
@@ -251,10 +270,12 @@ class _Pricer:
     ) -> Iterator[tuple[int, Array]]:
         """(variant, seconds [S, C]) of the first N states, or of those after them."""
         problem = self._problem
-        parts = Parts(self._top_s[columns], self._bottom_s[columns], self._share[columns])
+        top_s, bottom_s, *read = (seconds[columns] for seconds in self._transfers)
+        parts = Parts(top_s, bottom_s, self._share[columns], *read)
         token = problem.token._replace(expert_s=self._expert_s[columns])
         tops = states.start == 0
-        held = self._held(self._hits, tops)
+        reads, predicted_reads = self._reads or (None, None)
+        held = self._held(self._hits, tops, reads)
         frames, as_ready = problem.staging_experts, problem.engine.as_ready
         later = max(0, problem.new_tokens - 1)
         for mode in ("off", "bottoms", "all"):
@@ -267,7 +288,7 @@ class _Pricer:
                     token, problem.top_k, parts, held, staging_experts=frames, as_ready=as_ready
                 )[None]
             else:
-                ranks = self._held(self._predicted_held, tops)
+                ranks = self._held(self._predicted_held, tops, predicted_reads)
                 ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
                 tokens_s = decode_ahead_s(
                     token,
@@ -281,17 +302,31 @@ class _Pricer:
                 )
             yield from zip(wanted, first_s + later * tokens_s, strict=True)
 
-    def _held(self, curve: Array, tops: bool) -> Held:
+    def _held(self, curve: Array, tops: bool, reads: Array | None) -> Held:
         """Chances by state: N of tops while no bottom is kept, or N + 1 of bottoms beside all."""
+        lacked = None if reads is None else (1.0 - curve) * reads
         if tops:
-            return Held(curve[..., :-1], np.zeros_like(curve[..., :-1]))
-        return Held(np.ones_like(curve), curve)
+            held = Held(curve[..., :-1], np.zeros_like(curve[..., :-1]))
+            if lacked is None:
+                return held
+            # Of a top that is held, the bottom is read if RAM lacks the expert: all that it lacks
+            # are those that no slot would hold.
+            kept = np.clip(lacked[..., :1] - lacked[..., :-1], 0.0, curve[..., :-1])
+            return held._replace(bottom_disk=kept, both_disk=lacked[..., :-1])
+        held = Held(np.ones_like(curve), curve)
+        if lacked is None:
+            return held
+        return held._replace(bottom_disk=lacked, both_disk=np.zeros_like(lacked))
 
     def _prefill_s(
         self, parts: Parts, tops: bool, columns: npt.NDArray[np.intp], *, ahead: bool
     ) -> Array:
         missing = self._missing
         lacking = (missing[:-1], missing[0]) if tops else (0.0, missing)
+        disk, read = self._problem.disk, None
+        if disk is not None:
+            behind = np.minimum(missing, missing[disk.held])
+            read = (behind[:-1], behind[0]) if tops else (0.0, behind)
         prompt = self._problem.prompt
         return prefill_layer_s(
             prompt.other_s,
@@ -302,4 +337,20 @@ class _Pricer:
             lacking,
             staging_experts=self._problem.staging_experts,
             ahead=ahead,
+            missing_disk=read,
         )
+
+
+def _part_seconds(cuts: Cuts, link: LinkSeconds) -> tuple[Array, Array]:
+    """Seconds of each part's transfer, [C]: an uncut expert counts as all bottom."""
+    seconds = {
+        int(size): link(int(size))
+        for size in {*cuts.top_bytes.tolist(), *cuts.bottom_bytes.tolist()}
+        if size
+    }
+    top_s, bottom_s = (
+        np.array([seconds.get(int(size), 0.0) for size in sizes])
+        for sizes in (cuts.top_bytes, cuts.bottom_bytes)
+    )
+    interior = cuts.interior
+    return np.where(interior, top_s, 0.0), np.where(interior, bottom_s, top_s + bottom_s)

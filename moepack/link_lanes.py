@@ -178,6 +178,7 @@ class LinkLanes:
         self.came_s = np.full(self._copy_s.shape, NEVER)
         self.ends_s = np.full(self._copy_s.shape, NEVER)
         self._cut = cut
+        self._settled = False
         self._bus_s, self._ram_s, self._disk_s = (
             each.copy() for each in (cut.bus_s, cut.ram_s, cut.disk_s)
         )
@@ -186,6 +187,10 @@ class LinkLanes:
         self.source = np.where(late, 0, 1 + np.arange(segments))
         self._order(work, demanded, coming)
         self._ask_first(demanded, frames)
+        if (self._takers[self._everyone, self._taken] == self._never).all():
+            # All that will be asked for has been: nothing can come between.
+            self.before(self._everyone, np.full(lanes, NEVER))
+            self._settled = True
 
     def _order(self, work: TierWork, demanded: Flags, coming: Flags) -> None:
         """The order of each lane: the late one, what completes a coming expert, demands, the next.
@@ -249,6 +254,8 @@ class LinkLanes:
 
     def give(self, rows: _Rows, at_s: Seconds) -> None:
         """A frame is free: whoever is next takes it."""
+        if self._settled:
+            return
         first = self._takers[rows, self._taken[rows]]
         some = first < self._never
         rows, first, at_s = rows[some], first[some], at_s[some]
@@ -295,6 +302,8 @@ class LinkLanes:
 
     def before(self, rows: _Rows, limit_s: Seconds) -> None:
         """Let the bus take all that comes to it before a moment."""
+        if self._settled:
+            return
         while len(rows):
             moved = self._step(rows, limit_s)
             rows, limit_s = rows[moved], limit_s[moved]

@@ -10,7 +10,14 @@ import numpy as np
 from moepack.budget import fixed_bytes
 from moepack.cost import LayerTimes, LinkSeconds, distinct_experts
 from moepack.fixed_times import fixed_times
-from moepack.layer_problem import Cuts, LayerProblem, PromptTimes, cut_options, kept_cut
+from moepack.layer_problem import (
+    Cuts,
+    DiskProblem,
+    LayerProblem,
+    PromptTimes,
+    cut_options,
+    kept_cut,
+)
 from moepack.layer_tables import Choice, LayerTable, tabulate_all
 from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout
 from moepack.optimiser import Optimum, fixed_point_split, optimise
@@ -20,6 +27,7 @@ from moepack.plan_request import PlanRequest
 from moepack.prompts import block_lengths
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import FULL_ENGINE, Contender, Strategies
+from moepack.tier_chances import TierChances
 
 #: Experts in flight, and what an engine can do with them.
 _Staged = tuple[int, EngineCapabilities]
@@ -42,6 +50,7 @@ class Optimised:
         self._digest = request.spec.digest
         self._token = fixed_times(request.spec, request.compute, (1,))
         self._prompt = fixed_times(request.spec, request.compute, self._blocks)
+        self._chances = TierChances(request, tables)
         self._priced: dict[_Staged, list[LayerTable]] = {}
 
     def contenders(self, request: PlanRequest) -> tuple[list[Contender], Optimum | None]:
@@ -208,6 +217,20 @@ class Optimised:
                 policy: tables.fit_cached(policy)[index, :ranks, : shape.num_experts + 1]
                 for policy in (engine.policies if ahead else ())
             },
+            disk=self._disk(index, engine),
+        )
+
+    def _disk(self, index: int, engine: EngineCapabilities) -> DiskProblem | None:
+        """What of a layer RAM does not hold."""
+        chances = self._chances
+        if chances.places is None:
+            return None
+        shares = {policy: chances.shares(index, policy) for policy in engine.policies}
+        return DiskProblem(
+            self._request.hardware.disk.seconds,
+            chances.places[index],
+            {policy: activated for policy, (activated, _) in shares.items()},
+            {policy: predicted for policy, (_, predicted) in shares.items()},
         )
 
     def _gap_s(self, index: int) -> float:

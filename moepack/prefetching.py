@@ -40,10 +40,13 @@ class Ahead(NamedTuple):
         """What the expert of each rank lacks and is fetched for, each [D, S]."""
         top, bottom = (
             values if values.ndim == 2 else values[:, None]
-            for values in (np.asarray(chance, dtype=np.float64) for chance in self.held)
+            for values in (np.asarray(chance, dtype=np.float64) for chance in self.held[:2])
         )
         both = 1.0 - top if self.mode == "all" else np.zeros_like(top)
-        return Lacks(top - np.minimum(top, bottom), both)
+        both_disk = self.held.both_disk
+        if both_disk is not None and self.mode != "all":
+            both_disk = np.zeros_like(both_disk)
+        return Lacks(top - np.minimum(top, bottom), both, self.held.bottom_disk, both_disk)
 
 
 class Brought(NamedTuple):
@@ -64,17 +67,16 @@ class Brought(NamedTuple):
         """What an activated expert lacks, covered or not, each [D + 1, S]."""
         top_k = self.covered.shape[1] - 1
         others = 1.0 - (self.covered @ np.arange(top_k + 1.0))[:, None] / top_k
-        return Lacks(others * self.lacks.bottom, others * self.lacks.both)
+        return self.lacks.each(lambda lack: others * lack)
 
     def first(self, ranks: int) -> Brought:
         """The same for no more than so many ranks."""
-        bottom, both = (lack[: ranks + 1] for lack in self.lacks)
-        return Brought(self.covered[: ranks + 1], Lacks(bottom, both))
+        return Brought(self.covered[: ranks + 1], self.lacks.each(lambda lack: lack[: ranks + 1]))
 
 
 def nothing_brought(lacks: Lacks, top_k: int) -> Brought:
     """Loading on demand: D = 0."""
-    return Brought(_covered(np.zeros(0), top_k), Lacks(lacks.bottom[None], lacks.both[None]))
+    return Brought(_covered(np.zeros(0), top_k), lacks.each(lambda lack: lack[None]))
 
 
 def brought(before: Lacks, ahead: Ahead, top_k: int) -> Brought:
@@ -89,7 +91,7 @@ def brought(before: Lacks, ahead: Ahead, top_k: int) -> Brought:
     """
     accuracy = np.asarray(ahead.accuracy, dtype=np.float64)
     recall = min(1.0, float(accuracy.sum()) / top_k)
-    only_bottom, both = ahead.lacks()
+    only_bottom, both, bottom_disk, both_disk = ahead.lacks()
 
     def left(share: Array, of_rank: Array) -> Array:
         found = np.cumsum(accuracy[:, None] * of_rank, axis=0)
@@ -99,12 +101,26 @@ def brought(before: Lacks, ahead: Ahead, top_k: int) -> Brought:
     bottom = left(before.bottom, only_bottom)
     if ahead.mode == "bottoms":
         lacks = Lacks(bottom, np.broadcast_to(before.both, bottom.shape))
+        if before.bottom_disk is not None and before.both_disk is not None:
+            assert bottom_disk is not None, "of a rank, too, it is known what RAM lacks"
+            lacks = lacks._replace(
+                bottom_disk=np.minimum(left(before.bottom_disk, bottom_disk), bottom),
+                both_disk=np.broadcast_to(before.both_disk, bottom.shape),
+            )
         return Brought(_covered(np.zeros(len(accuracy)), top_k), lacks)
     everything = left(before.both, both)
     ready = left(1.0 - before.bottom - before.both, 1.0 - only_bottom - both)
     total = bottom + everything + ready
     total = np.where(total > 0.0, total, 1.0)
-    return Brought(_covered(accuracy, top_k), Lacks(bottom / total, everything / total))
+    lacks = Lacks(bottom / total, everything / total)
+    if before.bottom_disk is not None and before.both_disk is not None:
+        assert bottom_disk is not None, "of a rank, too, it is known what RAM lacks"
+        assert both_disk is not None, "of a rank, too, it is known what RAM lacks"
+        lacks = lacks._replace(
+            bottom_disk=np.minimum(left(before.bottom_disk, bottom_disk) / total, lacks.bottom),
+            both_disk=np.minimum(left(before.both_disk, both_disk) / total, lacks.both),
+        )
+    return Brought(_covered(accuracy, top_k), lacks)
 
 
 def _covered(accuracy: Array, top_k: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -11,8 +12,13 @@ from moepack_runtime.transfer.pinned import PinnedSegments
 
 from moepack.budget import slow_bytes
 from moepack.checkpoint import Checkpoint
-from moepack.plan import Placement
-from moepack.ram_tier import RamTier, ram_tier
+from moepack.hardware import find_hardware
+from moepack.measuring import draw, warm_up
+from moepack.plan import Placement, Policy
+from moepack.ram_tier import RamTier, host_tier, ram_tier
+from moepack.replayed_run import record_run, replay_run
+from moepack.roofline import derive_compute
+from moepack.segments import SegmentId
 from tests.conftest import TinyFolder
 from tests.link.fake_cuda import FakeDevice
 from tests.support.engines import all_logits, open_engine
@@ -59,3 +65,58 @@ def test_the_bits_do_not_depend_on_what_ram_holds(
             with open_engine(checkpoint, layout, place, twin=partial(twin, tier)) as engine:
                 assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), resident)
             assert not device.runtime.pinned
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("policy", ["lru", "lcp", "pinned"])
+def test_the_replay_reads_what_the_stand_in_reads(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, share: float, policy: Policy
+) -> None:
+    """Every byte over the link of a run on demand, and every byte from the disk."""
+    checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (0.3, 1.0, 0.5, 0.0))
+    place = placement(spec, layout, tops=3, bottoms=2, staging=4, context=96, policy=policy)
+    none = host_tier(spec, layout, place.layers, 0, place.readers)
+    bounces = none.bounces * none.bounce_bytes
+    pinned_bytes = bounces + int(share * (slow_bytes(spec, layout) - bounces))
+    host = host_tier(spec, layout, place.layers, pinned_bytes, place.readers)
+    place = dataclasses.replace(place, host=host)
+    tier = ram_tier(spec, layout, place.layers, pinned_bytes, readers=place.readers)
+    assert (tier.total_bytes, sum(tier.held.values())) == (host.total_bytes, host.held_bytes)
+    FakeDevice(monkeypatch)
+    read_bytes = 0
+    fetch = PinnedSegments.fetch
+
+    def counted(
+        pinned: PinnedSegments, segment: SegmentId, bounce: torch.Tensor | None
+    ) -> torch.Tensor:
+        nonlocal read_bytes
+        if segment not in pinned.segments:
+            read_bytes += pinned.stored_bytes(segment)
+        return fetch(pinned, segment, bounce)
+
+    monkeypatch.setattr(PinnedSegments, "fetch", counted)
+    new_tokens = 12
+    with open_engine(checkpoint, layout, place, twin=partial(behind, tier)) as engine:
+        run = record_run(engine, [PROMPT], new_tokens)
+    with open_engine(checkpoint, layout, place, twin=partial(behind, tier)) as engine:
+        warm_up(engine, [PROMPT])
+        before_bytes = 0
+        for number, _ in enumerate(draw(engine, PROMPT, new_tokens)):
+            if number == 0:
+                before_bytes = read_bytes
+        stats = engine.stats()
+    card = find_hardware("rtx-4090")
+    _, told = replay_run(
+        spec,
+        derive_compute(spec, card),
+        card.link_seconds,
+        layout,
+        place,
+        run,
+        disk=card.disk.seconds,
+    )
+    assert stats.demand_bytes_per_token
+    assert told.demand_bytes == pytest.approx(stats.demand_bytes_per_token)
+    assert told.disk_bytes * (new_tokens - 1) == pytest.approx(read_bytes - before_bytes)

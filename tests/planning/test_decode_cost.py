@@ -114,7 +114,7 @@ def test_a_stack_of_layers_agrees_with_a_simulation(
     if mode == "off" or (mode == "bottoms" and theta == 1.0):
         priced = decode_layer_s(times, top_k, parts, held, **kind)
     else:
-        ranks = Held(*(np.full(depth, chance) for chance in held))
+        ranks = Held(*(np.full(depth, chance) for chance in held[:2]))
         ahead = Ahead(mode, gap_s, accuracy, ranks)
         priced = decode_ahead_s(times, top_k, parts, held, ahead, depth, **kind)[depth - 1]
     assert priced.item() == pytest.approx(simulated, rel=0.06)
