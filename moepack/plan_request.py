@@ -122,13 +122,19 @@ def _least_bytes(request: PlanRequest) -> int:
 
 
 def require_matching(request: PlanRequest) -> None:
-    """Refuse profiles and layouts of another model.
+    """Refuse profiles and layouts of another model, and what the engine does not compute with.
 
     Raises
     ------
     PlanMismatchError
-        Naming what is whose.
+        Naming what is whose, or what there is.
     """
+    strange = set(request.encodings).difference(request.engine.encodings)
+    if strange:
+        raise PlanMismatchError(
+            f"experts in {', '.join(sorted(strange))}; this engine computes with "
+            f"{', '.join(request.engine.encodings)}: choose one of these"
+        )
     digest = request.spec.digest
     owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]
     summary = request.routing.summary

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from moepack.allocation import exact
 from moepack.budget import stored_bytes
+from moepack.encodings import ENCODINGS
 from moepack.passes import Oracle
 from moepack.placements import free_bytes, place_layer, placement
 from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Policy, SharedPool
@@ -38,6 +39,7 @@ FULL_ENGINE = EngineCapabilities(
     max_prefetch_depth=4096,
     shared_pool=True,
     as_ready=True,
+    encodings=tuple(ENCODINGS),
 )
 
 #: Experts that Mixtral-Offloading guesses of the next layer.

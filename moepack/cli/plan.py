@@ -20,7 +20,9 @@ from moepack.cli.planning import (
     HardwareOption,
     NewOption,
     PromptOption,
+    QualityOption,
     RoutingOption,
+    asked_encoding,
     kept_layout,
     open_case,
 )
@@ -59,6 +61,7 @@ def plan(
     prompt: PromptOption = None,
     new: NewOption = None,
     link: LinkOption = None,
+    quality: QualityOption = None,
     keep_layout: Annotated[
         bool,
         typer.Option("--keep-layout", help="Keep the pack as it is; decide the placement alone."),
@@ -111,11 +114,13 @@ def plan(
     workspace = Workspace.locate()
     conditions = Conditions(hardware, routing, context, prompt, new, link, assume_engine)
     case = open_case(workspace, model, conditions)
+    kept = kept_layout(case) if keep_layout else None
     request = dataclasses.replace(
         case.request,
         fast_budget_bytes=asked.most_bytes,
         ram_budget_bytes=ram,
-        keep_layout=kept_layout(case) if keep_layout else None,
+        keep_layout=kept,
+        encoding=asked_encoding(case, quality, kept),
     )
     _note_source(case.source)
     answer = find_answer(Planner(request), asked)
@@ -174,6 +179,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
                 {
                     "layer": place.layer,
                     "budget_bytes": place.budget_bytes,
+                    "encoding": cut.encoding,
                     "split_ratio": cut.split_ratio,
                     "cached_tops": place.top_slots,
                     "cached_bottoms": place.bottom_slots,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moepack.explain import Explanation
     from moepack.plan import Plan
     from moepack.planner import Planner
+    from moepack.precision import Precision
     from moepack.sweep import Sweep
 
 
@@ -46,17 +47,21 @@ class Answer(NamedTuple):
     ----------
     shown : Plan
         The plan that was asked for, or one of the sweep's: what is explained.
+    precision : Precision
+        Of that plan's experts.
     """
 
     plan: Plan | None
     swept: Sweep | None
     explanation: Explanation | None
     shown: Plan
+    precision: Precision
 
 
 def find_answer(planner: Planner, asked: Asked) -> Answer:
     """Plan, sweep and explain; writes the page."""
     from moepack.explain import explain
+    from moepack.precision import precision_of
     from moepack.sweep import shown_plan, sweep
 
     progress = TerminalProgress()
@@ -73,15 +78,16 @@ def find_answer(planner: Planner, asked: Asked) -> Answer:
     explanation = None
     if asked.explain or asked.page is not None:
         explanation = explain(planner, shown, progress)
-    answer = Answer(plan, swept, explanation, shown)
+    precision = precision_of(planner.request.spec, shown.layout)
+    answer = Answer(plan, swept, explanation, shown, precision)
     if asked.page is not None:
         _write_page(planner, answer, asked.page)
     return answer
 
 
 def answer_document(answer: Answer) -> dict[str, Any]:
-    """The keys that an explanation and a sweep add to a plan's document."""
-    found: dict[str, Any] = {}
+    """The keys that an explanation, a sweep and either's precision add to a plan's document."""
+    found: dict[str, Any] = answer.precision._asdict()
     if answer.explanation is not None:
         found["explanation"] = records.to_data(answer.explanation)
         if answer.plan is None:
@@ -104,9 +110,9 @@ def answer_view(answer: Answer) -> RenderableType:
 
     parts: list[RenderableType] = []
     if answer.plan is not None:
-        parts.append(plan_view(answer.plan))
+        parts.append(plan_view(answer.plan, answer.precision))
     if answer.swept is not None:
-        parts += [""] * bool(parts) + [sweep_view(answer.swept, answer.plan)]
+        parts += [""] * bool(parts) + [sweep_view(answer.swept, answer.precision, answer.plan)]
     if answer.explanation is not None:
         parts += [""] * bool(parts)
         if answer.plan is None:
@@ -130,6 +136,7 @@ def _write_page(planner: Planner, answer: Answer, path: Path) -> None:
             asked_for=answer.plan is not None,
             explanation=answer.explanation,
             panels=hit_panels(answer.shown, planner.tables, bands),
+            precision=answer.precision,
             swept=answer.swept,
         )
     )

@@ -9,11 +9,12 @@ from typing import NamedTuple
 from moepack.explain import Explanation
 from moepack.hit_panels import BELADY, HitPanel
 from moepack.plan import POLICIES, Plan
+from moepack.precision import Precision
 from moepack.report.explain import WHAT_IF_HEAD, limit_sentence, what_if_cells
 from moepack.report.layer_charts import budgets_chart, hit_chart, layers_chart
 from moepack.report.layers import pool_sentence
 from moepack.report.markup import Child, Element, element, to_html
-from moepack.report.plan import memory_rows, planner_sentence
+from moepack.report.plan import memory_rows, planner_sentence, precision_words
 from moepack.report.strategies import HEAD, reasons, standing_sentences, strategy_rows
 from moepack.report.sweep import SWEEP_HEAD, sweep_cells, sweep_sentences
 from moepack.report.sweep_charts import sweep_charts
@@ -33,6 +34,8 @@ class PageContents(NamedTuple):
         Whether it was asked for; otherwise it is one of the sweep's.
     panels : sequence of HitPanel
         What caches of every size would hit, and what the plan chose.
+    precision : Precision
+        Of the plan's experts.
     swept : Sweep or None
         Plans for other budgets.
     """
@@ -41,6 +44,7 @@ class PageContents(NamedTuple):
     asked_for: bool
     explanation: Explanation
     panels: Sequence[HitPanel]
+    precision: Precision
     swept: Sweep | None = None
 
 
@@ -54,7 +58,7 @@ def plan_page(contents: PageContents) -> bytes:
         _strategies(plan),
         _limits(contents.explanation),
         _caches(contents.panels, pooled=plan.placement.pool is not None),
-        _made_from(plan),
+        _made_from(plan, contents.precision),
     ]
     root = element(
         "html",
@@ -220,9 +224,10 @@ def _caches(panels: Sequence[HitPanel], *, pooled: bool) -> Element:
     )
 
 
-def _made_from(plan: Plan) -> Element:
+def _made_from(plan: Plan, precision: Precision) -> Element:
     made = plan.provenance
     rows = [
+        ("experts", precision_words(precision)),
         ("hardware", made.hardware + (" (this machine)" if made.hardware_is_this_machine else "")),
         ("compute", made.compute),
         ("routing", made.routing),

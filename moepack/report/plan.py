@@ -6,19 +6,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moepack.plan import MemoryBreakdown, Plan, PlannerReport, Prediction
+from moepack.precision import Precision
 from moepack.report.layers import layers_view
 from moepack.report.strategies import strategies_view
 from moepack.report.tables import columns, facts, figure
 from moepack.units import format_duration, format_size
 
 
-def plan_view(plan: Plan) -> RenderableType:
+def plan_view(plan: Plan, precision: Precision) -> RenderableType:
     """What a plan decides and what it expects."""
     placement = plan.placement
     forecast = plan.prediction
     overview = facts(
         [
             ("model", plan.model_name),
+            ("experts", precision_words(precision)),
             ("hardware", plan.provenance.hardware),
             ("device", placement.device),
             (
@@ -61,6 +63,11 @@ def plan_view(plan: Plan) -> RenderableType:
     parts += ["", planner_sentence(plan.planner)]
     parts += [f"assumed: {sentence}" for sentence in plan.provenance.assumptions]
     return Group(*parts)
+
+
+def precision_words(precision: Precision) -> str:
+    """What experts are stored in."""
+    return f"{precision.quality}, {precision.mean_bits:.3g} bits a weight"
 
 
 def host_sentence(plan: Plan) -> str:

@@ -6,6 +6,8 @@ from rich.console import Group, RenderableType
 
 from moepack.margin import WHOLE_EXPERT_CACHES, best_baseline
 from moepack.plan import Plan
+from moepack.precision import Precision
+from moepack.report.plan import precision_words
 from moepack.report.plot import Plot, Series
 from moepack.report.scale import axis
 from moepack.report.tables import columns, facts
@@ -18,7 +20,7 @@ SWEEP_HEAD = ("budget", "used", "TTFT", "TPOT", "hit rate", "best cache", "chose
 _Points = list[tuple[float, float]]
 
 
-def sweep_view(swept: Sweep, marked: Plan | None = None) -> RenderableType:
+def sweep_view(swept: Sweep, precision: Precision, marked: Plan | None = None) -> RenderableType:
     """The plot, what it says in words, and its figures.
 
     Parameters
@@ -30,6 +32,7 @@ def sweep_view(swept: Sweep, marked: Plan | None = None) -> RenderableType:
         facts(
             [
                 ("model", swept.plans[0].model_name),
+                ("experts", precision_words(precision)),
                 ("hardware", swept.plans[0].provenance.hardware),
             ]
         ),

@@ -21,6 +21,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import Plan
 from moepack.plan_request import PlanRequest
 from moepack.planner import Planner, make_plan
+from moepack.precision import Precision
 from moepack.ram_tier import ram_tier
 from moepack.rates import LinkCurve
 from moepack.report.explain import limit_sentence
@@ -106,7 +107,9 @@ def test_a_plan_says_what_ram_holds(tiers: Plan) -> None:
     assert host is not None
     share = host.held_bytes / forecast.slow_bytes
     out = io.StringIO()
-    Console(file=out, width=200, no_color=True, highlight=False).print(plan_view(tiers))
+    Console(file=out, width=200, no_color=True, highlight=False).print(
+        plan_view(tiers, Precision("exact", 32.0))
+    )
     text = out.getvalue()
     assert f"RAM holds {share:.0%} of the experts, the disk the rest" in text
     assert "of it from the disk" in text

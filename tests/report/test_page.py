@@ -10,6 +10,7 @@ import pytest
 from moepack.explain import Explanation, Finding, TokenTime
 from moepack.hit_panels import BELADY, Chosen, HitPanel
 from moepack.plan import POLICIES, Plan, SharedPool
+from moepack.precision import Precision
 from moepack.report.page import PageContents, plan_page
 from moepack.sweep import Sweep
 from moepack.units import GIB
@@ -75,7 +76,7 @@ def contents(plan: Plan, *, asked_for: bool = True, swept: Sweep | None = None) 
         (Chosen(0, 0.25, 0.4, "lcp"),),
     )
     explanation = Explanation("link", token, (found,), (faster,))
-    return PageContents(plan, asked_for, explanation, [panel], swept)
+    return PageContents(plan, asked_for, explanation, [panel], Precision("int8", 8.13), swept)
 
 
 def swept_plans(count: int = 5, layers: int = 48) -> Sweep:

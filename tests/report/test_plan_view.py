@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from moepack.plan import Plan, Policy, SharedPool
+from moepack.precision import Precision
 from moepack.report.layers import MOST_ROWS, bar, layer_rows, layers_view
 from moepack.report.plan import plan_view
 from moepack.report.strategies import standing_sentences, strategies_view, strategy_rows
@@ -122,10 +123,11 @@ def test_a_strategy_that_is_the_plan_is_marked() -> None:
     ],
 )
 def test_a_plan_fits_eighty_columns(plan: Plan) -> None:
-    lines = printed(plan_view(plan))
+    lines = printed(plan_view(plan, Precision("int8", 8.13)))
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert "…" not in text
+    assert "int8, 8.13 bits a weight" in text
     for name in plan.baselines:
         assert re.search(rf"^{name} ", text, re.MULTILINE)
     assert "planned in 2.5 s: 1,000 passes of a layer replayed" in text
