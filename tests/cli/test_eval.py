@@ -38,6 +38,7 @@ def assert_named(outcome: Outcome, name: str, *words: str) -> None:
 
 
 def test_json_answers_with_the_documented_keys(packed: Path, moepack: Moepack, text: Path) -> None:
+    text.write_text(WORDS * 40)  # nine blocks of 256 tokens
     other = text.with_name("other.txt")
     other.write_text("Something else. " * 12)
     done = moepack("eval", "--text", text, "--text", other, "--json")
@@ -57,7 +58,7 @@ def test_json_answers_with_the_documented_keys(packed: Path, moepack: Moepack, t
     assert found["window_tokens"] == 256
     low, high = found["domains"]["words"]["perplexity_interval"]
     assert low < found["domains"]["words"]["perplexity"] < high
-    assert "perplexity_interval" not in found["domains"]["other"], "three blocks of tokens"
+    assert "perplexity_interval" not in found["domains"]["other"], "one block of tokens"
 
 
 def test_people_get_a_table(packed: Path, moepack: Moepack, text: Path) -> None:
@@ -68,7 +69,7 @@ def test_people_get_a_table(packed: Path, moepack: Moepack, text: Path) -> None:
     assert first.split()[:2] == ["words", str(text.stat().st_size - 1)]
     assert "KL(exact || packed), nats" in done.out
     assert "windows of 256 tokens, 128 apart" in done.out
-    assert "blocks of 64 tokens" in done.out
+    assert "blocks of 256 tokens" in done.out
 
 
 def test_the_shipped_texts_are_the_default(
