@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -41,13 +43,19 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 class Case:
     """A matrix, and what its codes mean in float64."""
 
+    matrix: QuantisedMatrix
+    exact: torch.Tensor
+    #: As a segment holds them.
+    parts: tuple[torch.Tensor, torch.Tensor]
+
     def __init__(self, name: str, outputs: int, inputs: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         if name == "INT8":
             codes = random.integers(-127, 128, (outputs, inputs), np.int8)
             scale = torch.from_numpy(random.uniform(0, 1e-2, outputs)).bfloat16()
             self.exact = torch.from_numpy(codes).double() * scale.double()[:, None]
-            self.matrix: QuantisedMatrix = Int8Matrix(torch.from_numpy(codes), scale)
+            self.parts = torch.from_numpy(codes), scale
+            self.matrix = Int8Matrix(*self.parts)
             return
         group = encoding(name).group
         assert group is not None
@@ -57,10 +65,20 @@ class Case:
         scale, offset = scales.double().repeat_interleave(group, 0).unbind(-1)
         self.exact = ((torch.from_numpy(codes).double() - 8) * scale + offset).T
         packed = pack_tiles(codes)
+        self.parts = torch.from_numpy(packed.copy()).view(outputs, inputs // 2), scales
         if memory_tile_rows(CPU) == AVX2_TILE_ROWS:
             rebuild(packed, outputs)
         stored = torch.from_numpy(packed).view(outputs, inputs // 2)
         self.matrix = Int4Matrix(stored, scales)
+
+    def on(self, device: str) -> Case:
+        """The same matrix on another device, where its tiles are those of the format."""
+        moved = copy.copy(self)
+        moved.exact = self.exact.to(device)
+        codes, scales = (part.to(device) for part in self.parts)
+        kind = Int8Matrix if isinstance(self.matrix, Int8Matrix) else Int4Matrix
+        moved.matrix = kind(codes, scales)
+        return moved
 
     def check(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         found = product(x, self.matrix, bias)
@@ -104,6 +122,16 @@ def test_matrices_of_experts_give_it_by_kernel_and_in_parts(
     case.check(x)
     case.matrix.kernel_tokens = 0
     case.check(x, drawn(outputs).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_device_gives_it_too(name: str, dtype: torch.dtype, tokens: int) -> None:
+    case = Case(name, 1120, 1024).on("cuda")
+    case.check(drawn(tokens, 1024).to("cuda", dtype), drawn(1120).to("cuda", dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)

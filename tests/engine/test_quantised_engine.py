@@ -141,6 +141,34 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected), (trial, place)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("names", [("INT8",), ("INT4_G32",), ("INT4_G32", None, "INT8")])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_the_bits_of_a_device_do_not_depend_on_placement(
+    opened: Open, dtype: str, names: tuple[str | None, ...]
+) -> None:
+    checkpoint = opened("gpt_oss", "plain", dtype)
+    layout = mixed_layout(checkpoint.spec, (0.3, 1.0, 0.0), encodings=names)
+    found = []
+    for slots, staging in ((99, 1), (0, 1), (2, 3)):
+        place = placement(
+            checkpoint.spec,
+            layout,
+            tops=slots,
+            bottoms=slots,
+            staging=staging,
+            context=CONTEXT,
+            device="cuda",
+        )
+        with open_engine(checkpoint, layout, place) as engine:
+            found.append(all_logits(engine, PROMPT, FOLLOWING))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    if dtype == "F32":
+        torch.testing.assert_close(found[0].cpu(), resident(checkpoint, layout), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_packs_of_different_splits_agree_within_rounding(opened: Open, name: str) -> None:
     checkpoint = opened("mixtral", "plain", "F32")
