@@ -5,6 +5,7 @@
 - Each lane has a queue of its own, demands before what is fetched ahead, and takes the next of it
   when it has seen the last one off: the lane from RAM when its copy is over, that from the disk
   when its read is. What a lane has taken ends, whoever wants it.
+- What is read lies in one of a few *bounces* until its copy is over; without one nothing is read.
 - Of what is at the bus, that goes first which came first, from whichever lane. So what RAM has is
   not held up by the disk, and may be fetched ahead while a demand is still being read.
 
@@ -19,6 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.timeline import Columns, Flags, Seconds
+
+#: One is read into while another is copied from.
+LEAST_BOUNCES = 2
 
 #: Stands for a moment that does not come.
 NEVER = 1e30
@@ -70,6 +74,8 @@ class TierClock(NamedTuple):
     came_s, ends_s : [lanes, ahead]
         When what was asked for ahead of the next pass is at the bus, and is there, if nothing else
         is asked for.
+    bounces_s : [lanes, bounces]
+        When each is free, ascending.
     """
 
     now_s: Seconds
@@ -80,13 +86,15 @@ class TierClock(NamedTuple):
     late_ends_s: Seconds
     came_s: Seconds
     ends_s: Seconds
+    bounces_s: Seconds
 
     @classmethod
-    def start(cls, lanes: int, ahead: int = 0) -> TierClock:
+    def start(cls, lanes: int, ahead: int = 0, bounces: int = LEAST_BOUNCES) -> TierClock:
         """Everything idle at 0, nothing asked for."""
         now_s, bus_s, ram_s, disk_s, late_s, late_ends_s = np.zeros((6, lanes))
         came_s, ends_s = np.full((2, lanes, ahead), NEVER)
-        return cls(now_s, bus_s, ram_s, disk_s, late_s, late_ends_s, came_s, ends_s)
+        free_s = np.zeros((lanes, bounces))
+        return cls(now_s, bus_s, ram_s, disk_s, late_s, late_ends_s, came_s, ends_s, free_s)
 
     def take(self, lanes: Columns) -> TierClock:
         """Some of the lanes."""
@@ -114,6 +122,7 @@ class TierClock(NamedTuple):
             self.late_ends_s - now_s,
             np.where(never, NEVER, self.came_s - now_s[:, None]),
             np.where(never, NEVER, self.ends_s - now_s[:, None]),
+            self.bounces_s - now_s[:, None],
         )
 
     def apart(self, other: TierClock) -> Flags:
@@ -141,6 +150,18 @@ class Cut(NamedTuple):
     ram_s: Seconds
     disk_s: Seconds
     late_s: Seconds
+    bounces_s: Seconds
+
+
+def last_of(bounces_s: Seconds, ends_s: Seconds) -> Seconds:
+    """When bounces are free after further copies, which ended in order, [lanes, bounces].
+
+    Parameters
+    ----------
+    ends_s : [lanes, copies]
+        ``-NEVER`` for none.
+    """
+    return np.sort(np.hstack([bounces_s, ends_s]), axis=1)[:, -bounces_s.shape[1] :]
 
 
 class LinkLanes:
@@ -172,7 +193,7 @@ class LinkLanes:
         asked_fetch_s = np.where(demanded, work.fetch_s, 0.0)
         self._copy_s = np.hstack([cut.late_s[:, None], asked_fetch_s, work.next_s, nothing])
         self._read_s = np.hstack([nothing, work.read_s, work.next_read_s, nothing])
-        # Of every column when it was asked for (from RAM), or has been read (from the disk).
+        # When every column was asked for; the late one has been read then.
         self._known_s = np.full(self._copy_s.shape, NEVER)
         # When each was at the bus, and when it is there.
         self.came_s = np.full(self._copy_s.shape, NEVER)
@@ -182,6 +203,7 @@ class LinkLanes:
         self._bus_s, self._ram_s, self._disk_s = (
             each.copy() for each in (cut.bus_s, cut.ram_s, cut.disk_s)
         )
+        self._bounces_s = cut.bounces_s.copy()
         self._known_s[:, 0] = np.where(cut.late_s > 0.0, cut.disk_s, NEVER)
         #: The column that brings each segment.
         self.source = np.where(late, 0, 1 + np.arange(segments))
@@ -238,15 +260,8 @@ class LinkLanes:
     def _ask_first(self, demanded: Flags, frames: int) -> None:
         """What is asked for when the routing is known, as far as there are frames."""
         rests = demanded & np.repeat(self._of_coming, self._parts, axis=1)
-        if rests.any():  # they are the first in their lanes, but for the late one
-            for place in range(1 + int(rests.sum(axis=1).max())):
-                for order in (self._ram_order, self._disk_order):
-                    column = order[:, min(place, order.shape[1] - 1)]
-                    segment = np.clip(column - 1, 0, rests.shape[1] - 1)
-                    wanted = rests[self._everyone, segment] & (column == segment + 1)
-                    wanted &= self._known_s[self._everyone, column] >= NEVER
-                    rows = np.flatnonzero(wanted)
-                    self._ask(rows, column[rows], self._routed_s[rows])
+        known_s = self._known_s[:, 1 : self._first_next]
+        np.copyto(known_s, self._routed_s[:, None], where=rests)
         free = frames - self._of_coming.sum(axis=1)
         for turn in range(min(int(free.max(initial=0)), self._takers.shape[1] - 1)):
             rows = np.flatnonzero(turn < free)
@@ -262,20 +277,7 @@ class LinkLanes:
         self._taken[rows] += 1
         at_s = np.where(first < self._first_next, at_s, np.maximum(at_s, self._asked_s[rows]))
         for part in range(self._parts):
-            self._ask(rows, first + part, at_s)
-
-    def _ask(self, rows: _Rows, columns: Columns, at_s: Seconds) -> None:
-        """Put a column into its lane's queue; the disk reads it when it comes to it."""
-        there = self._copy_s[rows, columns] > 0.0
-        if not there.all():
-            rows, columns, at_s = rows[there], columns[there], at_s[there]
-        read_s = self._read_s[rows, columns]
-        from_disk = read_s > 0.0
-        if from_disk.any():
-            at_s = np.where(from_disk, np.maximum(self._disk_s[rows], at_s) + read_s, at_s)
-            mine = rows[from_disk]
-            self._disk_s[mine] = at_s[from_disk]
-        self._known_s[rows, columns] = at_s
+            self._known_s[rows, first + part] = at_s
 
     def arrival(self, rows: _Rows, segments: Columns, there_s: Seconds) -> Seconds:
         """When segments are there; ``there_s`` [lanes, segments] is set of those that were brought.
@@ -313,7 +315,9 @@ class LinkLanes:
         from_ram = self._ram_order[rows, self._ram_at[rows]]
         from_disk = self._disk_order[rows, self._disk_at[rows]]
         ram_came_s = np.maximum(self._known_s[rows, from_ram], self._ram_s[rows])
-        disk_came_s = self._known_s[rows, from_disk]
+        begins_s = np.maximum(self._disk_s[rows], self._bounces_s[rows, 0])
+        disk_came_s = np.maximum(self._known_s[rows, from_disk], begins_s)
+        disk_came_s += self._read_s[rows, from_disk]
         ram = ram_came_s <= disk_came_s
         came_s = np.where(ram, ram_came_s, disk_came_s)
         moved: Flags = came_s < limit_s
@@ -327,6 +331,10 @@ class LinkLanes:
         self._ram_s[rows[ram]] = end_s[ram]
         self._ram_at[rows] += ram
         self._disk_at[rows] += ~ram
+        read = rows[~ram]
+        self._disk_s[read] = came_s[~ram]
+        self._bounces_s[read, :-1] = self._bounces_s[read, 1:]
+        self._bounces_s[read, -1] = end_s[~ram]
         return moved
 
     def clock(self, done_s: Seconds) -> TierClock:
@@ -351,4 +359,5 @@ class LinkLanes:
             np.where(late, self.ends_s[:, 0], 0.0),
             self.came_s[:, nexts],
             self.ends_s[:, nexts],
+            last_of(cut.bounces_s, np.where(read, ends_s, -NEVER)),
         )

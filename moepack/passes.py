@@ -49,6 +49,8 @@ class Segments(NamedTuple):
         Of the disk, for a segment that RAM does not hold; None where it holds everything.
     from_disk
         Which those are, bool [L, N, G].
+    bounces
+        How many of them may be on their way at once.
     """
 
     stored_bytes: npt.NDArray[np.int64]
@@ -61,6 +63,7 @@ class Segments(NamedTuple):
     interior: Flags
     read_s: Seconds | None = None
     from_disk: Flags | None = None
+    bounces: int = 0
 
 
 def segments_of(
@@ -129,7 +132,7 @@ def behind_ram(
     if sizes.shape[1] == 1:  # one segment each: the part that is there
         part = np.where(segments.has_top, 0, 1)
         from_disk = np.take_along_axis(from_disk, part[:, None, None], axis=2)
-    return segments._replace(read_s=read_s, from_disk=from_disk)
+    return segments._replace(read_s=read_s, from_disk=from_disk, bounces=host.bounces)
 
 
 class Activations(NamedTuple):

@@ -52,7 +52,8 @@ def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, fram
                 clock, work, as_ready=False, frames=frames, segments_per_expert=parts
             )
 
-        now_s = _elapsed(TierClock.start(prompts * layers, ahead), run_tiers, layers, asks)
+        idle = TierClock.start(prompts * layers, ahead, segments.bounces)
+        now_s = _elapsed(idle, run_tiers, layers, asks)
     else:
         link = _work(passes, fixed, segments)
         slots = ahead_slots(frames, columns // parts, columns // parts if asks else 0)

@@ -14,7 +14,7 @@ class TierDecoding(AnyDecoding[TierClock]):
     """Decoding where some of what is missing is read from the disk first."""
 
     def _idle(self, lanes: int) -> TierClock:
-        return TierClock.start(lanes, self._passes.ahead_s.shape[2])
+        return TierClock.start(lanes, self._passes.ahead_s.shape[2], self._segments.bounces)
 
     def _first(self) -> TierClock:
         passes = self._passes
@@ -54,7 +54,7 @@ class TierDecoding(AnyDecoding[TierClock]):
             nothing,
             nothing,
         )
-        return self._advance(TierClock.start(lanes), work)
+        return self._advance(TierClock.start(lanes, 0, self._segments.bounces), work)
 
     def _pass(self, now: TierClock, tokens: Columns, index: int) -> TierOutcome:
         passes, fixed = self._passes, self._fixed

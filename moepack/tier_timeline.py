@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepack.link_lanes import NEVER, Cut, LinkLanes, TierClock, TierWork
+from moepack.link_lanes import NEVER, Cut, LinkLanes, TierClock, TierWork, last_of
 from moepack.timeline import Flags, Seconds
 
 
@@ -66,18 +66,23 @@ def _cut(clock: TierClock, work: TierWork, routed_s: Seconds) -> Cut:
     from_disk = work.ahead_read_s > 0.0
     begun: Flags = came | (from_disk & (clock.came_s - work.ahead_read_s < known_s))
     bus_s, ram_s, disk_s = clock.bus_s, clock.ram_s, clock.disk_s
+    bounces_s = clock.bounces_s
     over = (clock.late_s > 0.0) & (disk_s < routed_s)
     bus_s = np.where(over, np.maximum(bus_s, clock.late_ends_s), bus_s)
     late_s = np.where(over, 0.0, clock.late_s)
+    if over.any():
+        bounces_s = last_of(bounces_s, np.where(over, clock.late_ends_s, -NEVER)[:, None])
     if begun.any():
         ends_s = np.where(came, clock.ends_s, -NEVER)
         bus_s = np.maximum(bus_s, ends_s.max(axis=1))
         ram_s = np.maximum(ram_s, np.where(from_disk, -NEVER, ends_s).max(axis=1))
         read_s = np.where(begun & from_disk, clock.came_s, -NEVER)
         disk_s = np.maximum(disk_s, read_s.max(axis=1))
+        bounces_s = last_of(bounces_s, np.where(from_disk, ends_s, -NEVER))
         reading = begun & ~came  # one at most: the disk reads one by one
         late_s = np.where(reading.any(axis=1), (work.ahead_s * reading).sum(axis=1), late_s)
-    return Cut(begun, np.where(came, clock.ends_s, NEVER), bus_s, ram_s, disk_s, late_s)
+    ends_s = np.where(came, clock.ends_s, NEVER)
+    return Cut(begun, ends_s, bus_s, ram_s, disk_s, late_s, bounces_s)
 
 
 def _in_order(

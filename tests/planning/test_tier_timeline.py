@@ -22,7 +22,7 @@ Pass = tuple[float, float, float, list[list[Segment]], list[tuple[float, float]]
 
 # Multiples of a quarter: sums are exact, so nothing hangs on rounding.
 quarters = st.integers(0, 12).map(lambda n: n / 4)
-reads = st.sampled_from([0.0, 0.0, 0.75, 2.0, 5.0])
+reads = st.sampled_from([0.0, 0.0, 0.25, 0.75, 2.0, 5.0])
 
 
 @st.composite
@@ -99,9 +99,10 @@ def test_passes_end_when_a_plain_simulation_says(
 ) -> None:
     most = frames if as_ready else frames - 1
     passes = data.draw(several(parts, most, disk=True))
-    plain = TwoStage(as_ready=as_ready, frames=frames, wasted=WASTED)
+    bounces = data.draw(st.integers(2, 4))
+    plain = TwoStage(as_ready=as_ready, frames=frames, wasted=WASTED, bounces=bounces)
     columns = 4 * parts
-    clock = TierClock.start(1, columns)
+    clock = TierClock.start(1, columns, bounces)
     for one, following in zip(passes, [*passes[1:], None], strict=True):
         nexts = following[4] if following else []
         groups = [nexts[place : place + parts] for place in range(0, len(nexts), parts)]

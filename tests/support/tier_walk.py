@@ -113,7 +113,12 @@ class TierWalk:
         return _Pass(*times, layer, experts, what)
 
     def _run(self, passes: Sequence[_Pass], *, as_ready: bool) -> TierWalked:
-        clock = TwoStage(as_ready=as_ready, frames=self._placement.staging_experts)
+        assert self._placement.host is not None
+        clock = TwoStage(
+            as_ready=as_ready,
+            frames=self._placement.staging_experts,
+            bounces=self._placement.host.bounces,
+        )
         walked = TierWalked()
         clock.run(0.0, 0.0, 0.0, [], self._asked(passes[0]))
         for one, following in zip(passes, [*passes[1:], None], strict=True):

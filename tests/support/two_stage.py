@@ -53,6 +53,8 @@ class Machine:
     from_ram: Ticket | None = None
     crossing: Ticket | None = None
     now: float = 0.0
+    bounces: int = 2
+    in_bounces: list[Ticket] = field(default_factory=list)
 
     def _queued(self, disk: bool) -> Ticket | None:
         for queue in (self.demands, self.prefetches):
@@ -63,9 +65,12 @@ class Machine:
 
     def settle(self) -> None:
         """Whatever begins now."""
-        if self.reading is None and (ticket := self._queued(disk=True)) is not None:
+        self.in_bounces = [each for each in self.in_bounces if each.done > self.now]
+        room = self.reading is None and len(self.in_bounces) < self.bounces
+        if room and (ticket := self._queued(disk=True)) is not None:
             ticket.taken = self.now
             self.reading = ticket
+            self.in_bounces.append(ticket)
         if self.from_ram is None and (ticket := self._queued(disk=False)) is not None:
             ticket.taken = ticket.came = self.now
             self.from_ram = ticket
@@ -122,9 +127,11 @@ class Machine:
 class TwoStage:
     """Passes over layers, as an engine with frames runs them."""
 
-    def __init__(self, *, as_ready: bool, frames: int, wasted: float = 0.0) -> None:
+    def __init__(
+        self, *, as_ready: bool, frames: int, wasted: float = 0.0, bounces: int = 2
+    ) -> None:
         self.now = 0.0
-        self.machine = Machine()
+        self.machine = Machine(bounces=bounces)
         self.wasted = wasted
         self.as_ready = as_ready
         self.frames = frames
