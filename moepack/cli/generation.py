@@ -16,7 +16,7 @@ from moepack.cli.progress import TerminalProgress
 from moepack.cli.replanning import ReplanReport
 from moepack.drift import Drift, compare
 from moepack.errors import CheckpointError, PackError, PlanMismatchError
-from moepack.units import format_duration, format_rate
+from moepack.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from moepack.cost import LinkSeconds
     from moepack.formats import PackedModel
+    from moepack.model_spec import ModelSpec
     from moepack.plan import Plan
     from moepack.workspace import Workspace
 
@@ -87,7 +88,33 @@ def open_session(
     engine = open_packed(
         packed, plan, check=CheckMode(check), link=plan.link, progress=TerminalProgress()
     )
+    note_what_ram_holds(packed.spec, plan, engine.process_base_bytes)
     return Session(plan, engine, tokenizer, stop_ids)
+
+
+def note_what_ram_holds(spec: ModelSpec, plan: Plan, process_base_bytes: int) -> None:
+    """Say what comes from the disk, and whether that is more than was planned.
+
+    The process may take more beside the engine than it did when the machine was profiled.
+    """
+    from moepack_runtime.loading import require_host_memory
+
+    planned = plan.placement.host
+    if planned is None:
+        return
+    tier = require_host_memory(spec, plan.layout, plan.placement, process_base_bytes)
+    assert tier is not None, "the plan is for a device"
+    held_bytes = sum(tier.held.values())
+    if held_bytes == planned.held_bytes and not planned.bounces:
+        return
+    text = f"RAM holds {held_bytes / plan.prediction.slow_bytes:.0%} of the experts"
+    if held_bytes == planned.held_bytes:
+        note(f"{text}, the disk the rest, as planned")
+    else:
+        note(
+            f"{text}, {planned.held_bytes / plan.prediction.slow_bytes:.0%} were planned: the "
+            f"process itself takes {format_size(process_base_bytes)}"
+        )
 
 
 def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:

@@ -203,6 +203,7 @@ def _as_planned(request: PlanRequest, plan: Plan, conditions: Conditions) -> Pla
     return dataclasses.replace(
         request,
         fast_budget_bytes=placement.fast_budget_bytes,
+        ram_budget_bytes=placement.ram_budget_bytes,
         context_tokens=conditions.context or placement.context_tokens,
         prompt_tokens=conditions.prompt or placement.prompt_tokens,
         new_tokens=conditions.new or placement.new_tokens,

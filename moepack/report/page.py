@@ -14,7 +14,7 @@ from moepack.report.explain import WHAT_IF_HEAD, limit_sentence, what_if_cells
 from moepack.report.layer_charts import budgets_chart, hit_chart, layers_chart
 from moepack.report.layers import pool_sentence
 from moepack.report.markup import Child, Element, element, to_html
-from moepack.report.plan import memory_rows, planner_sentence, precision_words
+from moepack.report.plan import host_sentence, memory_rows, planner_sentence, precision_words
 from moepack.report.strategies import HEAD, reasons, standing_sentences, strategy_rows
 from moepack.report.sweep import SWEEP_HEAD, sweep_cells, sweep_sentences
 from moepack.report.sweep_charts import sweep_charts
@@ -86,6 +86,8 @@ def _lead(contents: PageContents) -> Element:
         f". Priced for a prompt of {priced.prompt_tokens} tokens and {priced.new_tokens} new ones, "
         f"with room for {priced.context_tokens}."
     )
+    if priced.host is not None and priced.host.bounces:
+        text += f" Host memory: {host_sentence(plan)}."
     return element("p", text, class_="soft")
 
 

@@ -196,6 +196,11 @@ class Engine:
         return self._placement
 
     @property
+    def process_base_bytes(self) -> int:
+        """What the process took of host memory before the engine was opened."""
+        return self._process_base_bytes
+
+    @property
     def length(self) -> int:
         """Tokens in the KV cache."""
         return self.kv.length

@@ -13,6 +13,7 @@ from rich.console import Console
 from moepack import machine, records
 from moepack.budget import slow_bytes
 from moepack.checkpoint import Checkpoint
+from moepack.cli import generation
 from moepack.cli.plan import plan_document
 from moepack.errors import BudgetTooSmallError, PlanError
 from moepack.explain import explain
@@ -192,3 +193,25 @@ def test_what_is_held_is_what_the_runtime_would_hold(tiers: Plan, spec: ModelSpe
         held = sum(size for segment, size in tier.held.items() if segment.layer == cut.layer)
         whole = slow_bytes(spec, dataclasses.replace(tiers.layout, layers=(cut,)))
         assert share == held / whole
+
+
+@pytest.mark.parametrize(("more", "said"), [(0, "as planned"), (1, "were planned: the process")])
+def test_a_session_says_what_comes_from_the_disk(
+    tiers: Plan,
+    spec: ModelSpec,
+    routing: RoutingProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: int,
+    said: str,
+) -> None:
+    """A process that takes more than it did when it was profiled leaves less to be pinned."""
+    asked = half(spec, routing)
+    assert asked.ram_budget_bytes is not None
+    monkeypatch.setattr(machine, "ram_bytes", lambda: asked.ram_budget_bytes)
+    most = max(spec.expert_bytes(n) for n in spec.moe_layers)
+    base_bytes = asked.hardware.process_base_bytes + more * most
+    generation.note_what_ram_holds(spec, tiers, base_bytes)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("RAM holds ")
+    assert said in told
