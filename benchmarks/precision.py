@@ -1,0 +1,169 @@
+"""Fewer bits for each expert: size, quality, and speed at the same budget.
+
+    moepack profile
+    python -m benchmarks.precision --vram 12M 16M --plan "" "--quality int8" "--quality int4"
+
+Each ``--plan`` is what ``moepack plan`` is told beside model, budget and context. It is packed, and
+scored once on the texts that ship (``moepack eval``), and at every budget all of them are raced
+(:mod:`benchmarks.race`) after the prompts of ``moepack bench``. Printed are medians over the rounds,
+speeds over that of the first plan round by round, and quality with 95 % intervals. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.race import Rounds, median, pack_for, race, ratio
+from benchmarks.setting import Setting, add_options, described, open_setting, size_option
+from moepack.errors import MoepackError
+from moepack.evaluating import evaluate
+from moepack.formats import PackedModel
+from moepack.plan import Plan, load_plan
+from moepack.quality import Estimate, Quality
+from moepack.shipped import shipped_texts
+from moepack.texts import read_texts
+from moepack.units import format_size
+
+
+class Stored(NamedTuple):
+    """What a plan's pack takes on disk, and how good it is."""
+
+    experts_bytes: int
+    quality: Quality
+
+
+def plan_with(told: str, args: argparse.Namespace, budget_bytes: int, folder: Path) -> Plan:
+    """As ``moepack plan`` has it, the current plan left alone."""
+    out = folder / "plan.json"
+    command = [sys.executable, "-m", "moepack", "plan", args.model, "--vram", str(budget_bytes)]
+    command += ["--context", str(args.context), "--prompt", str(args.prompt)]
+    command += ["--new", str(args.new), "--out", str(out), *shlex.split(told)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return load_plan(out)
+
+
+def stored(setting: Setting, plan: Plan, folder: Path, scratch: Path) -> Stored:
+    """Score a pack on the texts that ship."""
+    packed = PackedModel.open(folder)
+    found = evaluate(
+        packed,
+        plan,
+        read_texts(shipped_texts()),
+        exact=setting.checkpoint,
+        sources=setting.routing.summary.sources,
+        scratch=scratch,
+    )
+    size_bytes = sum(entry.stored_bytes for entry in packed.entries.values())
+    return Stored(size_bytes, found.quality)
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.{digits}f}"
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+
+
+def _print_quality(found: dict[str, Stored]) -> None:
+    print("\n| | experts | perplexity | KL, nats | same first choice |")
+    print("| --- | --- | --- | --- | --- |")
+    for told, (size_bytes, quality) in found.items():
+        near = quality.nearness
+        assert near is not None, "the exact model was at hand"
+        print(
+            f"| {told or 'exact'} | {format_size(size_bytes)} | {_interval(quality.perplexity, 3)} "
+            f"| {_interval(near.kl, 5)} | {_interval(near.top1_agreement, 4)} |"
+        )
+    sys.stdout.flush()
+
+
+def _print_speed(budget_bytes: int, plans: dict[str, Plan], found: Rounds) -> None:
+    first = next(iter(found.values()))
+    print(f"\n{format_size(budget_bytes)} of fast memory\n")
+    print("| | tokens/s | predicted | over the first | hit rate | link a token |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for told, runs in found.items():
+        middle, least, most = ratio(first, runs, lambda run: run.tpot_s)
+        print(
+            f"| {told or 'exact'} | {1 / median(runs, lambda run: run.tpot_s):.1f} "
+            f"| {plans[told].prediction.tokens_per_s:.1f} "
+            f"| {middle:.2f} ({least:.2f} to {most:.2f}) "
+            f"| {median(runs, lambda run: run.hit_rate):.1%} "
+            f"| {format_size(round(median(runs, lambda run: run.link_bytes_per_token)))} |"
+        )
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table of quality, and one of speed for every budget."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except MoepackError as failure:
+        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    setting = open_setting(args.model, args.prompt)
+    scored: dict[str, Stored] = {}
+    speeds: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="precision.") as scratch:
+        folder = Path(scratch)
+        for budget_bytes in args.vram:
+            plans = {told: plan_with(told, args, budget_bytes, folder) for told in args.plan}
+            folders = pack_for(setting.checkpoint, plans, folder)
+            if not scored and not args.no_eval:
+                for told, plan in plans.items():
+                    scored[told] = stored(setting, plan, folders[plan.layout.digest], folder)
+                _print_quality(scored)
+            found = race(plans, folders, setting.prompts, args.new, args.rounds)
+            _print_speed(budget_bytes, plans, found)
+            for told, runs in found.items():
+                tpot_s = median(runs, lambda run: run.tpot_s)
+                predicted_s = plans[told].prediction.tpot_s
+                speeds.append(
+                    {
+                        "budget_bytes": budget_bytes,
+                        "plan": told,
+                        "tpot_s": tpot_s,
+                        "predicted_tpot_s": predicted_s,
+                    }
+                )
+    rows = {
+        told: {
+            "experts_bytes": size_bytes,
+            "perplexity": quality.perplexity.value,
+            "kl": quality.nearness.kl.value if quality.nearness else None,
+        }
+        for told, (size_bytes, quality) in scored.items()
+    }
+    print(json.dumps(described(args) | {"quality": rows, "speed": speeds}))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--vram", type=size_option, nargs="+", required=True, metavar="SIZE")
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        default=["", "--quality int8", "--quality int4"],
+        metavar="OPTIONS",
+        help="of moepack plan, each in one string; an empty one for the exact model",
+    )
+    parser.add_argument("--no-eval", action="store_true", help="measure speed alone")
+    add_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
