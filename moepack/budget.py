@@ -27,8 +27,9 @@ _TILE_COLUMNS = 512
 # What one token's attention converts to float32 at a time, if one head does not take more.
 _CONVERTED_BYTES = 4 << 20
 
-# Weights of a quantised matrix that are dequantised at a time, in whole tiles of rows.
-_DEQUANTISED_WEIGHTS = 1 << 19
+# Weights of a quantised matrix that are dequantised at a time, in whole tiles of rows. Half as many
+# take as long, in twice as many steps: threads that wait for one another wait as often.
+_DEQUANTISED_WEIGHTS = 1 << 20
 
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
 TRUNK_ALIGNMENT_BYTES = 64

@@ -24,10 +24,10 @@ from typing_extensions import override
 from moepack.budget import dequantised_rows
 from moepack_runtime.int4_tiles import memory_tile_rows, torch_tile_rows
 
-# The most tokens that the kernels multiply with. Beyond, dequantising is faster: on matrices of
-# [2048, 2048] and [2048, 1024], by interleaved medians.
+# The most tokens that the kernels multiply with. Beyond, dequantising is faster: by interleaved
+# medians of processor time on one thread, for matrices of [2048, 2048] and [2048, 1024] (AVX-512).
 INT8_KERNEL_TOKENS = 32
-INT4_KERNEL_TOKENS = 64
+INT4_KERNEL_TOKENS = 80
 
 # Of int8 codes the kernel loads so many at a time, from addresses that are multiples of it; of
 # tokens, twice the bytes.
