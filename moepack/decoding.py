@@ -190,11 +190,13 @@ class AnyDecoding(ABC, Generic[C]):
             ready &= seen.ready[..., part::parts]
         needed = np.repeat(found.right[:, :, : seen.begun.shape[2] // parts], parts, axis=2)
         activations = max(1, int(found.valid.sum()))
-        demanded, used, wasted = (
-            self._per_token(flags)
-            for flags in (seen.demanded, seen.begun & needed, seen.begun & ~needed)
+        demanded = self._per_token(seen.demanded, found.ids)
+        used, wasted = (
+            self._per_token(flags, self._guessed(seen))
+            for flags in (seen.begun & needed, seen.begun & ~needed)
         )
-        stored_bytes = self._segments.stored_bytes
+        each = self._segments.classes or self._segments
+        stored_bytes = each.stored_bytes
         disk_bytes, disk_s = self._from_disk(seen)
         return Replayed(
             ttft_s=ttft_s,
@@ -204,7 +206,7 @@ class AnyDecoding(ABC, Generic[C]):
             demand_bytes=float((demanded * stored_bytes).sum()),
             ahead_used_bytes=float((used * stored_bytes).sum()),
             ahead_wasted_bytes=float((wasted * stored_bytes).sum()),
-            link_s=float(((demanded + used + wasted) * self._segments.link_s).sum()),
+            link_s=float(((demanded + used + wasted) * each.link_s).sum()),
             layer_wait_s=seen.wait_s.mean(axis=0),
             events=tokens * layers,
             disk_bytes=disk_bytes,
@@ -213,16 +215,27 @@ class AnyDecoding(ABC, Generic[C]):
 
     def _from_disk(self, seen: Seen) -> tuple[float, float]:
         """Bytes that the disk reads for one token, and its seconds for them."""
-        passes, segments = self._passes, self._segments
-        if passes.read_s is None or passes.ahead_read_s is None or segments.read_s is None:
+        passes, each = self._passes, self._segments.classes or self._segments
+        if passes.read_s is None or passes.ahead_read_s is None or each.read_s is None:
             return 0.0, 0.0
-        reads = self._per_token(seen.demanded & (passes.read_s > 0.0))
+        reads = self._per_token(seen.demanded & (passes.read_s > 0.0), self._found.ids)
         if seen.begun.size:
-            reads = reads + self._per_token(seen.begun & (passes.ahead_read_s > 0.0))
-        return float((reads * segments.stored_bytes).sum()), float((reads * segments.read_s).sum())
+            ahead = seen.begun & (passes.ahead_read_s > 0.0)
+            reads = reads + self._per_token(ahead, self._guessed(seen))
+        return float((reads * each.stored_bytes).sum()), float((reads * each.read_s).sum())
 
-    def _per_token(self, flags: Flags) -> Seconds:
-        """Of [T, L, experts * G], how many of each layer's segments, [L, G]."""
+    def _guessed(self, seen: Seen) -> Columns:
+        """The experts that were asked for ahead, [T, L, D]."""
+        return self._found.predicted[:, :, : seen.begun.shape[2] // self._parts]
+
+    def _per_token(self, flags: Flags, experts: Columns) -> Seconds:
+        """Of [T, L, K * G], how many of each layer's segments, [L, G].
+
+        Where there are mixed layers, of each of its encodings' segments: [L, C, G].
+        """
+        classes = self._segments.classes
+        if classes is not None:
+            return np.asarray(classes.tally(flags, experts) / self._tokens)
         counts = np.count_nonzero(flags, axis=0).reshape(self._layers, -1, self._parts)
         return np.asarray(counts.sum(axis=1) / self._tokens)
 

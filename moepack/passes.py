@@ -7,7 +7,7 @@ ones that are looked at, ``G`` segments of an expert (1 where no layer is cut, e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,12 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.errors import ProfileError
+from moepack.errors import PlanMismatchError, ProfileError
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
 from moepack.ram_tier import ram_tier
 from moepack.routing_tables import Cache, RoutingTables
+from moepack.segment_classes import SegmentClasses, seconds_of, segment_classes
 from moepack.segments import PARTS
 from moepack.timeline import Columns, Flags, Seconds
 from moepack.trace import NO_PREDICTION, LayerShape
@@ -51,6 +52,8 @@ class Segments(NamedTuple):
         Which those are, bool [L, N, G].
     bounces
         How many of them may be on their way at once.
+    classes
+        The same by encoding, where there are mixed layers; what is above is then of the largest.
     """
 
     stored_bytes: npt.NDArray[np.int64]
@@ -64,6 +67,36 @@ class Segments(NamedTuple):
     read_s: Seconds | None = None
     from_disk: Flags | None = None
     bounces: int = 0
+    classes: SegmentClasses | None = None
+
+    def mixed(self, row: int) -> LayerLayout | None:
+        """The layout of a layer if that is mixed, else None."""
+        cut = None if self.classes is None else self.classes.cuts[row]
+        return cut if cut is not None and cut.encodings else None
+
+    def linking_s(self, experts: Columns) -> Seconds:
+        """Seconds of the link for the segments of experts [.., L, K]: [.., L, K * G]."""
+        if self.classes is None:
+            return self._all(self.link_s, experts)
+        return self.classes.each(self.classes.link_s, experts)
+
+    def computing_s(self, experts: Columns) -> Seconds:
+        """The same of computing one token."""
+        if self.classes is None:
+            return self._all(self.compute_s, experts)
+        return self.classes.each(self.classes.compute_s, experts)
+
+    def reading_s(self, experts: Columns) -> Seconds:
+        """The same of the disk."""
+        if self.classes is None:
+            assert self.read_s is not None, "RAM holds everything"
+            return self._all(self.read_s, experts)
+        assert self.classes.read_s is not None, "RAM holds everything"
+        return self.classes.each(self.classes.read_s, experts)
+
+    def _all(self, values: npt.NDArray[Any], experts: Columns) -> npt.NDArray[Any]:
+        """Of [L, G], the same for every expert: [L, K * G]."""
+        return np.tile(values, experts.shape[-1])
 
 
 def segments_of(
@@ -83,14 +116,24 @@ def segments_of(
     ]
     compute_s = np.array(expert_s)[:, None] * share
     transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
-    known = {int(size): link(int(size)) for size in np.unique(sizes) if size}
-    link_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
+    link_s = seconds_of(sizes, link)
     if not interior.any():  # one segment each: the part that is there
         sizes = sizes.sum(axis=1, keepdims=True)
         link_s, compute_s, share = (
             values.sum(axis=1, keepdims=True) for values in (link_s, compute_s, share)
         )
-    return Segments(sizes, link_s, compute_s, share, transfer_s, burst_s, has_top, interior)
+    classes = segment_classes(spec, compute, layout.layers, link, sizes.shape[1])
+    return Segments(
+        sizes,
+        link_s,
+        compute_s,
+        share,
+        transfer_s,
+        burst_s,
+        has_top,
+        interior,
+        classes=classes,
+    )
 
 
 def behind_ram(
@@ -120,9 +163,9 @@ def behind_ram(
             "RAM does not hold all experts of this plan, and how fast the disk is has not been "
             "measured; run moepack profile --hardware-only"
         )
-    sizes = segments.stored_bytes
-    known = {int(size): disk(int(size)) for size in np.unique(sizes) if size}
-    read_s = np.vectorize(lambda size: known.get(int(size), 0.0), otypes=[np.float64])(sizes)
+    sizes, classes = segments.stored_bytes, segments.classes
+    if classes is not None:
+        classes = classes._replace(read_s=seconds_of(classes.stored_bytes, disk))
     widest = max(len(place.hot) for place in placement.layers)
     from_disk = np.ones((len(sizes), widest, len(PARTS)), dtype=np.bool_)
     rows = {cut.layer: row for row, cut in enumerate(layout.layers)}
@@ -132,7 +175,12 @@ def behind_ram(
     if sizes.shape[1] == 1:  # one segment each: the part that is there
         part = np.where(segments.has_top, 0, 1)
         from_disk = np.take_along_axis(from_disk, part[:, None, None], axis=2)
-    return segments._replace(read_s=read_s, from_disk=from_disk, bounces=host.bounces)
+    return segments._replace(
+        read_s=seconds_of(sizes, disk),
+        from_disk=from_disk,
+        bounces=host.bounces,
+        classes=classes,
+    )
 
 
 class Activations(NamedTuple):
@@ -257,14 +305,15 @@ def passes_with(
     valid = np.repeat(found.valid, parts, axis=2)  # [T, L, K * G]
     flat = valid.shape
     missing = valid & ~held.reshape(flat)
-    fetch_s = np.where(missing, _tiled(segments.link_s, flat[2]), 0.0)
-    compute_s = np.where(valid, _tiled(segments.compute_s, flat[2]), 0.0)
+    fetch_s = np.where(missing, segments.linking_s(found.ids), 0.0)
+    compute_s = np.where(valid, segments.computing_s(found.ids), 0.0)
     compute_s += disturbance_s(fetch_s, segments)
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
     asked = (np.arange(depth) < depths[:, None]) & named[:, :, :depth]
     most = placement.staging_experts
-    ahead_s = ahead_seconds(placement, segments, asked, held_ahead[:, :, :depth], most)
+    guessed = found.predicted[:, :, :depth]
+    ahead_s = ahead_seconds(placement, segments, guessed, asked, held_ahead[:, :, :depth], most)
     # A segment is brought by its expert's rank, if that rank really asks for it.
     none = depth * parts
     ahead_of = np.full(flat, none)
@@ -280,25 +329,27 @@ def passes_with(
         return made
     layers = np.arange(len(segments.from_disk))[:, None]
     from_disk = segments.from_disk[layers, found.ids]
-    ahead_from_disk = segments.from_disk[layers, found.predicted[:, :, :depth]]
+    ahead_from_disk = segments.from_disk[layers, guessed]
     return made._replace(
-        read_s=read_seconds(segments, fetch_s, from_disk),
-        ahead_read_s=read_seconds(segments, ahead_s, ahead_from_disk),
+        read_s=read_seconds(segments, found.ids, fetch_s, from_disk),
+        ahead_read_s=read_seconds(segments, guessed, ahead_s, ahead_from_disk),
     )
 
 
-def read_seconds(segments: Segments, fetch_s: Seconds, from_disk: Flags) -> Seconds:
-    """Seconds of the disk for what crosses the bus, [.., L, experts * G].
+def read_seconds(
+    segments: Segments, experts: Columns, fetch_s: Seconds, from_disk: Flags
+) -> Seconds:
+    """Seconds of the disk for what crosses the bus, [.., L, K * G].
 
     Parameters
     ----------
-    fetch_s : [.., L, experts * G]
+    experts : int [.., L, K]
+    fetch_s : [.., L, K * G]
         0 for nothing.
-    from_disk : bool [.., L, experts, G]
+    from_disk : bool [.., L, K, G]
     """
-    assert segments.read_s is not None, "RAM holds everything"
     reads = (fetch_s > 0.0) & from_disk.reshape(fetch_s.shape)
-    return np.where(reads, _tiled(segments.read_s, fetch_s.shape[-1]), 0.0)
+    return np.where(reads, segments.reading_s(experts), 0.0)
 
 
 def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:
@@ -315,7 +366,12 @@ def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:
 
 
 def ahead_seconds(
-    placement: Placement, segments: Segments, asked: Flags, held: Flags, most: int
+    placement: Placement,
+    segments: Segments,
+    experts: Columns,
+    asked: Flags,
+    held: Flags,
+    most: int,
 ) -> Seconds:
     """Seconds of the link for what is asked for ahead, [.., L, D * G].
 
@@ -323,8 +379,10 @@ def ahead_seconds(
 
     Parameters
     ----------
+    experts : int [.., L, D]
+        Predicted, best first.
     asked : bool [.., L, D]
-        Predicted experts that are asked for, best first.
+        Which of them are asked for.
     held : bool [.., L, D, G]
         Their parts that are resident.
     most
@@ -338,7 +396,7 @@ def ahead_seconds(
         lacking = asked & ~held.all(axis=-1)
         asked = asked & (np.cumsum(lacking, axis=-1) <= most)
     missing = np.repeat(asked, parts, axis=-1) & ~held.reshape(*held.shape[:-2], depth * parts)
-    return np.where(missing, _tiled(segments.link_s, depth * parts), 0.0)
+    return np.where(missing, segments.linking_s(experts), 0.0)
 
 
 def guessed_layers(
@@ -356,11 +414,6 @@ def guessed_layers(
         )
         found.append(place.prefetch != "off" and not there)
     return found
-
-
-def _tiled(values: Seconds, columns: int) -> Seconds:
-    """Of [L, G], the same for every expert: [L, columns]."""
-    return np.tile(values, columns // values.shape[1])
 
 
 def _cached_first(held: Flags, segments: Segments) -> Flags:
@@ -388,6 +441,11 @@ def _held(
         ahead[..., 0] = predicted[tokens] if oracle == "none" else held[..., 0]
         return held, ahead
     if oracle == "future":
+        if segments.classes is not None:
+            raise PlanMismatchError(
+                "what a cache that knows the future would hold is not known of layers whose "
+                "experts are stored in several encodings; expected layers of one encoding"
+            )
         slots = np.array([place.top_slots for place in placement.layers])
         future = tables.future[tokens] < slots[:, None]
         held[..., 0] = np.take_along_axis(future, order, axis=2)
@@ -400,10 +458,15 @@ def _held(
         [Cache(index, place.policy, count, place.half_life_tokens) for count in counts[index]]
         for index, place in enumerate(placement.layers)
     ]
-    tables.prepare(cache for several in caches for cache in several)
-    for index, several in enumerate(caches):
+    mixed = [segments.mixed(index) for index in range(len(caches))]
+    alike = (several for several, cut in zip(caches, mixed, strict=True) if cut is None)
+    tables.prepare(cache for several in alike for cache in several)
+    for index, (several, cut) in enumerate(zip(caches, mixed, strict=True)):
         for part, cache in enumerate(several):
-            activated, predicted = tables.held(cache)
+            if cut is None:
+                activated, predicted = tables.held(cache)
+            else:
+                activated, predicted = tables.mixed(index, cut, placement.layers[index])
             mine = np.take_along_axis(activated[tokens], order[:, index], axis=1)
             held[:, index, :, part] = mine
             ahead[:, index, :, part] = predicted[tokens] if oracle == "none" else mine

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
+from moepack.mixed_residency import starting
 from moepack.passes import (
     Oracle,
     Segments,
@@ -19,6 +20,7 @@ from moepack.passes import (
 )
 from moepack.plan import Layout, Placement
 from moepack.routing_tables import RoutingTables
+from moepack.segment_classes import whole_part
 from moepack.timeline import Seconds
 from moepack.trace import NO_PREDICTION, RoutingPart
 
@@ -128,14 +130,17 @@ def prompt_passes(
     parts = segments.link_s.shape[1]
     if held is None:
         held = _held_at_start(tables, placement, segments, used.shape[2])
-    fetch_s = np.where(used[..., None] & ~held, segments.link_s[:, None, :], 0.0)
+    everyone = np.broadcast_to(np.arange(used.shape[2]), used.shape[1:])  # [L, N]
+    link_s = segments.linking_s(everyone).reshape(*everyone.shape, parts)
+    fetch_s = np.where(used[..., None] & ~held, link_s, 0.0)
     expert_s = np.zeros(used.shape)
     longest = int(prompts.counts.max())
     for index, cut in enumerate(layout.layers):
         entry, two = compute.layer(cut.layer), bool(segments.interior[index])
-        curve = entry.expert_times(cut.encoding, cut=two)
-        seconds = np.array(_first_seconds(curve, longest))
-        expert_s[:, index] = seconds[prompts.counts[:, index]].sum(axis=1)
+        curves = [entry.expert_times(name, cut=two) for name in cut.classes]
+        seconds = np.array([_first_seconds(curve, longest) for curve in curves])
+        its = 0 if segments.classes is None else segments.classes.place[index]
+        expert_s[:, index] = seconds[its, prompts.counts[:, index]].sum(axis=1)
     compute_s = expert_s[..., None] * segments.share[:, None, :]
     named = used if oracle != "none" else prompts.predicted
     fetches = np.array([place.prefetch != "off" for place in placement.layers])
@@ -144,6 +149,7 @@ def prompt_passes(
     ahead_s = ahead_seconds(
         placement,
         segments,
+        everyone,
         asked,
         np.broadcast_to(held, (*asked.shape, parts)),
         placement.staging_experts - 1,
@@ -156,8 +162,8 @@ def prompt_passes(
         return made
     from_disk = np.broadcast_to(segments.from_disk, (*used.shape, parts))
     return made._replace(
-        read_s=read_seconds(segments, fetch_s, from_disk),
-        ahead_read_s=read_seconds(segments, ahead_s, from_disk),
+        read_s=read_seconds(segments, everyone, fetch_s, from_disk),
+        ahead_read_s=read_seconds(segments, everyone, ahead_s, from_disk),
     )
 
 
@@ -181,7 +187,11 @@ def _held_at_start(
             # Places are handed out over the layers in turn.
             each, rest = divmod(placement.pool.slots, len(tables.layers))
             slots = (each + (index < rest),) * 2
+        cut = segments.mixed(index)
         for part in range(parts):
-            held[index, list(place.hot[: slots[part]]), part] = True
+            first = place.hot[: slots[part]]
+            if cut is not None:
+                first = starting(cut, place, whole_part(cut))
+            held[index, list(first), part] = True
     held |= (segments.stored_bytes == 0)[:, None, :]
     return held

@@ -17,14 +17,17 @@ from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
+from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
 from moepack.passes import activations, behind_ram, guessed_layers, passes_with, segments_of
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
-from moepack.residency import ExpertCache, LayerCache, SharedCache
+from moepack.residency import LayerCache, SharedCache
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
+from moepack.segment_classes import whole_part
+from moepack.segments import PARTS
 from moepack.tier_decoding import TierDecoding
 from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
@@ -137,7 +140,7 @@ class _RunReplayer:
         self._tables = tables
         segments = segments_of(spec, compute, layout, link)
         self._segments = behind_ram(segments, spec, layout, placement, disk)
-        self.caches = _Caches(tables, placement, self._segments.stored_bytes)
+        self.caches = _Caches(tables, layout, placement, self._segments.stored_bytes)
 
     def generation(self, prompt: npt.NDArray[np.intp], decoded: npt.NDArray[np.intp]) -> Replayed:
         """One generation, given by its tokens in the trace."""
@@ -178,7 +181,11 @@ class _Caches:
     """The caches of a placement, stepped as an engine steps them."""
 
     def __init__(
-        self, tables: RoutingTables, placement: Placement, stored_bytes: npt.NDArray[np.int64]
+        self,
+        tables: RoutingTables,
+        layout: Layout,
+        placement: Placement,
+        stored_bytes: npt.NDArray[np.int64],
     ) -> None:
         self._tables = tables
         self._parts = stored_bytes.shape[1]
@@ -189,17 +196,12 @@ class _Caches:
             pool = SharedCache(placement.pool.slots, hot, placement.pool.policy)
             self._layers = [(pool.layer(index),) for index in range(len(hot))]
             return
-        for index, place in enumerate(placement.layers):
-            slots = [place.top_slots, place.bottom_slots]
-            if self._parts == 1:
-                slots = [sum(slots)]
-            caches = tuple(
-                ExpertCache(count, place.hot, place.policy, half_life_tokens=place.half_life_tokens)
-                if stored_bytes[index, part]
-                else None
-                for part, count in enumerate(slots)
+        for cut, place, sizes in zip(layout.layers, placement.layers, stored_bytes, strict=True):
+            parts = PARTS if self._parts == 2 else (whole_part(cut),)
+            caches = (layer_cache(cut, place, part) for part in parts)
+            self._layers.append(
+                tuple(cache if size else None for cache, size in zip(caches, sizes, strict=True))
             )
-            self._layers.append(caches)
 
     def all_held(self) -> Flags:
         """What is resident now, bool [L, N, G]."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.belady import belady_ranks
+from moepack.budget import class_slots
 from moepack.cache_curves import (
     Curves,
     cross_fitted_hit_curves,
@@ -22,9 +23,10 @@ from moepack.cache_curves import (
     prediction_accuracy,
 )
 from moepack.half_lives import fitted_half_lives
-from moepack.plan import Policy, SharedPool
+from moepack.plan import LayerLayout, LayerPlacement, Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
+from moepack.segment_classes import stepped
 from moepack.small_caches import stepped_hits
 from moepack.stack_ranks import Ranks, StackRanks, stack_ranks
 from moepack.timeline import Flags
@@ -68,6 +70,7 @@ class RoutingTables:
         self._stepped: dict[Cache, tuple[Flags, Flags]] = {}
         self._decaying: dict[tuple[int, float], tuple[Ranks, Ranks]] = {}
         self._pools: dict[SharedPool, tuple[Flags, Flags]] = {}
+        self._mixed: dict[tuple[object, ...], tuple[Flags, Flags]] = {}
 
     def starting(self, hot: Rankings) -> RoutingTables:
         """The same with caches that start from other rankings: a plan may be older than these."""
@@ -229,6 +232,15 @@ class RoutingTables:
 
     def _is_small(self, cache: Cache) -> bool:
         return 0 < cache.slots < self.layers[cache.row].top_k and cache.policy != "pinned"
+
+    def mixed(self, row: int, cut: LayerLayout, place: LayerPlacement) -> tuple[Flags, Flags]:
+        """The same for a layer whose experts are stored in several encodings."""
+        # All that who is held depends on.
+        key = row, cut.encodings, class_slots(cut, place), place.policy, place.half_life_tokens
+        if key not in self._mixed:
+            place = replace(place, hot=self.hot[row])
+            self._mixed[key] = stepped(self.trace, row, self.layers[row], cut, place)
+        return self._mixed[key]
 
     def pooled(self, pool: SharedPool) -> tuple[Flags, Flags]:
         """The same for slots that all layers share, bool [T, L, K] and bool [T, L, 2K]."""

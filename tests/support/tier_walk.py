@@ -79,7 +79,7 @@ class TierWalk:
 
     def _read_s(self, layer: WalkedLayer, expert: int, part: Part) -> float:
         held = SegmentId(layer.place.layer, expert, part) in self._in_ram
-        return 0.0 if held else self._disk(layer.sizes[part])
+        return 0.0 if held else self._disk(layer.size(expert, part))
 
     def _pass(
         self,
@@ -99,7 +99,7 @@ class TierWalk:
                     each.fetch,
                     self._read_s(layer, expert, part) if each.fetch else 0.0,
                 )
-                for part, each in zip(layer.sizes, plain[expert], strict=True)
+                for part, each in zip(layer.parts, plain[expert], strict=True)
             ]
             for expert in plain
         }
@@ -109,7 +109,7 @@ class TierWalk:
         ]
         for number, (expert, part) in enumerate(itertools.chain(*what)):
             if expert in experts:
-                experts[expert][list(layer.sizes).index(part)].ahead = number
+                experts[expert][layer.parts.index(part)].ahead = number
         return _Pass(*times, layer, experts, what)
 
     def _run(self, passes: Sequence[_Pass], *, as_ready: bool) -> TierWalked:
@@ -126,17 +126,17 @@ class TierWalk:
             clock.wasted = one.layer.entry.transfer_s
             experts = [one.experts[expert] for expert in sorted(one.experts)]
             seen = clock.run(one.before, one.guess, one.after, experts, nexts)
-            parts = [(e, part) for e in sorted(one.experts) for part in one.layer.sizes]
+            parts = [(e, part) for e in sorted(one.experts) for part in one.layer.parts]
             asked = list(itertools.chain(*one.what))
             for number in seen.demanded:
-                walked.demand_bytes += one.layer.sizes[parts[number][1]]
+                walked.demand_bytes += one.layer.size(*parts[number])
                 self._count_read(walked, one.layer, *parts[number])
             for number in seen.begun:
                 expert, part = asked[number]
                 if expert in one.experts:
-                    walked.ahead_used_bytes += one.layer.sizes[part]
+                    walked.ahead_used_bytes += one.layer.size(expert, part)
                 else:
-                    walked.ahead_wasted_bytes += one.layer.sizes[part]
+                    walked.ahead_wasted_bytes += one.layer.size(expert, part)
                 self._count_read(walked, one.layer, expert, part)
             clock.now += one.rest
         walked.seconds = clock.now
@@ -145,7 +145,7 @@ class TierWalk:
     def _count_read(self, walked: TierWalked, layer: WalkedLayer, expert: int, part: Part) -> None:
         seconds = self._read_s(layer, expert, part)
         walked.disk_s += seconds
-        walked.disk_bytes += layer.sizes[part] * (seconds > 0)
+        walked.disk_bytes += layer.size(expert, part) * (seconds > 0)
 
     def decode(self, part: RoutingPart, *, as_ready: bool) -> TierWalked:
         """Decode the tokens of a part; the caches see those of every part."""
@@ -188,7 +188,7 @@ class TierWalk:
         if one is None:
             return []
         return [
-            [(one.layer.link_s[part], self._read_s(one.layer, e, part)) for e, part in parts]
+            [(one.layer.link_s(e, part), self._read_s(one.layer, e, part)) for e, part in parts]
             for parts in one.what
         ]
 

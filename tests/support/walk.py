@@ -13,6 +13,7 @@ import numpy as np
 
 from moepack.budget import stored_bytes
 from moepack.compute import LayerCompute
+from moepack.mixed_residency import layer_cache
 from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
 from moepack.residency import LayerCache, SharedCache
 from moepack.segments import PARTS, Part
@@ -46,27 +47,33 @@ class WalkedLayer:
     def __init__(self, setting: Setting, cut: LayerLayout, place: LayerPlacement) -> None:
         self.place = place
         self.entry = setting.compute.layer(cut.layer)
-        sizes: list[tuple[Part, int]] = [
-            (part, stored_bytes(setting.spec, cut, part)) for part in PARTS
-        ]
-        self.sizes = {part: size for part, size in sizes if size}
-        self.link_s = {part: setting.link(size) for part, size in self.sizes.items()}
+        self._setting = setting
+        self._cut = cut
+        self.parts: list[Part] = [part for part in PARTS if stored_bytes(setting.spec, cut, part)]
         shares: dict[Part, float] = {"top": cut.split_ratio, "bottom": 1 - cut.split_ratio}
         self.shares = shares
-        curve = self.entry.expert_split if len(self.sizes) == 2 else self.entry.expert
-        assert curve is not None
-        self.curve = curve
+
+    def size(self, expert: int, part: Part) -> int:
+        """Bytes of one part of an expert."""
+        name = self._cut.encoding_of(expert)
+        return stored_bytes(self._setting.spec, self._cut, part, name)
+
+    def link_s(self, expert: int, part: Part) -> float:
+        """Seconds of the link for it."""
+        return self._setting.link(self.size(expert, part))
 
     def segments(self, expert: int, held: Held, tokens: Sequence[int]) -> list[Segment]:
         """What one expert has to fetch, and to compute for so many tokens of each block."""
-        seconds = sum(self.curve.at(count) for count in tokens if count)
+        name = self._cut.encoding_of(expert)
+        curve = self.entry.expert_times(name, cut=len(self.parts) == 2)
+        seconds = sum(curve.at(count) for count in tokens if count)
         found = []
-        for part in self.sizes:
+        for part in self.parts:
             missing = expert not in held[part]
             found.append(
                 Segment(
                     seconds * self.shares[part] + missing * self.entry.transfer_s,
-                    self.link_s[part] if missing else 0.0,
+                    self.link_s(expert, part) if missing else 0.0,
                 )
             )
         return found
@@ -86,11 +93,11 @@ class WalkedLayer:
         """The parts that are fetched for each guess, as far as there are frames for them."""
         found: list[list[Part]] = []
         for expert in guesses:
-            parts: list[Part] = [part for part in self.sizes if expert not in held[part]]
+            parts: list[Part] = [part for part in self.parts if expert not in held[part]]
             if self.place.prefetch == "off":
                 parts = []
             if self.place.prefetch == "bottoms":
-                top_is_there = "top" not in self.sizes or expert in held["top"]
+                top_is_there = "top" not in self.parts or expert in held["top"]
                 parts = [part for part in parts if part == "bottom" and top_is_there]
             if parts and frames == 0:
                 parts = []
@@ -112,10 +119,10 @@ class WalkedLayer:
         seconds: list[list[float]] = []
         what: list[tuple[int, Part]] = []
         for expert, parts in zip(guesses, ahead, strict=True):
-            seconds.append([self.link_s[part] for part in parts])
+            seconds.append([self.link_s(expert, part) for part in parts])
             for part in parts:
                 if expert in experts:
-                    experts[expert][list(self.sizes).index(part)].ahead = len(what)
+                    experts[expert][self.parts.index(part)].ahead = len(what)
                 what.append((expert, part))
         return clock.run(before, guess, after, [experts[e] for e in sorted(experts)], seconds), what
 
@@ -136,7 +143,7 @@ def guessed_of(
     for layer, shape in zip(layers, shapes, strict=True):
         slots = {"top": layer.place.top_slots, "bottom": layer.place.bottom_slots}
         lacks = placement.pool is not None or any(
-            slots[part] < shape.num_experts for part in layer.sizes
+            slots[part] < shape.num_experts for part in layer.parts
         )
         found.append(layer.place.prefetch != "off" and lacks)
     return found
@@ -151,6 +158,10 @@ def caches_of(layout: Layout, placement: Placement) -> list[dict[Part, LayerCach
     found: list[dict[Part, LayerCache]] = []
     for cut, place in zip(layout.layers, placement.layers, strict=True):
         mine: dict[Part, LayerCache] = {}
+        if cut.encodings:
+            whole: Part = "top" if cut.split else "bottom"
+            found.append({whole: layer_cache(cut, place, whole)})
+            continue
         if cut.split:
             mine["top"] = cache_of(place, place.top_slots)
         if cut.split < cut.width:
@@ -223,25 +234,25 @@ def _count(
     seen: Seen,
     what: Sequence[tuple[int, Part]],
 ) -> None:
-    first = next(iter(layer.sizes))
+    first = layer.parts[0]
     place = 0
     for expert in ids:
         walked.activations += 1
         walked.hits += expert in held[first]
-        places = range(place, place + len(layer.sizes))
+        places = range(place, place + len(layer.parts))
         walked.ready += seen.ready.issuperset(places)
-        for part, number in zip(layer.sizes, places, strict=True):
+        for part, number in zip(layer.parts, places, strict=True):
             if number in seen.demanded:
-                walked.demand_bytes += layer.sizes[part]
-                walked.link_s += layer.link_s[part]
-        place += len(layer.sizes)
+                walked.demand_bytes += layer.size(expert, part)
+                walked.link_s += layer.link_s(expert, part)
+        place += len(layer.parts)
     for number in seen.begun:
         expert, part = what[number]
         if expert in ids:
-            walked.ahead_used_bytes += layer.sizes[part]
+            walked.ahead_used_bytes += layer.size(expert, part)
         else:
-            walked.ahead_wasted_bytes += layer.sizes[part]
-        walked.link_s += layer.link_s[part]
+            walked.ahead_wasted_bytes += layer.size(expert, part)
+        walked.link_s += layer.link_s(expert, part)
     computed = sum(segment.compute for expert in experts.values() for segment in expert)
     walked.layer_wait_s[index] += seen.end - seen.begin - computed
 
