@@ -76,7 +76,7 @@ class Parts(NamedTuple):
 
     ``top_s`` and ``bottom_s`` are the link's seconds for one, 0 where there is none; ``top_share``
     is theta, the top's share of an expert's computing. ``top_read_s`` and ``bottom_read_s`` are the
-    disk's, for what RAM does not hold.
+    disk's, for what RAM does not hold; ``bounces`` says how many of those may be on their way.
     """
 
     top_s: Number
@@ -84,6 +84,7 @@ class Parts(NamedTuple):
     top_share: Number
     top_read_s: Number = 0.0
     bottom_read_s: Number = 0.0
+    bounces: int = 2
 
     def columns(self) -> tuple[Array, Array, Array]:
         """The link's seconds and the share, each [C]."""
@@ -92,7 +93,7 @@ class Parts(NamedTuple):
 
     def read_columns(self) -> tuple[Array, Array]:
         """The disk's seconds, each [C]."""
-        top_s, bottom_s = (np.atleast_1d(np.asarray(part, np.float64)) for part in self[3:])
+        top_s, bottom_s = (np.atleast_1d(np.asarray(part, np.float64)) for part in self[3:5])
         return top_s, bottom_s
 
     def read_s(self, lacks: Lacks) -> Array:

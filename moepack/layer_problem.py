@@ -71,6 +71,8 @@ class DiskProblem:
     ----------
     link : callable
         Seconds of one read of so many bytes.
+    bounces : int
+        Reads that may be on their way at once.
     held : int
         Experts that RAM holds: the hottest.
     shares : mapping of str to float64 [N + 1]
@@ -80,6 +82,7 @@ class DiskProblem:
     """
 
     link: LinkSeconds
+    bounces: int
     held: int
     shares: Mapping[Policy, Array]
     predicted_shares: Mapping[Policy, Array]

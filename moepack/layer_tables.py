@@ -271,7 +271,10 @@ class _Pricer:
         """(variant, seconds [S, C]) of the first N states, or of those after them."""
         problem = self._problem
         top_s, bottom_s, *read = (seconds[columns] for seconds in self._transfers)
-        parts = Parts(top_s, bottom_s, self._share[columns], *read)
+        parts = Parts(top_s, bottom_s, self._share[columns])
+        if problem.disk is not None:
+            top_read_s, bottom_read_s = read
+            parts = Parts(*parts.columns(), top_read_s, bottom_read_s, problem.disk.bounces)
         token = problem.token._replace(expert_s=self._expert_s[columns])
         tops = states.start == 0
         reads, predicted_reads = self._reads or (None, None)

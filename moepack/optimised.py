@@ -228,6 +228,7 @@ class Optimised:
         shares = {policy: chances.shares(index, policy) for policy in engine.policies}
         return DiskProblem(
             self._request.hardware.disk.seconds,
+            chances.bounces,
             chances.places[index],
             {policy: activated for policy, (activated, _) in shares.items()},
             {policy: predicted for policy, (_, predicted) in shares.items()},

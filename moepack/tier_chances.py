@@ -25,6 +25,8 @@ class TierChances:
     ----------
     places : tuple of int or None
         How many experts of each layer RAM holds; None where it holds all of them.
+    bounces : int
+        How many of the others may be on their way at once.
     """
 
     def __init__(self, request: PlanRequest, tables: RoutingTables) -> None:
@@ -36,6 +38,7 @@ class TierChances:
         ]
         host = placement(request, layout, layers, staging_experts=1).host
         self.places: tuple[int, ...] | None = None
+        self.bounces = 0 if host is None else host.bounces
         if host is not None and host.bounces:
             self.places = tuple(
                 round(share * len(hot)) for share, hot in zip(host.shares, tables.hot, strict=True)

@@ -63,6 +63,7 @@ class TierStage(Stage):
             min(staging_experts, top_k),
             times.shared_s,
             as_ready,
+            parts.bounces,
         )
 
     def disk_idle_s(self, lacks: Lacks) -> Array:
@@ -124,6 +125,7 @@ def _stage_s(
     frames: int,
     shared_s: float,
     as_ready: bool,
+    bounces: int,
 ) -> Array:
     """Seconds by way and cut, [J, C].
 
@@ -164,7 +166,7 @@ def _stage_s(
         next_s=nothing,
         next_read_s=nothing,
     )
-    clock = TierClock.start(flat[0])
+    clock = TierClock.start(flat[0], 0, bounces)
     done = advance_tiers(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=2)
     seconds = done.clock.now_s.reshape(lanes).mean(axis=1)  # [J, timed]
     return _between(seconds, timed, known.shape[1])

@@ -86,7 +86,9 @@ class Compared:
         times = LayerTimes(ATTENTION_S, EXPERT_S, TRANSFER_S, SHARED_S)
         link_s = [case.link_s(load, size) for size in self.sizes]
         reads = [slower * seconds for seconds in link_s]
-        parts = Parts(link_s[0], link_s[1], self.cut.split_ratio, reads[0], reads[1])
+        assert self.placement.host is not None
+        bounces = self.placement.host.bounces
+        parts = Parts(link_s[0], link_s[1], self.cut.split_ratio, reads[0], reads[1], bounces)
         staging = self.placement.staging_experts
         seconds = HEAD_S
         for index in range(LAYERS):
