@@ -4,8 +4,8 @@
     python -m benchmarks.precision --vram 12M 16M --plan "" "--quality int8" "--quality int4"
 
 Each ``--plan`` is what ``moepack plan`` is told beside model, budget and context. It is packed, and
-scored once on the texts that ship (``moepack eval``), and at every budget all of them are raced
-(:mod:`benchmarks.race`) after the prompts of ``moepack bench``. Printed are medians over the rounds,
+scored once on the texts that ship (``moepack eval``); at every budget all of them are raced
+(:mod:`benchmarks.race`) after the prompts of ``moepack bench``. Printed are medians over rounds,
 speeds over that of the first plan round by round, and quality with 95 % intervals. The last line is
 one JSON object.
 """
