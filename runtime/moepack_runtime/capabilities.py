@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from moepack.budget import layer_segment, memory_breakdown, stored_bytes
+from moepack.budget import (
+    layer_segment,
+    memory_breakdown,
+    require_low_copies,
+    stored_bytes,
+)
 from moepack.encodings import ENCODINGS
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.model_spec import ModelSpec
@@ -25,6 +30,7 @@ CAPABILITIES = EngineCapabilities(
     shared_pool=True,
     as_ready=True,
     encodings=tuple(ENCODINGS),
+    low_copies=("cpu",),
     mixed_layers=True,
 )
 
@@ -70,6 +76,29 @@ def require_capable(placement: Placement, engine: EngineCapabilities = CAPABILIT
                 "gives each layer its own; plan again with this moepack"
             )
         _require_policy("the shared pool", placement.pool.policy, engine)
+
+
+def _require_low_copies(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
+    """Refuse a placement that replaces missing experts where there is nothing to replace them by.
+
+    Raises
+    ------
+    CapabilityError, EncodingError, PlanMismatchError
+        Naming what is in the way.
+    """
+    if placement.on_miss is None:
+        return
+    if placement.device not in CAPABILITIES.low_copies:
+        raise CapabilityError(
+            f"the plan replaces missing experts by low copies on {placement.device}; this engine "
+            f"does on {', '.join(CAPABILITIES.low_copies)}; plan without --on-miss"
+        )
+    if not layout.low:
+        raise PlanMismatchError(
+            "the placement replaces missing experts by low copies, the layout has none; plan again "
+            "and pack"
+        )
+    require_low_copies(spec, layout)
 
 
 def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES) -> None:
@@ -153,6 +182,7 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
                 f"the plan ranks {len(layer.hot)} experts of layer {layer.layer}, the model has "
                 f"{experts}; plan again"
             )
+    _require_low_copies(spec, layout, placement)
     if placement.pool is not None:
         _require_alike(spec, layout, placement)
     needed = memory_breakdown(

@@ -103,6 +103,7 @@ class Engine:
                 staging_experts=placement.staging_experts,
                 transfer=transfer,
                 pool=placement.pool,
+                on_miss=placement.on_miss,
             )
             self._experts.warm(progress)
         self._predictor = predictor or NextRouter(self.decoder.layers)
@@ -223,6 +224,7 @@ class Engine:
             peak_fast_bytes=self._peak_fast_bytes(),
             peak_process_bytes=peak_resident_bytes(),
             process_base_bytes=self._process_base_bytes,
+            replaces=self._placement.on_miss is not None,
         )
 
     def _peak_fast_bytes(self) -> int:

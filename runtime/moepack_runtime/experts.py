@@ -6,6 +6,11 @@ All memory is allocated once, from the transfer that will fill it: the slots, an
 A pass over a layer begins when its routing is known. What was fetched ahead for it is claimed; what
 is missing is demanded, in ascending order of experts, as frames come free; behind the demands go
 the prefetches for the next layer.
+
+Where the placement says so, a missing expert of a decoded token that is not on its way may be
+replaced by its low copy, or left out (:mod:`moepack.on_miss`). A low copy is computed with where it
+arrives, in a frame, and never moves into a slot: what is resident stays exact, so that an expert
+that matters more to the next token is not taken for one that is there.
 """
 
 from __future__ import annotations
@@ -16,9 +21,10 @@ from time import perf_counter
 from typing import NamedTuple
 
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, SharedPool
+from moepack.on_miss import EXACT, LEFT_OUT, LOWERED, fates
+from moepack.plan import LayerPlacement, Layout, OnMiss, SharedPool
 from moepack.residency import Access
-from moepack.segments import Part, SegmentId
+from moepack.segments import BASE, LOW, Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.frames import Fetch, Frames
@@ -59,6 +65,8 @@ class ExpertMemory:
         Number of frames, at least one.
     pool
         Slots that all layers share, instead of their own.
+    on_miss
+        Which experts are replaced by low copies, or left out; None: none.
 
     Raises
     ------
@@ -75,10 +83,12 @@ class ExpertMemory:
         staging_experts: int,
         transfer: Transfer,
         pool: SharedPool | None = None,
+        on_miss: OnMiss | None = None,
     ) -> None:
         if staging_experts < 1:
             raise ValueError(f"staging of {staging_experts} experts; expected at least one")
         self.transfer = transfer
+        self.on_miss = on_miss
         self.layers, slots_bytes = allocate_slots(spec, layout, placement, pool, transfer)
         frame_bytes = max(layer.frame_bytes for layer in self.layers.values())
         memory = transfer.allocate(staging_experts * frame_bytes)
@@ -121,15 +131,23 @@ class ExpertMemory:
                 self.transfer.wait(ticket)
                 progress.advance(ticket.stored_bytes)
 
-    def step(self, layer: int, tokens: Sequence[Sequence[int]]) -> LayerPass:
+    def step(
+        self,
+        layer: int,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[float] | None = None,
+    ) -> LayerPass:
         """Begin one pass over a layer: its routing is known, what is missing is asked for.
 
         Parameters
         ----------
         tokens
             For every token of the pass the ids of its experts.
+        weights
+            Of the one token's experts, in their order, where some may be replaced or left out;
+            None: all are exact.
         """
-        return LayerPass(self, self.layers[layer], tokens)
+        return LayerPass(self, self.layers[layer], tokens, weights)
 
     def come_to_rest(self) -> None:
         """Forget what was to be fetched ahead, and wait until no frame is written into."""
@@ -151,19 +169,24 @@ class LayerPass:
     """One pass over one layer: hands out its segments, and fetches on meanwhile."""
 
     def __init__(
-        self, memory: ExpertMemory, layer: LayerSlots, tokens: Sequence[Sequence[int]]
+        self,
+        memory: ExpertMemory,
+        layer: LayerSlots,
+        tokens: Sequence[Sequence[int]],
+        weights: Sequence[float] | None = None,
     ) -> None:
         self._memory = memory
         self._transfer = memory.transfer
         self._frames = memory.frames
         self._timeline = memory.timeline
         self._layer = layer
-        self._access: dict[Part, Access] = {
-            part: slots.cache.step(tokens) for part, slots in layer.slots.items()
-        }
         self._needed = sorted({expert for experts in tokens for expert in experts})
         claim = memory.ahead.claim(layer, self._needed)
         self._fetches = claim.fetches
+        self._fates = {} if weights is None else self._find_fates(tokens[0], weights)
+        self._access: dict[Part, Access] = {
+            part: slots.cache.step(tokens, self._fates) for part, slots in layer.slots.items()
+        }
         self._wasted_bytes = sum(ticket.stored_bytes for ticket in claim.wasted)
         self._used_bytes = self._demand_bytes = 0
         self._wait_s = 0.0
@@ -172,10 +195,25 @@ class LayerPass:
         self._computing: tuple[SegmentId, float] | None = None
         self._lacking = self._find_lacking()
         self._unready = {expert for expert in self._lacking if not self._is_ready(expert)}
+        #: Missing parts that do not come, and are not computed.
+        self.left_out: set[tuple[int, Part]] = set()
+        for expert, fate in self._fates.items():
+            if fate == LEFT_OUT:
+                self.left_out.update((expert, part) for part in self._lacking.pop(expert))
         self._missing = deque(expert for expert in self._lacking if expert not in self._fetches)
         for expert, fetch in self._fetches.items():
             self._demand(expert, fetch)  # a part that had not begun
         self._fetch_on()
+
+    def _find_fates(self, token: Sequence[int], weights: Sequence[float]) -> dict[int, int]:
+        """What is not exact of a token's experts: missing, not on its way, and not worth it."""
+        rule = self._memory.on_miss
+        assert rule is not None, "experts are replaced, without a rule"
+        missing = {e for e in token if e not in self._fetches and self._layer.missing(e)}
+        if not missing:
+            return {}
+        found = zip(token, fates(weights, rule).tolist(), strict=True)
+        return {expert: fate for expert, fate in found if expert in missing and fate != EXACT}
 
     def _find_lacking(self) -> dict[int, list[Part]]:
         """The needed experts of which something is missing, and what, in ascending order."""
@@ -232,6 +270,8 @@ class LayerPass:
             ahead_used_bytes=self._used_bytes,
             ahead_wasted_bytes=self._wasted_bytes,
             wait_s=self._wait_s,
+            substituted=sum(fate == LOWERED for fate in self._fates.values()),
+            skipped=sum(fate == LEFT_OUT for fate in self._fates.values()),
         )
 
     def _fetch_on(self) -> None:
@@ -249,10 +289,15 @@ class LayerPass:
         layer = self._layer
         for part in self._lacking[expert]:
             if part not in fetch.tickets:
-                segment = SegmentId(layer.number, expert, part)
-                room = layer.room(fetch.frame, expert, part)
+                variant = self._variant(expert)
+                segment = SegmentId(layer.number, expert, part, variant)
+                room = layer.room(fetch.frame, expert, part, variant)
                 fetch.tickets[part] = self._transfer.start(segment, room)
                 fetch.demanded.add(part)
+
+    def _variant(self, expert: int) -> str:
+        """Which variant of an expert comes, as far as it is missing."""
+        return LOW if expert in self._fates else BASE
 
     def in_order(self) -> Iterator[Arrival]:
         """Yield each needed segment once, ascending by expert and top before bottom.
@@ -317,14 +362,15 @@ class LayerPass:
         layer = self._layer
         self._end_slice()
         slot = self._access[part].resident.get(expert)
+        variant = BASE if slot is not None else self._variant(expert)
         if slot is not None:
             weights = layer.slot_weights(slot, expert, part)
         else:
             fetch = self._fetches[expert]
             self._wait(fetch.tickets[part])
-            weights = layer.weights(fetch.frame, expert, part)
+            weights = layer.weights(fetch.frame, expert, part, variant)
         if self._timeline is not None:
-            self._computing = SegmentId(layer.number, expert, part), perf_counter()
+            self._computing = SegmentId(layer.number, expert, part, variant), perf_counter()
         return Arrival(expert, part, weights)
 
     def _end_slice(self) -> None:

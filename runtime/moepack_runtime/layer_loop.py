@@ -110,7 +110,7 @@ class LayerLoop:
                 self.watching.routing.routed(number, residual, routing)
             blocks.append(Block(inputs, routing))
         if moe is not None:
-            self._add_experts(number, moe, layer, [hidden for _, hidden in residuals], blocks)
+            self._add_experts(number, moe, layer, residuals, blocks)
         whole.end("layer")
         return residuals
 
@@ -119,13 +119,19 @@ class LayerLoop:
         number: int,
         moe: MoeSpec,
         layer: DecoderLayer,
-        residuals: Sequence[torch.Tensor],
+        stream: Sequence[Hidden],
         blocks: Sequence[Block],
     ) -> None:
         """Add the second half of a layer to the residual stream, in place."""
         slices = _Slices(self.watching.time, number)
+        residuals = [hidden for _, hidden in stream]
         tokens = [row for block in blocks for row in block.routing.ids.tolist()]
-        layer_pass = self._experts.step(number, tokens)
+        weights = None
+        # Prompts are exact: what they leave in the KV cache all later tokens look at, and their
+        # experts cross the link once for many tokens.
+        if self._experts.on_miss is not None and len(tokens) == 1 and stream[0].start > 0:
+            weights = blocks[0].routing.weights[0].tolist()
+        layer_pass = self._experts.step(number, tokens, weights)
         slices.end("route")
         # Behind the demands, before anything else: the link is to have work from now on.
         if self.look_ahead.looks_from(number):

@@ -98,8 +98,9 @@ def _rows_by_expert(
 def _add_one_token(moe: MoeSpec, block: Block, total: torch.Tensor, layer_pass: LayerPass) -> None:
     """The rows are weighted and added in the router's order, top before bottom, all in float32."""
     parts = layer_pass.parts
-    keys = itertools.product(block.routing.ids[0].tolist(), parts)
-    place = {key: number for number, key in enumerate(keys)}
+    keys = list(itertools.product(block.routing.ids[0].tolist(), parts))
+    there = [number for number, key in enumerate(keys) if key not in layer_pass.left_out]
+    place = {keys[number]: row for row, number in enumerate(there)}
     rows = [total] * len(place)  # each is replaced by one of [hidden]
     for portion in layer_pass.as_ready():
         segments = [arrival.weights for arrival in portion]
@@ -107,4 +108,6 @@ def _add_one_token(moe: MoeSpec, block: Block, total: torch.Tensor, layer_pass: 
         for arrival, row in zip(portion, outputs.unbind(), strict=True):
             rows[place[arrival.expert, arrival.part]] = row
     weights = block.routing.weights[0].repeat_interleave(len(parts)).unsqueeze(1)
+    if len(there) < len(keys):  # the others keep their weights
+        weights = weights[there]
     total.add_(torch.stack(rows).float().mul_(weights).sum(0))

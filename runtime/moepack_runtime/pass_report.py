@@ -26,6 +26,8 @@ class PassReport(NamedTuple):
         Over the link for this pass: asked for once the routing was known, and before that.
     wait_s : float
         The computing thread waited for the link.
+    substituted, skipped : int
+        Activations whose expert was missing, and replaced by its low copy, or left out.
     """
 
     tokens: int
@@ -38,6 +40,8 @@ class PassReport(NamedTuple):
     ahead_used_bytes: int
     ahead_wasted_bytes: int
     wait_s: float
+    substituted: int = 0
+    skipped: int = 0
 
 
 NO_PASS = PassReport(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)

@@ -17,7 +17,7 @@ from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
 from moepack.residency import ExpertCache, LayerCache, SharedCache
-from moepack.segments import PARTS, Part, SegmentShape
+from moepack.segments import BASE, LOW, PARTS, Part, SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.transfer import Transfer
@@ -49,6 +49,8 @@ class LayerSlots:
     ----------
     shapes : dict
         Of each part that the layer's experts have, what it holds of every expert.
+    low_shapes : dict
+        The same of their low copies; empty where there are none.
     slots : dict
         Of each part.
     key_part : str
@@ -59,12 +61,17 @@ class LayerSlots:
     """
 
     def __init__(
-        self, cut: LayerLayout, shapes: dict[Part, _Shapes], slots: dict[Part, Slots]
+        self,
+        cut: LayerLayout,
+        shapes: dict[Part, _Shapes],
+        slots: dict[Part, Slots],
+        low_shapes: dict[Part, _Shapes],
     ) -> None:
         self.number = cut.layer
         self.num_experts = len(next(iter(shapes.values())))
         self.shapes = shapes
         self.slots = slots
+        self.low_shapes = low_shapes
         self.key_part: Part = "top" if "top" in shapes else "bottom"
         self.is_cut = len(shapes) == 2
         self.is_mixed = bool(cut.encodings)
@@ -86,13 +93,21 @@ class LayerSlots:
         """The parts of an expert that are not resident, top first."""
         return [part for part, slots in self.slots.items() if not slots.cache.holds(expert)]
 
-    def room(self, frame: Piece, expert: int, part: Part) -> torch.Tensor:
-        """Where a part of an expert lies in a frame: uint8 [stored bytes]."""
-        return frame.room(self.shapes[part][expert], self._frame_offset(expert, part))
+    def room(self, frame: Piece, expert: int, part: Part, variant: str = BASE) -> torch.Tensor:
+        """Where a part of an expert lies in a frame: uint8 [stored bytes].
 
-    def weights(self, frame: Piece, expert: int, part: Part) -> FfnWeights | QuantisedFfn:
+        A low copy lies where the part itself would.
+        """
+        return frame.room(self._shape(expert, part, variant), self._frame_offset(expert, part))
+
+    def weights(
+        self, frame: Piece, expert: int, part: Part, variant: str = BASE
+    ) -> FfnWeights | QuantisedFfn:
         """The same as weights."""
-        return frame.weights(self.shapes[part][expert], self._frame_offset(expert, part))
+        return frame.weights(self._shape(expert, part, variant), self._frame_offset(expert, part))
+
+    def _shape(self, expert: int, part: Part, variant: str) -> SegmentShape:
+        return (self.low_shapes if variant == LOW else self.shapes)[part][expert]
 
     def _frame_offset(self, expert: int, part: Part) -> int:
         """Where a part lies in a frame: the bottom behind the top."""
@@ -183,13 +198,16 @@ def allocate_slots(
     """
     known: dict[SegmentShape, SegmentShape] = {}
     shapes = [_shapes(spec, cut, known) for cut in layout.layers]
+    low_shapes = [_shapes(spec, cut, known) for cut in layout.low_layers] or [{}] * len(shapes)
     if pool is not None:
         by_layer, allocated_bytes = _shared(shapes, placement, pool, transfer)
     else:
         by_layer, allocated_bytes = _own(layout, shapes, placement, transfer)
     return {
-        cut.layer: LayerSlots(cut, of_layer, slots)
-        for cut, of_layer, slots in zip(layout.layers, shapes, by_layer, strict=True)
+        cut.layer: LayerSlots(cut, of_layer, slots, low)
+        for cut, of_layer, slots, low in zip(
+            layout.layers, shapes, by_layer, low_shapes, strict=True
+        )
     }, allocated_bytes
 
 

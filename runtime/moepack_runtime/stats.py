@@ -73,6 +73,11 @@ class RunStats:
         included (since it began at all, where the kernel does not let it be reset).
     process_base_bytes : int
         Resident memory of the interpreter and its libraries before the model was loaded.
+    substituted_per_token, skipped_per_token : float or None
+        Experts that were missing and were replaced by their low copies, or left out; None where the
+        plan does neither.
+    substituted_rate, skipped_rate : float or None
+        The same of the experts activated.
     """
 
     prompt_tokens: int
@@ -96,6 +101,10 @@ class RunStats:
     peak_fast_bytes: int
     peak_process_bytes: int | None
     process_base_bytes: int
+    substituted_per_token: float | None = None
+    skipped_per_token: float | None = None
+    substituted_rate: float | None = None
+    skipped_rate: float | None = None
 
 
 @dataclass
@@ -154,8 +163,9 @@ class Meter:
         peak_fast_bytes: int,
         peak_process_bytes: int | None,
         process_base_bytes: int,
+        replaces: bool = False,
     ) -> RunStats:
-        """What has been measured so far."""
+        """What has been measured so far; ``replaces``: missing experts may be, or be left out."""
         decoded = self.decoded
         whole = total(list(self._layers.values()))
         ahead_bytes = whole.ahead_used_bytes + whole.ahead_wasted_bytes
@@ -194,6 +204,10 @@ class Meter:
             peak_fast_bytes=peak_fast_bytes,
             peak_process_bytes=peak_process_bytes,
             process_base_bytes=process_base_bytes,
+            substituted_per_token=_share(whole.substituted, decoded * replaces),
+            skipped_per_token=_share(whole.skipped, decoded * replaces),
+            substituted_rate=_share(whole.substituted, whole.activations * replaces),
+            skipped_rate=_share(whole.skipped, whole.activations * replaces),
         )
 
 

@@ -26,6 +26,8 @@ from moepack.model_spec import ModelSpec, TensorInfo
 from moepack.plan import Layout
 from moepack.quantise import quantise_expert
 from moepack.segments import (
+    BASE,
+    LOW,
     PARTS,
     Bits,
     Part,
@@ -279,9 +281,10 @@ class CheckpointStore(SegmentStore):
     def __init__(self, source: ExpertSource, spec: ModelSpec, layout: Layout) -> None:
         self._source = source
         self._spec = spec
-        self._cuts = {cut.layer: cut for cut in layout.layers}
+        self._cuts = {(cut.layer, BASE): cut for cut in layout.layers}
+        self._cuts |= {(cut.layer, LOW): cut for cut in layout.low_layers}
         self._shapes: dict[tuple[int, Part, str], SegmentShape] = {}
-        for cut in layout.layers:
+        for cut in self._cuts.values():
             for name in cut.classes:
                 if not encoding(name).quantised and name != spec.dtype:
                     raise PlanMismatchError(
@@ -292,12 +295,12 @@ class CheckpointStore(SegmentStore):
                     shape = layer_segment(spec, cut, part, name)
                     if shape is not None:
                         self._shapes[cut.layer, part, name] = shape
-        self._recent: OrderedDict[tuple[int, int], Mapping[str, Bits]] = OrderedDict()
+        self._recent: OrderedDict[tuple[int, int, str], Mapping[str, Bits]] = OrderedDict()
         self._lock = threading.Lock()
 
     @override
     def shape(self, segment: SegmentId) -> SegmentShape:
-        cut = self._cuts.get(segment.layer)
+        cut = self._cuts.get((segment.layer, segment.variant))
         if cut is not None:
             name = cut.encoding_of(segment.expert)
             shape = self._shapes.get((segment.layer, segment.part, name))
@@ -309,18 +312,19 @@ class CheckpointStore(SegmentStore):
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
         shape = self.shape(segment)
         with self._lock:
-            bits = cut_expert(self._expert(segment.layer, segment.expert), shape, segment.part)
+            weights = self._expert(segment.layer, segment.expert, segment.variant)
+            bits = cut_expert(weights, shape, segment.part)
         destination[: shape.size_bytes] = np.frombuffer(bits, np.uint8)
 
-    def _expert(self, layer: int, expert: int) -> Mapping[str, Bits]:
-        weights = self._recent.pop((layer, expert), None)
+    def _expert(self, layer: int, expert: int, variant: str) -> Mapping[str, Bits]:
+        weights = self._recent.pop((layer, expert, variant), None)
         if weights is None:
             weights = self._source.expert(layer, expert)
-            stored = encoding(self._cuts[layer].encoding_of(expert))
+            stored = encoding(self._cuts[layer, variant].encoding_of(expert))
             if stored.quantised:
                 what = f"layer {layer}, expert {expert}"
                 weights = quantise_expert(weights, stored, self._spec.dtype, what)
-        self._recent[layer, expert] = weights
+        self._recent[layer, expert, variant] = weights
         if len(self._recent) > 2:
             self._recent.popitem(last=False)
         return weights

@@ -31,6 +31,7 @@ SHARED = {
     "manifest",
     "machine",
     "residency",
+    "on_miss",
     "mixed_residency",
     "cost",
 }
