@@ -17,8 +17,9 @@ from moepack.fixed_times import FixedTimes
 from moepack.passes import Activations, DecodePasses, Segments
 from moepack.timeline import Clock, Columns, Flags, Outcome, Seconds, Work, advance, ahead_slots
 
-#: Lanes that run side by side.
-LANES = 256
+#: Lanes that run side by side, and passes that each runs beforehand to find where it begins.
+LANES = 1024
+WARMING = 8
 
 
 _FIRST = np.zeros(1, dtype=np.intp)
@@ -94,7 +95,7 @@ class _Standing(Protocol):
     def now_s(self) -> Seconds: ...
     def take(self: C, lanes: Columns) -> C: ...
     def put(self: C, lanes: Columns, other: C) -> None: ...
-    def later(self: C, seconds: float) -> C: ...
+    def later(self: C, seconds: Seconds) -> C: ...
     def since_now(self: C) -> C: ...
     def apart(self: C, other: C) -> Flags: ...
 
@@ -177,8 +178,8 @@ class AnyDecoding(ABC, Generic[C]):
         """Every pass as a lane of its own: nothing is fetched ahead."""
 
     @abstractmethod
-    def _pass(self, now: C, tokens: Columns, index: int) -> Done[C]:
-        """One layer over one token in every lane."""
+    def _pass(self, now: C, tokens: Columns, layers: Columns) -> Done[C]:
+        """One layer over one token in every lane; each lane has its own."""
 
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
@@ -252,11 +253,12 @@ class AnyDecoding(ABC, Generic[C]):
         return seen, float(done.clock.now_s.sum()) + self._tokens * self._fixed.tail_s
 
     def _in_lanes(self) -> tuple[Seen, float]:
-        """Cut the tokens into lanes and run them until each begins where the one before ended."""
-        count = min(self._lanes, self._tokens)
-        bounds = np.linspace(0, self._tokens, count + 1).astype(np.intp)
-        # First as the token before leaves it, if that began with everything idle: seldom wrong.
-        before = np.maximum(bounds[:-1] - 1, 0)
+        """Cut the passes into lanes and run them until each begins where the one before ended."""
+        total = self._tokens * self._layers
+        count = max(1, min(self._lanes, total // WARMING))
+        bounds = np.linspace(0, total, count + 1).astype(np.intp)
+        # First as some passes before leave it, if they began with everything idle: seldom wrong.
+        before = np.maximum(bounds[:-1] - WARMING, 0)
         passes = self._passes
         seen = Seen(
             np.empty(passes.fetch_s.shape, dtype=np.bool_),
@@ -283,19 +285,17 @@ class AnyDecoding(ABC, Generic[C]):
     def _run_lanes(
         self, begins: npt.NDArray[np.intp], ends: npt.NDArray[np.intp], clock: C, seen: Seen
     ) -> C:
-        """Run lanes of tokens from ``begins`` to ``ends``, which differ by one at most."""
-        for step in range(int((ends - begins).max())):
+        """Run lanes of passes from ``begins`` to ``ends``; pass ``t L + l`` is of token t."""
+        for step in range(int((ends - begins).max(initial=0))):
             alive = np.flatnonzero(begins + step < ends)
-            tokens = begins[alive] + step
-            now = clock.take(alive)
-            for index in range(self._layers):
-                done = self._pass(now, tokens, index)
-                now = done.clock
-                seen.ready[tokens, index] = done.ready
-                seen.demanded[tokens, index] = done.demanded
-                seen.begun[tokens, index] = done.begun
-                seen.wait_s[tokens, index] = done.wait_s
-            clock.put(alive, now.later(self._fixed.tail_s))
+            tokens, layers = np.divmod(begins[alive] + step, self._layers)
+            done = self._pass(clock.take(alive), tokens, layers)
+            seen.ready[tokens, layers] = done.ready
+            seen.demanded[tokens, layers] = done.demanded
+            seen.begun[tokens, layers] = done.begun
+            seen.wait_s[tokens, layers] = done.wait_s
+            tail_s = np.where(layers == self._layers - 1, self._fixed.tail_s, 0.0)
+            clock.put(alive, done.clock.later(tail_s))
         return clock
 
 
@@ -311,16 +311,16 @@ class Decoding(AnyDecoding[Clock]):
         clock = Clock.start(self._tokens * self._layers)
         return advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
 
-    def _pass(self, now: Clock, tokens: Columns, index: int) -> Outcome:
+    def _pass(self, now: Clock, tokens: Columns, layers: Columns) -> Outcome:
         passes, fixed = self._passes, self._fixed
         work = Work(
-            fixed.before_s[index],
-            fixed.guess_s[index],
-            fixed.after_s[index],
-            passes.compute_s[tokens, index],
-            passes.fetch_s[tokens, index],
-            passes.ahead_s[tokens, index],
-            passes.ahead_of[tokens, index],
-            self._segments.transfer_s[index],
+            fixed.before_s[layers],
+            fixed.guess_s[layers],
+            fixed.after_s[layers],
+            passes.compute_s[tokens, layers],
+            passes.fetch_s[tokens, layers],
+            passes.ahead_s[tokens, layers],
+            passes.ahead_of[tokens, layers],
+            self._segments.transfer_s[layers],
         )
         return advance_lanes(now, work, self._as_ready, self._frames, self._parts)

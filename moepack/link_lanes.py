@@ -105,7 +105,7 @@ class TierClock(NamedTuple):
         for mine, values in zip(self, other, strict=True):
             mine[lanes] = values
 
-    def later(self, seconds: float) -> TierClock:
+    def later(self, seconds: Seconds) -> TierClock:
         """The same with so much more computed."""
         return self._replace(now_s=self.now_s + seconds)
 

@@ -56,25 +56,25 @@ class TierDecoding(AnyDecoding[TierClock]):
         )
         return self._advance(TierClock.start(lanes, 0, self._segments.bounces), work)
 
-    def _pass(self, now: TierClock, tokens: Columns, index: int) -> TierOutcome:
+    def _pass(self, now: TierClock, tokens: Columns, layers: Columns) -> TierOutcome:
         passes, fixed = self._passes, self._fixed
-        following = (index + 1) % self._layers
+        following = (layers + 1) % self._layers
         # Behind the last layer the first one is guessed, for the next token.
-        after = tokens if following else np.minimum(tokens + 1, self._tokens - 1)
+        after = np.where(following > 0, tokens, np.minimum(tokens + 1, self._tokens - 1))
         goes_on = (tokens + 1 < self._tokens) | (following > 0)
         work = TierWork(
-            fixed.before_s[index],
-            fixed.guess_s[index],
-            fixed.after_s[index],
-            passes.compute_s[tokens, index],
-            passes.fetch_s[tokens, index],
-            self._read_s[tokens, index],
-            passes.ahead_s[tokens, index],
-            self._ahead_read_s[tokens, index],
-            passes.ahead_of[tokens, index],
+            fixed.before_s[layers],
+            fixed.guess_s[layers],
+            fixed.after_s[layers],
+            passes.compute_s[tokens, layers],
+            passes.fetch_s[tokens, layers],
+            self._read_s[tokens, layers],
+            passes.ahead_s[tokens, layers],
+            self._ahead_read_s[tokens, layers],
+            passes.ahead_of[tokens, layers],
             passes.ahead_s[after, following] * goes_on[:, None],
             self._ahead_read_s[after, following] * goes_on[:, None],
-            self._segments.transfer_s[index],
+            self._segments.transfer_s[layers],
         )
         return self._advance(now, work)
 

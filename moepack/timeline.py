@@ -69,7 +69,7 @@ class Clock(NamedTuple):
         for mine, values in zip(self, other, strict=True):
             mine[lanes] = values
 
-    def later(self, seconds: float) -> Clock:
+    def later(self, seconds: Seconds) -> Clock:
         """The same with so much more computed."""
         return self._replace(now_s=self.now_s + seconds)
 
