@@ -36,9 +36,22 @@ def evaluation_view(
         ("model", f"{model}, {_experts(encodings)}"),
         *_nearness(found, exact),
         ("scored", f"what no routing profile learns from, each token once, {scored}"),
+        *_decoded(found),
         (level, f"bootstrap over blocks of {BLOCK_TOKENS} tokens, within each text"),
     ]
     return Group(table, "", facts(told))
+
+
+def _decoded(found: Evaluation) -> list[tuple[str, str]]:
+    if not found.decoded:
+        return []
+    return [
+        (
+            "decoded",
+            "one token at a time, missing experts replaced by low copies or left out as planned; "
+            "which they were depends on what the caches held",
+        )
+    ]
 
 
 def _experts(encodings: Mapping[str, int]) -> str:
@@ -69,8 +82,8 @@ def _with_interval(estimate: Estimate, text: Callable[[float], str]) -> tuple[st
 
 
 def _small(number: float) -> str:
-    """Two significant digits, of numbers far below 1 as well: ``0``, ``0.012``, ``3.1e-07``."""
-    return f"{number:.2g}"
+    """Three significant digits, of numbers far below 1 as well: ``0``, ``0.0120``, ``3.10e-07``."""
+    return f"{number:#.3g}".rstrip(".") if number else "0"
 
 
 def _nearness(found: Evaluation, exact: str) -> list[tuple[str, str]]:

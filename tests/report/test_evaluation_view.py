@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 from rich.console import Console
@@ -34,11 +35,17 @@ def shown(nearness: Nearness | None, encodings: dict[str, int], *names: str) -> 
 def test_every_text_has_a_row_and_all_have_one_together() -> None:
     lines = shown(NEARNESS, {"INT8": 256}, "c", "python")
     assert lines[0] == "text tokens perplexity 95% exact KL 95% same first 95%"
-    figures = "15 0.012 0.012 to 0.013 95.3% 95.0% to 95.6%"
+    figures = "15 0.0123 0.0116 to 0.0131 95.3% 95.0% to 95.6%"
     assert lines[1] == f"c 700 15.1 14.1 to 16.4 {figures}"
     assert lines[3] == f"all 1400 15.1 - {figures}"
     assert "model default, experts in INT8" in lines
     assert "exact words; the perplexity is 1.0064 of its own (1.0051 to 1.0078)" in lines
+
+
+def test_divergences_of_every_size_can_be_read() -> None:
+    for value, text in ((0.0, "0"), (3.1e-9, "3.10e-09"), (0.01, "0.0100"), (2.0, "2.00")):
+        near = dataclasses.replace(NEARNESS, kl=Estimate(value))
+        assert f"15 {text} - 95.3%" in shown(near, {"INT8": 1}, "c")[1]
 
 
 def test_one_text_is_not_shown_twice() -> None:
