@@ -6,6 +6,11 @@ packed model runs as its plan has it, and for a few tokens at a time both states
 head, which they share, and are compared. So a model that is larger than memory is evaluated under
 the budget of its plan, at the price of reading the whole of it for every few thousand tokens.
 
+A plan under which missing experts are replaced by low copies, or left out, is run as it generates:
+what is scored one token at a time. What is missing then depends on what the caches hold, so the
+result is that of this plan, over these texts in this order, and of fetching ahead also of how fast
+the link was.
+
 Peak memory of the fast tier: what the plan takes. The exact model gets the same room, and spends
 what it does not need for experts in flight on more tokens at a time; the logits that are compared
 are as many as fit into the workspace of a step (of one token at least, 28 bytes for each entry of
@@ -53,7 +58,7 @@ from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
 from moepack.texts import Text
 from moepack.units import format_size
-from moepack.window_runs import WindowRun, run_windows
+from moepack.window_runs import WindowRun, decode_windows, run_windows
 
 if TYPE_CHECKING:
     import torch
@@ -83,12 +88,16 @@ class Domain:
 
 @record
 class Evaluation:
-    """What :func:`evaluate` finds: of all texts together, and of each."""
+    """What :func:`evaluate` finds: of all texts together, and of each.
+
+    ``decoded``: what was scored was run one token at a time, as the plan replaces missing experts.
+    """
 
     quality: Quality
     domains: tuple[Domain, ...]
     window_tokens: int
     stride_tokens: int
+    decoded: bool = False
 
 
 def evaluate(
@@ -158,6 +167,7 @@ def evaluate(
         ),
         window_tokens,
         stride_tokens(window_tokens, prefix_tokens),
+        decoded=plan.placement.on_miss is not None,
     )
 
 
@@ -311,8 +321,11 @@ def _run_packed(
                 found[text].put(done[text], scores)
                 done[text] += len(part)
 
-        tokens_at_once = plan.placement.context_tokens
-        run_windows(engine, runs, tokens_at_once, "run the packed model (tokens)", take, progress)
+        what = "run the packed model (tokens)"
+        if plan.placement.on_miss is not None:
+            decode_windows(engine, runs, what, take, progress)
+        else:
+            run_windows(engine, runs, plan.placement.context_tokens, what, take, progress)
     return found
 
 

@@ -53,6 +53,34 @@ def run_windows(
         progress.done()
 
 
+def decode_windows(
+    engine: Engine, runs: Sequence[WindowRun], what: str, take: Take, progress: Progress
+) -> None:
+    """The same one token at a time, as a text is generated: for plans under which that differs.
+
+    What lies before the tokens that are scored is a prompt, but for the last of it: so each scored
+    token is what a decoded one predicts (at the beginning of a text its second follows a prompt of
+    one token). The caches go on from window to window.
+    """
+    import torch
+
+    progress.start(what, sum(len(run.window.tokens) for run in runs), "items")
+    try:
+        for text, (tokens, first) in runs:
+            prompt = max(1, first - 1)
+            engine.reset()
+            states = [engine.last_state(tokens[:prompt])]
+            progress.advance(prompt)
+            for token in tokens[prompt:-1]:
+                states.append(engine.last_state([token]))
+                progress.advance(1)
+            progress.advance(1)
+            take(text, torch.cat(states[first - prompt :]), tokens[first:])
+        engine.reset()
+    finally:
+        progress.done()
+
+
 def _together(
     runs: Sequence[WindowRun], tokens_at_once: int, switch_tokens: int | None
 ) -> Iterator[list[WindowRun]]:

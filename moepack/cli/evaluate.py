@@ -155,6 +155,7 @@ def evaluation_document(found: Evaluation) -> dict[str, object]:
         "interval_block_tokens": BLOCK_TOKENS,
         "window_tokens": found.window_tokens,
         "stride_tokens": found.stride_tokens,
+        **({"decoded": True} if found.decoded else {}),
         "domains": {
             domain.name: {**quality_document(domain.quality), "first_token": domain.first_token}
             for domain in found.domains

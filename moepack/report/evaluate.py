@@ -48,8 +48,7 @@ def _decoded(found: Evaluation) -> list[tuple[str, str]]:
     return [
         (
             "decoded",
-            "one token at a time, missing experts replaced by low copies or left out as planned; "
-            "which they were depends on what the caches held",
+            "one at a time, missing experts replaced or left out as planned: which, the caches say",
         )
     ]
 

@@ -347,6 +347,19 @@ class Engine:
         Tensor
             float32 [1, vocab] for the last token, or [tokens, vocab] with ``all_logits``.
         """
+        blocks = self._run_behind(tokens, progress)
+        with torch.inference_mode(), self._refusals_named():
+            if not all_logits:
+                return self._loop.logits(blocks[-1].hidden[-1:])
+            hidden = torch.cat([block.hidden for block in blocks])
+            return self._loop.logits(hidden[-len(tokens) :])
+
+    def last_state(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The same without the head: [1, hidden] of the last token, for :meth:`logits`."""
+        return self._run_behind(tokens, NO_PROGRESS)[-1].hidden[-1:].clone()
+
+    def _run_behind(self, tokens: Sequence[int], progress: Progress) -> list[Hidden]:
+        """All layers over tokens behind what is in the cache, which they join."""
         start = self.kv.length
         self._require_room(start + len(tokens), 0)
         run: Sequence[int] = tokens
@@ -358,11 +371,7 @@ class Engine:
         blocks = self._run([(start, run)], progress)
         self.kv.advance(len(run))
         self._tokens.extend(run)
-        with torch.inference_mode(), self._refusals_named():
-            if not all_logits:
-                return self._loop.logits(blocks[-1].hidden[-1:])
-            hidden = torch.cat([block.hidden for block in blocks])
-            return self._loop.logits(hidden[-len(tokens) :])
+        return blocks
 
     def survey(
         self, sequences: Sequence[Sequence[int]], progress: Progress = NO_PROGRESS

@@ -22,7 +22,7 @@ from moepack.evaluating import Evaluation, evaluate, exact_placement
 from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
 from moepack.pack import pack
-from moepack.plan import Layout, Placement, Plan
+from moepack.plan import Layout, OnMiss, Placement, Plan
 from moepack.progress import NO_PROGRESS, Progress, Unit
 from moepack.quality import TokenScores
 from moepack.texts import Text
@@ -343,3 +343,36 @@ def test_an_interrupt_leaves_no_thread_and_no_file(
     with pytest.raises(KeyboardInterrupt):
         compare(folder, folder, tmp_path, progress=Counted(interrupt))
     assert threading.active_count() == before
+
+
+def test_plans_that_replace_missing_experts_are_scored_as_they_decode(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    """Where nothing is replaced that is what a prompt gives; what is left out costs."""
+    folder = tiny_folder("qwen3_moe", "plain")
+    checkpoint = Checkpoint.open(folder)
+    layout = dataclasses.replace(uniform_layout(checkpoint.spec, 1.0, 16), low="INT8")
+    place = small_placement(checkpoint, layout)
+    packed, plan = packed_as(checkpoint, layout, place, tmp_path / "pack")
+    found = {}
+    for name, rule in {
+        "none": None,
+        "exact": OnMiss(1.0, 1.0),
+        "low": OnMiss(0.0, 1.0),
+        "left out": OnMiss(0.0, 0.0),
+    }.items():
+        replaced = dataclasses.replace(plan, placement=dataclasses.replace(place, on_miss=rule))
+        found[name] = evaluate(
+            packed, replaced, TEXTS, exact=checkpoint, sources=(), scratch=tmp_path
+        )
+        assert found[name].decoded == (rule is not None)
+    for domain, other in zip(found["none"].domains, found["exact"].domains, strict=True):
+        assert domain.quality.tokens == other.quality.tokens
+        expected = pytest.approx(domain.quality.perplexity.value, rel=1e-4)
+        assert other.quality.perplexity.value == expected
+    kl = {}
+    for name, each in found.items():
+        assert each.quality.nearness is not None
+        kl[name] = each.quality.nearness.kl.value
+    assert kl["exact"] < 1e-6
+    assert 1e-6 < kl["low"] < kl["left out"] / 5
