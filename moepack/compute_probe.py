@@ -155,8 +155,8 @@ def probe_context_tokens(spec: ModelSpec) -> int:
 
 
 def _singles() -> int:
-    """Walks with one token in one measurement of a kind: each lengthens the context by one."""
-    ways = 5 + len(_RATIOS) * len(QUANTISED)
+    """Walks with one token behind one context: each lengthens it by one."""
+    ways = max(5, len(_RATIOS) * len(QUANTISED))
     return ways * (_WALKS + 1)
 
 
@@ -182,12 +182,14 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
     many = min(max(2, moe.top_k), those.experts)
     walk = LayerWalk(engine, those.numbers, context, stopwatch)
     with ExitStack() as stack:
-        ways = {}
+        ways: dict[str, Experts | None] = {}
+        rounded: dict[str, Experts | None] = {}
         for stored in (None, *fitting(engine.spec.hidden_size, moe.intermediate_size)):
             for way, ratio in _RATIOS.items():
                 run = stack.enter_context(resident_experts(probe, those, ratio, stored))
-                ways[_way(way, stored)] = Experts(run, many)
-        ways[_ONE] = Experts(ways[_MANY].run, 1)
+                (ways if stored is None else rounded)[_way(way, stored)] = Experts(run, many)
+                if _way(way, stored) == _MANY:
+                    ways[_ONE] = Experts(run, 1)
         missing = stack.enter_context(missing_experts(probe, numbers[0]))
         laps = {count: _take_turns(walk, count, ways) for count in tokens if count > 1}
         fetched = {
@@ -195,6 +197,9 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
             _ONE_MISSING: Experts(missing.one, moe.top_k),
         }
         laps = {1: _take_turns(walk, 1, {**ways, **fetched}), **laps}
+        # By themselves, and not for as long: they are three times as many as the others.
+        for count, of_count in laps.items():
+            of_count.update(_take_turns(walk, count, rounded, limit_s=_LIMIT_S / 2))
     return _moe_compute(probe, numbers, those.numbers, many, laps)
 
 
@@ -204,9 +209,18 @@ def _way(way: str, stored: str | None) -> str:
 
 
 def _take_turns(
-    walk: LayerWalk, tokens: int, ways: Mapping[str, Experts | None]
+    walk: LayerWalk,
+    tokens: int,
+    ways: Mapping[str, Experts | None],
+    limit_s: float | None = None,
 ) -> dict[str, Laps]:
-    """Walk in every way, one behind the other, several times; the medians of each."""
+    """Walk in every way, one behind the other, several times; the medians of each.
+
+    Parameters
+    ----------
+    limit_s
+        After so long, no more walks are begun; None: :data:`_LIMIT_S`.
+    """
     if tokens == 1:
         walk.fill_context()
     taken: dict[str, list[Laps]] = {way: [] for way in ways}
@@ -216,7 +230,7 @@ def _take_turns(
     for _ in range(_WALKS):
         for way, experts in ways.items():
             taken[way].append(walk.walk(tokens, experts))
-        if perf_counter() - begin_s > _LIMIT_S:
+        if perf_counter() - begin_s > (_LIMIT_S if limit_s is None else limit_s):
             break
     return {way: median_laps(laps) for way, laps in taken.items()}
 

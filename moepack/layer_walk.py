@@ -77,10 +77,11 @@ class LayerWalk:
         self._sample = engine.decoder.embed(ids)
         self._first_id = ids[:1]
         self._sampler = Sampler(SamplingParams(temperature=1.0))
-        self._positions = itertools.count(context_tokens)
+        self._positions = itertools.count()  # from the context's end on: see fill_context
 
     def fill_context(self) -> None:
         """Run the whole sample through the attention of every layer: what one token looks at."""
+        self._positions = itertools.count(len(self._sample))
         for number in self._numbers:
             self._engine.kv.layers[number].truncate(0)
             self._engine.decoder.layers[number].attend(self._sample, 0)
