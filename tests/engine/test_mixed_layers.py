@@ -24,7 +24,9 @@ from moepack.model_spec import ModelSpec
 from moepack.pack import pack
 from moepack.plan import Layout, Placement, SharedPool
 from moepack.quantise import dequantise_expert, quantise_expert
+from moepack.ram_tier import ram_tier
 from moepack.segments import Bits, SegmentId
+from moepack.streaming import streaming_placement
 from tests.conftest import TinyFolder
 from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
 from tests.support.engines import all_logits, open_engine
@@ -134,6 +136,36 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
             predictor=any_predictor(8, random),
         ) as engine:
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected), (trial, place)
+
+
+def test_experts_that_only_pass_through_need_no_slots_told_apart(
+    checkpoint: Checkpoint, layout: Layout
+) -> None:
+    """As the commands run a model that does not fit: with no slots at all."""
+    place = streaming_placement(
+        checkpoint.spec, layout, "cpu", 1, context_tokens=CONTEXT, staging_experts=3
+    )
+    with open_engine(checkpoint, layout, place) as engine:
+        found = all_logits(engine, PROMPT, FOLLOWING)
+    assert torch.equal(found, resident(checkpoint, layout))
+
+
+def test_ram_behind_a_device_holds_every_expert_in_its_own_size(
+    checkpoint: Checkpoint, layout: Layout
+) -> None:
+    spec = checkpoint.spec
+    place = some_slots(spec, layout, 1, policy="pinned")
+    everything_bytes = slow_bytes(spec, layout)
+    tier = ram_tier(spec, layout, place.layers, everything_bytes)
+    assert sum(tier.held.values()) == everything_bytes
+    first = layout.layers[0]
+    for segment, size_bytes in tier.held.items():
+        if segment.layer == first.layer:
+            name = first.encoding_of(segment.expert)
+            assert size_bytes == stored_bytes(spec, first, "top", name)
+    # What never leaves the device comes last: of each encoding its hottest.
+    stay = [segment.expert for segment in list(tier.held) if segment.layer == first.layer][-3:]
+    assert set(stay) == {first.encodings.index(name) for name in first.classes}
 
 
 def held_bytes(engine: Engine) -> int:
