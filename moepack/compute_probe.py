@@ -8,7 +8,7 @@ beyond the engine's: 128 MiB of experts, or the experts of one token twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -196,11 +196,20 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
             _ALL_MISSING: Experts(missing.every, moe.top_k),
             _ONE_MISSING: Experts(missing.one, moe.top_k),
         }
-        laps = {1: _take_turns(walk, 1, {**ways, **fetched}), **laps}
+        reads_s: list[float] = []
+        beside = None if missing.read_s is None else _keeping(missing.read_s, reads_s)
+        # One token is what most of a generation is made of.
+        alone = _take_turns(walk, 1, {**ways, **fetched}, 5 * _LIMIT_S, beside)
+        laps = {1: alone, **laps}
         # By themselves, and not for as long: they are three times as many as the others.
         for count, of_count in laps.items():
-            of_count.update(_take_turns(walk, count, rounded, limit_s=_LIMIT_S / 2))
-    return _moe_compute(probe, numbers, those.numbers, many, laps)
+            of_count.update(_take_turns(walk, count, rounded, _LIMIT_S / 2))
+    read_s = median(reads_s) if reads_s else None
+    return _moe_compute(probe, numbers, those.numbers, many, laps, read_s)
+
+
+def _keeping(measured_s: Callable[[], float], kept_s: list[float]) -> Callable[[], None]:
+    return lambda: kept_s.append(measured_s())
 
 
 def _way(way: str, stored: str | None) -> str:
@@ -213,6 +222,7 @@ def _take_turns(
     tokens: int,
     ways: Mapping[str, Experts | None],
     limit_s: float | None = None,
+    beside: Callable[[], object] | None = None,
 ) -> dict[str, Laps]:
     """Walk in every way, one behind the other, several times; the medians of each.
 
@@ -220,6 +230,8 @@ def _take_turns(
     ----------
     limit_s
         After so long, no more walks are begun; None: :data:`_LIMIT_S`.
+    beside
+        What else has its turn.
     """
     if tokens == 1:
         walk.fill_context()
@@ -230,6 +242,8 @@ def _take_turns(
     for _ in range(_WALKS):
         for way, experts in ways.items():
             taken[way].append(walk.walk(tokens, experts))
+        if beside is not None:
+            beside()
         if perf_counter() - begin_s > (_LIMIT_S if limit_s is None else limit_s):
             break
     return {way: median_laps(laps) for way, laps in taken.items()}
@@ -250,6 +264,7 @@ def _moe_compute(
     walked_over: Sequence[int],
     many: int,
     laps: Mapping[int, Mapping[str, Laps]],
+    read_s: float | None,
 ) -> tuple[LayerCompute, float]:
     """What one expert adds is the difference between many and one; what is left is the pass."""
     tokens = tuple(laps)
@@ -283,7 +298,7 @@ def _moe_compute(
         longer_s = found.around_s + found.experts_s - alone.around_s
         longer_s += (found.head_s - alone.head_s) / len(walked_over)
         return longer_s - priced_missing_s(
-            probe, numbers[0], fixed_s[0], expert.at(1), missing=missing
+            probe, numbers[0], fixed_s[0], expert.at(1), missing=missing, read_s=read_s
         )
 
     transfer_s, burst_s = _transfer_and_burst_s(

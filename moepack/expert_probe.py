@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +17,8 @@ from moepack.hardware import HardwareProfile
 from moepack.layer_walk import ExpertPass
 from moepack.layouts import layer_layout
 from moepack.plan import LayerPlacement, Layout
+from moepack.segments import SegmentId
+from moepack.timing import Stopwatch
 from moepack.units import MIB
 
 if TYPE_CHECKING:
@@ -85,11 +88,13 @@ def resident_experts(
 class Missing(NamedTuple):
     """Passes over a layer with all experts of a token missing, and with one of them.
 
-    Whatever layer is asked for, one and the same is run.
+    Whatever layer is asked for, one and the same is run. ``read_s`` reads one expert and says how
+    long that took, where experts are so large that a link carries one at a time.
     """
 
     every: ExpertPass
     one: ExpertPass
+    read_s: Callable[[], float] | None
 
 
 @contextmanager
@@ -113,10 +118,31 @@ def missing_experts(probe: Probe, number: int) -> Iterator[Missing]:
         with ExitStack() as stack:
             every = stack.enter_context(_open(probe, layout, store, slots=0, keeps=0))
             one = stack.enter_context(_open(probe, layout, store, slots=there, keeps=there))
+            alone = probe.hardware.device == "cpu"
+            alone &= probe.hardware.disk.readers_for(shape.stored_bytes) == 1
             yield Missing(
                 lambda _, hidden, count: every(number, hidden, count),
                 lambda _, hidden, count: one(number, hidden, count),
+                _reader(store, number, shape.stored_bytes, moe.top_k) if alone else None,
             )
+
+
+def _reader(
+    store: SegmentStore, number: int, stored_bytes: int, experts: int
+) -> Callable[[], float]:
+    """Reads one expert after the other, in the calling thread: seconds of each."""
+    from moepack_runtime.direct_io import allocate
+    from moepack_runtime.store import CheckMode
+
+    room = allocate(stored_bytes).numpy()
+    turn = itertools.cycle(range(experts))
+
+    def read_s() -> float:
+        stopwatch = Stopwatch()
+        store.read_into(SegmentId(number, next(turn), "top"), room, CheckMode.NEVER)
+        return stopwatch.lap()
+
+    return read_s
 
 
 @contextmanager
@@ -164,9 +190,22 @@ def _open(
 
 
 def priced_missing_s(
-    probe: Probe, number: int, fixed_s: float, expert_s: float, *, missing: int
+    probe: Probe,
+    number: int,
+    fixed_s: float,
+    expert_s: float,
+    *,
+    missing: int,
+    read_s: float | None = None,
 ) -> float:
-    """What the cost model says of one token's pass of which so many experts are missing."""
+    """What the cost model says of one token's pass of which so many experts are missing.
+
+    Parameters
+    ----------
+    read_s
+        What reading one took meanwhile; None: as in the hardware profile. Disks that are shared
+        change from minute to minute, and that is not the computing thread's time.
+    """
     spec = probe.engine.spec
     moe = spec.moe(number)
     shape = layer_segment(spec, layer_layout(spec, number, 1.0), "top")
@@ -176,7 +215,7 @@ def priced_missing_s(
         # What is there is computed while the first of the others comes, as a shared expert is.
         LayerTimes(fixed_s, expert_s, shared_s=there * expert_s),
         missing,
-        Parts(probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
+        Parts(read_s or probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
         Held(top=0.0, bottom=1.0),
         staging_experts=moe.top_k,
         as_ready=True,
