@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack.budget import stored_bytes
-from moepack.compute import ComputeProfile
+from moepack.compute import ComputeProfile, QuantisedExpert
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
 from moepack.decoding import Replayed
@@ -27,6 +27,7 @@ from moepack.segments import PARTS
 from moepack.trace import LayerShape
 from tests.support.routed import (
     compute_of,
+    flat,
     layer_compute,
     layout_of,
     model_of,
@@ -36,6 +37,8 @@ from tests.support.routed import (
 
 LAYERS = 6
 ATTENTION_S, EXPERT_S, SHARED_S, TRANSFER_S, HEAD_S = 4e-4, 2e-4, 1e-4, 1e-5, 1e-3
+#: In the model's dtype, and rounded.
+EXPERTS_S: dict[str | None, float] = {None: EXPERT_S, "INT8": 1.2e-4, "INT4_G32": 1e-4}
 PRESETS = {"olmoe-1b-7b": (64, 8), "qwen1.5-moe-a2.7b": (60, 4), "mixtral-8x7b": (8, 2)}
 
 
@@ -54,12 +57,19 @@ class Drawn:
         self.compute: ComputeProfile = compute_of(
             self.spec,
             [
-                layer_compute(
-                    range(LAYERS),
-                    attention=ATTENTION_S,
-                    expert=EXPERT_S,
-                    ffn=SHARED_S,
-                    transfer=TRANSFER_S,
+                dataclasses.replace(
+                    layer_compute(
+                        range(LAYERS),
+                        attention=ATTENTION_S,
+                        expert=EXPERT_S,
+                        ffn=SHARED_S,
+                        transfer=TRANSFER_S,
+                    ),
+                    quantised=tuple(
+                        QuantisedExpert(name, flat(seconds), flat(seconds))
+                        for name, seconds in EXPERTS_S.items()
+                        if name
+                    ),
                 )
             ],
             head_s=HEAD_S,
@@ -80,9 +90,10 @@ class Drawn:
         depth: int = 0,
         staging: int = 16,
         as_ready: bool,
+        encoding: str | None = None,
     ) -> Replayed:
-        """With a link on which a whole layer's experts take ``load`` windows."""
-        layout = layout_of(self.spec, [ratio] * LAYERS)
+        """With a link on which a whole layer's experts, unrounded, take ``load`` windows."""
+        layout = layout_of(self.spec, [ratio] * LAYERS, encoding=encoding)
         layers = [
             LayerPlacement(n, 0, tops, bottoms, "lcp", hot, "all" if depth else "off", depth)
             for n, hot in enumerate(self.tables.hot)
@@ -108,16 +119,22 @@ def drawn(preset: str, recall: float | None = None) -> Drawn:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("as_ready", [False, True])
-@pytest.mark.parametrize(("ratio", "staging"), [(1.0, 2), (0.5, 2), (0.75, 8), (0.25, 8)])
+@pytest.mark.parametrize(
+    ("ratio", "staging", "encoding"),
+    [
+        *((1.0, 2, None), (0.5, 2, None), (0.75, 8, None), (0.25, 8, None)),
+        *((1.0, 2, "INT8"), (0.5, 8, "INT4_G32")),
+    ],
+)
 def test_without_prefetching_the_closed_form_is_near_the_replay(
-    preset: str, as_ready: bool, ratio: float, staging: int
+    preset: str, as_ready: bool, ratio: float, staging: int, encoding: str | None
 ) -> None:
     """Given the hit rates of the replay, the two differ by 6 % at most, by 2 % as a rule."""
     case = drawn(preset)
     tokens = case.tables.tokens("test")
-    cut = layout_of(case.spec, [ratio] * LAYERS).layers[0]
+    cut = layout_of(case.spec, [ratio] * LAYERS, encoding=encoding).layers[0]
     sizes = [stored_bytes(case.spec, cut, part) for part in PARTS]
-    times = LayerTimes(ATTENTION_S, EXPERT_S, TRANSFER_S, SHARED_S)
+    times = LayerTimes(ATTENTION_S, EXPERTS_S[encoding], TRANSFER_S, SHARED_S)
     differences = []
     for share, load in itertools.product((0.25, 0.5), (0.2, 0.5, 1.0, 2.0)):
         tops = round(share * case.experts)
@@ -130,7 +147,9 @@ def test_without_prefetching_the_closed_form_is_near_the_replay(
             seconds += decode_layer_s(
                 times, case.top_k, parts, held, staging_experts=staging, as_ready=as_ready
             ).item()
-        found = case.replay(load, ratio=ratio, tops=tops, staging=staging, as_ready=as_ready)
+        found = case.replay(
+            load, ratio=ratio, tops=tops, staging=staging, as_ready=as_ready, encoding=encoding
+        )
         differences.append(abs(seconds / found.tpot_s - 1))
     assert max(differences) < 0.06
     assert np.median(differences) < 0.02

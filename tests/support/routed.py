@@ -151,10 +151,16 @@ def placed(
     )
 
 
-def layout_of(spec: ModelSpec, ratios: Sequence[float], *, block_tokens: int = 8) -> Layout:
-    """Each layer cut near its own ratio."""
+def layout_of(
+    spec: ModelSpec,
+    ratios: Sequence[float],
+    *,
+    block_tokens: int = 8,
+    encoding: str | None = None,
+) -> Layout:
+    """Each layer cut near its own ratio; in the model's dtype, or in one encoding."""
     layers = tuple(
-        layer_layout(spec, number, ratio)
+        layer_layout(spec, number, ratio, encoding)
         for number, ratio in zip(spec.moe_layers, ratios, strict=True)
     )
     return Layout(spec.digest, layers, block_tokens)
