@@ -9,6 +9,7 @@
             model.json              name, source and digests of the model; where its pack is
             compute.yaml            seconds a layer on this machine
             routing.yaml, .npz      how it routes
+            damage.json             what rounding does to its experts
             plan.json               the newest plan
             pack/                   the packed folder, unless another place was chosen
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moepack import records
-from moepack.cli.models import open_source
+from moepack.cli.models import Source, open_source
 from moepack.cli.options import JsonOption, ModelArgument
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
@@ -19,11 +19,16 @@ from moepack.shipped import shipped_texts
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from moepack.agreement import Comparison
     from moepack.compute import ComputeProfile
+    from moepack.damage import DamageProfile
     from moepack.hardware import HardwareProfile
+    from moepack.progress import Progress
     from moepack.roofline_check import RooflineCheck
     from moepack.routing import RoutingProfile
+    from moepack.workspace import ModelFolder
 
 
 def profile(
@@ -45,6 +50,14 @@ def profile(
             show_default=False,
         ),
     ] = None,
+    bits: Annotated[
+        bool,
+        typer.Option(
+            "--bits",
+            help="Also measure what rounding does to each expert: what plan --bits chooses by. "
+            "Rounds the whole model to every precision that it fits.",
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Measure this machine and how the model routes."""
@@ -53,6 +66,11 @@ def profile(
     from moepack.report.profile import hardware_view, profile_view
     from moepack.roofline_check import check_roofline
 
+    if bits and hardware_only:
+        raise typer.BadParameter(
+            "it measures the model, and --hardware-only none; leave out one of the two",
+            param_hint="'--bits'",
+        )
     workspace = Workspace.locate()
     progress = TerminalProgress()
     texts = tuple(text or shipped_texts())
@@ -89,14 +107,48 @@ def profile(
     compute.save(folder.compute_path)
     routing.save(folder.folder)
     workspace.make_current(folder)
+    damage = _measure_damage(source, folder, hardware, texts, progress) if bits else None
     check = check_roofline(source.spec, hardware, compute)
     # Whole curves take seconds: only for those who read them.
     of_model = model_document(compute, routing, check) if json else {}
+    if damage is not None:
+        of_model["damage"] = records.to_data(damage)
     emit(
         hardware_document(hardware, comparisons) | of_model,
         as_json=json,
-        view=lambda: profile_view(hardware, compute, routing, check, comparisons),
+        view=lambda: _view(
+            profile_view(hardware, compute, routing, check, comparisons), source, damage
+        ),
     )
+
+
+def _measure_damage(
+    source: Source,
+    folder: ModelFolder,
+    hardware: HardwareProfile,
+    texts: Sequence[Path],
+    progress: Progress,
+) -> DamageProfile:
+    from moepack.damage_probe import measure_damage
+
+    found = measure_damage(
+        source.checkpoint, device=hardware.device, texts=texts, progress=progress
+    )
+    found = dataclasses.replace(found, model_name=source.record.name)
+    found.save(folder.folder)
+    return found
+
+
+def _view(profile: RenderableType, source: Source, damage: DamageProfile | None) -> RenderableType:
+    """The profile, with what rounding does where that was measured."""
+    from rich.console import Group
+
+    from moepack.mixed_precision import sample_choices
+    from moepack.report.damage import damage_view
+
+    if damage is None:
+        return profile
+    return Group(profile, "", damage_view(damage, sample_choices(source.spec, damage)))
 
 
 def _last_profile(workspace: Workspace) -> HardwareProfile | None:

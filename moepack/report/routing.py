@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import fmean
 
 from rich.console import Group, RenderableType
@@ -41,14 +41,18 @@ def layer_bands(layers: Sequence[LayerRouting]) -> list[range]:
 
     Else all but the first, which routes unlike the others, in bands of neighbours of one shape.
     """
-    if len(layers) <= MOST_ROWS:
-        return [range(row, row + 1) for row in range(len(layers))]
-    longest = -(-(len(layers) - 1) // _BANDS)
+    return bands_of([(layer.num_experts, layer.top_k) for layer in layers])
+
+
+def bands_of(shapes: Sequence[Hashable]) -> list[range]:
+    """The same of layers whose shapes are these."""
+    if len(shapes) <= MOST_ROWS:
+        return [range(row, row + 1) for row in range(len(shapes))]
+    longest = -(-(len(shapes) - 1) // _BANDS)
     bands = [range(1)]
-    for row in range(1, len(layers)):
-        band, layer, before = bands[-1], layers[row], layers[row - 1]
-        alike = (layer.num_experts, layer.top_k) == (before.num_experts, before.top_k)
-        if row > 1 and alike and len(band) < longest:
+    for row in range(1, len(shapes)):
+        band = bands[-1]
+        if row > 1 and shapes[row] == shapes[row - 1] and len(band) < longest:
             bands[-1] = range(band.start, row + 1)
         else:
             bands.append(range(row, row + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,28 @@ def test_another_machine_is_not_compared(
         path.write_text("garbage")
     finds.append(MACHINE)
     assert moepack("profile", "--hardware-only", "--json").document.keys() == {"hardware"}
+
+
+def test_what_rounding_does_is_measured_shown_and_kept(
+    home: Path, model: Path, texts: list[Path], moepack: Moepack, finds: list[HardwareProfile]
+) -> None:
+    finds += [MACHINE, MACHINE]
+    document = moepack("profile", model, "--bits", "--json").document
+    layer = document["damage"]["layers"][0]
+    assert layer["encodings"] == ["INT8", "INT4_G32"]
+    fine, coarse = map(sum, layer["errors"])
+    assert 0 < fine < coarse < 1
+    (kept,) = home.glob("models/*/damage.json")
+    assert json.loads(kept.read_text()) == document["damage"]
+    shown = moepack("profile", model, "--bits").out
+    assert "worst 1/8" in shown
+    assert "chosen by expert" in shown
+    assert "nats a token" in shown
+
+
+def test_nothing_is_rounded_where_only_the_machine_is_measured(
+    home: Path, moepack: Moepack
+) -> None:
+    refused = moepack("profile", "--hardware-only", "--bits")
+    assert refused.code == 2
+    assert "leave out one of the two" in refused.err

@@ -1,0 +1,163 @@
+"""What is measured of an expert is what transformers loses with that expert rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from moepack_runtime.tokenizer import Tokenizer
+
+from moepack import damage_probe
+from moepack.checkpoint import Checkpoint
+from moepack.damage import DamageProfile
+from moepack.damage_probe import measure_damage
+from moepack.encodings import encoding
+from moepack.errors import ProfileError, TextError
+from moepack.quantise import dequantise_expert, quantise_expert
+from tests.conftest import TinyFolder
+from tests.support.scored_by_transformers import load
+
+WORDS = ("red green blue one two three stone water", "kalt warm nah fern gross klein alt neu")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("qwen3_moe", "plain")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two short ones, without repetition."""
+    rng = np.random.default_rng(5)
+    paths = []
+    for number, words in enumerate(WORDS):
+        path = tmp_path_factory.mktemp("texts") / f"{number}.txt"
+        path.write_text(" ".join(rng.choice(words.split(), 60)))
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path, texts: list[Path]) -> DamageProfile:
+    return measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+
+
+@pytest.fixture(scope="module")
+def sequences(folder: Path, texts: list[Path]) -> list[list[int]]:
+    """The first 60 % of each text: what is fitted to."""
+    tokenizer = Tokenizer.load(folder)
+    encoded = [tokenizer.encode(path.read_text()) for path in texts]
+    return [list(ids[: round(0.6 * len(ids))]) for ids in encoded]
+
+
+@contextmanager
+def rounded(
+    model: Any, checkpoint: Checkpoint, layer: int, experts: range, name: str
+) -> Iterator[None]:
+    """Transformers' model with some experts of a layer rounded."""
+    module = model.model.layers[layer].mlp.experts
+    before = module.gate_up_proj.clone(), module.down_proj.clone()
+    for expert in experts:
+        codes = quantise_expert(checkpoint.expert(layer, expert), encoding(name), "F32", "it")
+        weights = dequantise_expert(codes, encoding(name))
+        both = np.concatenate([weights["gate.weight"], weights["up.weight"]])
+        module.gate_up_proj[expert] = torch.from_numpy(both)
+        module.down_proj[expert] = torch.from_numpy(np.ascontiguousarray(weights["down.weight"]))
+    yield
+    module.gate_up_proj.copy_(before[0])
+    module.down_proj.copy_(before[1])
+
+
+def outputs(model: Any, sequences: list[list[int]], layer: int) -> tuple[torch.Tensor, ...]:
+    """The stream behind a layer, and log-probabilities; of all tokens."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: object, args: object, output: Any) -> None:
+        kept.append((output if isinstance(output, torch.Tensor) else output[0]).reshape(-1, 64))
+
+    hook = model.model.layers[layer].register_forward_hook(keep)
+    logits = [model(torch.tensor([tokens])).logits[0] for tokens in sequences]
+    hook.remove()
+    return torch.cat(kept).double(), torch.cat(logits).double().log_softmax(-1)
+
+
+def divergence_of(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def test_errors_are_those_of_the_layer_with_one_expert_rounded(
+    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+) -> None:
+    checkpoint, model = Checkpoint.open(folder), load(folder)
+    assert measured.tokens == sum(map(len, sequences))
+    with torch.inference_mode():
+        for found in measured.layers:
+            exact, _ = outputs(model, sequences, found.layer)
+            for expert in range(0, len(found.errors[0]), 7):
+                for name, errors in zip(found.encodings, found.errors, strict=True):
+                    alone = range(expert, expert + 1)
+                    with rounded(model, checkpoint, found.layer, alone, name):
+                        changed, _ = outputs(model, sequences, found.layer)
+                    lost = (changed - exact).square().sum(1) / exact.square().sum(1)
+                    # An expert that no token uses is taken as used once.
+                    if lost.any():
+                        assert errors[expert] == pytest.approx(float(lost.mean()), rel=1e-3)
+                    else:
+                        assert 0 < errors[expert] < 1 / measured.tokens
+
+
+def test_divergences_are_those_of_the_model_with_one_layer_rounded(
+    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+) -> None:
+    checkpoint, model = Checkpoint.open(folder), load(folder)
+    assert measured.divergence_tokens == sum(map(len, sequences))
+    with torch.inference_mode():
+        for found in measured.layers:
+            _, p = outputs(model, sequences, found.layer)
+            every = range(len(found.errors[0]))
+            for divergence, name in (
+                (found.fine_divergence, found.encodings[0]),
+                (found.coarse_divergence, found.encodings[-1]),
+            ):
+                with rounded(model, checkpoint, found.layer, every, name):
+                    _, q = outputs(model, sequences, found.layer)
+                assert divergence == pytest.approx(divergence_of(p, q), rel=0.01)
+
+
+def test_divergences_of_all_layers_are_those_of_the_model_rounded_whole(
+    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+) -> None:
+    checkpoint, model = Checkpoint.open(folder), load(folder)
+    with torch.inference_mode():
+        _, p = outputs(model, sequences, 0)
+        for divergence, which in ((measured.fine_divergence, 0), (measured.coarse_divergence, -1)):
+            with ExitStack() as stack:
+                for found in measured.layers:
+                    every, name = range(len(found.errors[0])), found.encodings[which]
+                    stack.enter_context(rounded(model, checkpoint, found.layer, every, name))
+                _, q = outputs(model, sequences, 0)
+            assert divergence == pytest.approx(divergence_of(p, q), rel=0.01)
+
+
+def test_a_sample_of_an_experts_inputs_tells_its_error(
+    folder: Path, texts: list[Path], measured: DamageProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(damage_probe, "SAMPLED", 20)
+    sampled = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+    for one, all_of_them in zip(sampled.layers, measured.layers, strict=True):
+        assert sum(one.errors[-1]) == pytest.approx(sum(all_of_them.errors[-1]), rel=0.15)
+        assert one.coarse_divergence == all_of_them.coarse_divergence
+
+
+def test_texts_that_say_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    with pytest.raises(ProfileError, match="name longer ones with --text"):
+        measure_damage(Checkpoint.open(folder), device="cpu", texts=[short])
+    with pytest.raises(TextError):
+        measure_damage(Checkpoint.open(folder), device="cpu", texts=[tmp_path / "missing.txt"])
