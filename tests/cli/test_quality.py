@@ -62,7 +62,7 @@ def test_every_command_works_on_rounded_experts(
         assert document["prediction"]["slow_bytes"] == slow_bytes
     found = moepack("eval", "--text", text, "--json")
     assert found.code == 0, found.err
-    assert found.document["encodings"] == [encoding]
+    assert set(found.document["encodings"]) == {encoding}
     assert 0 < found.document["kl"] < 1
 
     kept = moepack("plan", "--vram", "5M", "--context", "256", "--keep-layout", "--json").document
