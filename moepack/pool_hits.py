@@ -38,8 +38,12 @@ class _Pool(Protocol):
 
     held: bytearray
 
-    def use(self, experts: Sequence[int]) -> None:
-        """Account for one token in the next layer; experts are given in the pool's own way."""
+    def walk(self, asked: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> bytes:
+        """Which of the numbers asked for were resident, layer by layer and token by token.
+
+        Each time the experts that the token uses are accounted for afterwards; these are given in
+        the pool's own way.
+        """
 
 
 def pool_masks(
@@ -97,15 +101,12 @@ def _worths(ids: Numbers, start: Sequence[int], policy: Policy) -> Numbers:
 
 def _replay(pool: _Pool, asked: Numbers, used: Numbers) -> Mask:
     found = bytearray()
-    resident = pool.held.__getitem__
     for begin in range(0, len(asked), _CHUNK_TOKENS):
         chunk = slice(begin, begin + _CHUNK_TOKENS)
         asked_now, used_now = (
             array[chunk].reshape(-1, array.shape[2]).tolist() for array in (asked, used)
         )
-        for numbers, experts in zip(asked_now, used_now, strict=True):
-            found += bytes(map(resident, numbers))
-            pool.use(experts)
+        found += pool.walk(asked_now, used_now)
     return np.frombuffer(found, dtype=np.bool_).reshape(asked.shape)
 
 
@@ -127,16 +128,20 @@ class _Recent:
         self._slots = slots
         self._order = OrderedDict.fromkeys(reversed(start[:slots]))
 
-    def use(self, experts: Sequence[int]) -> None:
-        order, held = self._order, self.held
-        for number in experts:
-            if held[number]:
-                order.move_to_end(number)
-            else:
-                order[number] = None
-                held[number] = 1
-        while len(order) > self._slots:
-            held[order.popitem(last=False)[0]] = 0
+    def walk(self, asked: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> bytes:
+        order, held, slots = self._order, self.held, self._slots
+        found = bytearray()
+        for numbers, experts in zip(asked, used, strict=True):
+            found += bytes(map(held.__getitem__, numbers))
+            for number in experts:
+                if held[number]:
+                    order.move_to_end(number)
+                else:
+                    order[number] = None
+                    held[number] = 1
+            while len(order) > slots:
+                held[order.popitem(last=False)[0]] = 0
+        return bytes(found)
 
 
 class _Ordered:
@@ -156,30 +161,34 @@ class _Ordered:
         self._heap = [self._worth[number] for number in start[:slots]]
         heapify(self._heap)
 
-    def use(self, experts: Sequence[int]) -> None:
-        worth, held = self._worth, self.held
-        entering = []
-        for now in experts:
-            number = now & _NUMBER
-            worth[number] = now
-            if not held[number]:
-                held[number] = 1
-                entering.append(now)
-        spared = []
-        for _ in entering:
-            worst = self._pop_worst()
-            while worst in experts:
-                spared.append(worst)
-                worst = self._pop_worst()
-            held[worst & _NUMBER] = 0
-        for now in entering + spared:
-            heappush(self._heap, now)
-
-    def _pop_worst(self) -> int:
-        heap, worth = self._heap, self._worth
-        while heap[0] != (now := worth[heap[0] & _NUMBER]):
-            heapreplace(heap, now)
-        return heappop(heap)
+    def walk(self, asked: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> bytes:
+        worth, held, heap = self._worth, self.held, self._heap
+        found = bytearray()
+        for numbers, experts in zip(asked, used, strict=True):
+            found += bytes(map(held.__getitem__, numbers))
+            entering = []
+            for now in experts:
+                number = now & _NUMBER
+                worth[number] = now
+                if not held[number]:
+                    entering.append(now)
+            # What enters takes the place of the worst, at the top of the heap.
+            spared = []
+            for now in entering:
+                held[now & _NUMBER] = 1
+                while True:
+                    worst = heap[0]
+                    if worst != (true := worth[worst & _NUMBER]):
+                        heapreplace(heap, true)
+                    elif worst in experts:
+                        spared.append(heappop(heap))
+                    else:
+                        break
+                held[worst & _NUMBER] = 0
+                heapreplace(heap, now)
+            for now in spared:
+                heappush(heap, now)
+        return bytes(found)
 
 
 class _Stepped:
@@ -197,11 +206,15 @@ class _Stepped:
         }
         self.held = _held(self._holder.values(), offsets[-1])
 
-    def use(self, experts: Sequence[int]) -> None:
-        first, layer = next(self._next)
-        token = [number - first for number in experts if number != self._none]
-        # A slot changes hands only once while one token is accounted for.
-        for expert, slot in layer.step([token]).admitted.items():
-            self.held[self._holder[slot]] = 0
-            self._holder[slot] = first + expert
-            self.held[first + expert] = 1
+    def walk(self, asked: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> bytes:
+        found = bytearray()
+        for numbers, experts in zip(asked, used, strict=True):
+            found += bytes(map(self.held.__getitem__, numbers))
+            first, layer = next(self._next)
+            token = [number - first for number in experts if number != self._none]
+            # A slot changes hands only once while one token is accounted for.
+            for expert, slot in layer.step([token]).admitted.items():
+                self.held[self._holder[slot]] = 0
+                self._holder[slot] = first + expert
+                self.held[first + expert] = 1
+        return bytes(found)
