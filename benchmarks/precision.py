@@ -51,8 +51,10 @@ def plan_with(told: str, args: argparse.Namespace, budget_bytes: int, folder: Pa
     return load_plan(out)
 
 
-def stored(setting: Setting, plan: Plan, folder: Path, scratch: Path) -> Stored:
-    """Score a pack on the texts that ship."""
+def stored(
+    setting: Setting, plan: Plan, folder: Path, scratch: Path, most_tokens: int | None
+) -> Stored:
+    """Score a pack on the texts that ship, or on so many tokens of each."""
     packed = PackedModel.open(folder)
     found = evaluate(
         packed,
@@ -61,6 +63,7 @@ def stored(setting: Setting, plan: Plan, folder: Path, scratch: Path) -> Stored:
         exact=setting.checkpoint,
         sources=setting.routing.summary.sources,
         scratch=scratch,
+        most_tokens=most_tokens,
     )
     size_bytes = sum(entry.stored_bytes for entry in packed.entries.values())
     return Stored(size_bytes, found.quality)
@@ -123,7 +126,8 @@ def _run(args: argparse.Namespace) -> int:
             folders = pack_for(setting.checkpoint, plans, folder)
             if not scored and not args.no_eval:
                 for told, plan in plans.items():
-                    scored[told] = stored(setting, plan, folders[plan.layout.digest], folder)
+                    packed = folders[plan.layout.digest]
+                    scored[told] = stored(setting, plan, packed, folder, args.score)
                 _print_quality(scored)
             found = race(plans, folders, setting.prompts, args.new, args.rounds)
             _print_speed(budget_bytes, plans, found)
@@ -159,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
         default=["", "--quality int8", "--quality int4"],
         metavar="OPTIONS",
         help="of moepack plan, each in one string; an empty one for the exact model",
+    )
+    parser.add_argument(
+        "--score", type=int, metavar="TOKENS", help="of each text; default: all that may be"
     )
     parser.add_argument("--no-eval", action="store_true", help="measure speed alone")
     add_options(parser)
