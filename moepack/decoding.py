@@ -14,12 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.fixed_times import FixedTimes
+from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.passes import Activations, DecodePasses, Segments
 from moepack.timeline import Clock, Columns, Flags, Outcome, Seconds, Work, advance, ahead_slots
 
 #: Lanes that run side by side, and passes that each runs beforehand to find where it begins.
 LANES = 1024
 WARMING = 8
+
+
+def _share(fates: npt.NDArray[np.int8] | None, fate: int, activations: int) -> float:
+    return 0.0 if fates is None else float(np.count_nonzero(fates == fate)) / activations
 
 
 _FIRST = np.zeros(1, dtype=np.intp)
@@ -46,6 +51,9 @@ class Replayed(NamedTuple):
     disk_bytes, disk_s : float
         Over three tiers: what of it RAM did not hold, and the disk's work for it, for one decoded
         token.
+    substituted_rate, skipped_rate : float
+        Of the experts activated while decoding: those that were missing and were replaced by their
+        low copies, or left out.
     """
 
     ttft_s: float
@@ -60,6 +68,8 @@ class Replayed(NamedTuple):
     events: int
     disk_bytes: float = 0.0
     disk_s: float = 0.0
+    substituted_rate: float = 0.0
+    skipped_rate: float = 0.0
 
     @property
     def link_bytes_per_token(self) -> float:
@@ -189,6 +199,9 @@ class AnyDecoding(ABC, Generic[C]):
         ready = found.valid.copy()
         for part in range(parts):
             ready &= seen.ready[..., part::parts]
+        fates = self._passes.fates
+        if fates is not None:
+            ready &= fates == EXACT
         needed = np.repeat(found.right[:, :, : seen.begun.shape[2] // parts], parts, axis=2)
         activations = max(1, int(found.valid.sum()))
         demanded = self._per_token(seen.demanded, found.ids)
@@ -199,20 +212,34 @@ class AnyDecoding(ABC, Generic[C]):
         each = self._segments.classes or self._segments
         stored_bytes = each.stored_bytes
         disk_bytes, disk_s = self._from_disk(seen)
+        saved_bytes, saved_s = self._saved(seen)
         return Replayed(
             ttft_s=ttft_s,
             tpot_s=seconds / tokens,
             hit_rate=float(self._passes.hits.sum()) / activations,
             ready_rate=float(ready.sum()) / activations,
-            demand_bytes=float((demanded * stored_bytes).sum()),
+            demand_bytes=float((demanded * stored_bytes).sum()) - saved_bytes,
             ahead_used_bytes=float((used * stored_bytes).sum()),
             ahead_wasted_bytes=float((wasted * stored_bytes).sum()),
-            link_s=float(((demanded + used + wasted) * each.link_s).sum()),
+            link_s=float(((demanded + used + wasted) * each.link_s).sum()) - saved_s,
             layer_wait_s=seen.wait_s.mean(axis=0),
             events=tokens * layers,
             disk_bytes=disk_bytes,
             disk_s=disk_s,
+            substituted_rate=_share(fates, LOWERED, activations),
+            skipped_rate=_share(fates, LEFT_OUT, activations),
         )
+
+    def _saved(self, seen: Seen) -> tuple[float, float]:
+        """Bytes and seconds of the link that low copies take less than their experts, a token."""
+        fates, segments = self._passes.fates, self._segments
+        if fates is None or segments.low is None:
+            return 0.0, 0.0
+        lowered = np.repeat(fates == LOWERED, self._parts, axis=2)
+        counts = self._per_token(seen.demanded & lowered, self._found.ids)
+        saved_bytes = counts * (segments.stored_bytes - segments.low.stored_bytes)
+        saved_s = counts * (segments.link_s - segments.low.link_s)
+        return float(saved_bytes.sum()), float(saved_s.sum())
 
     def _from_disk(self, seen: Seen) -> tuple[float, float]:
         """Bytes that the disk reads for one token, and its seconds for them."""

@@ -17,6 +17,7 @@ from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.errors import PlanMismatchError, ProfileError
 from moepack.model_spec import ModelSpec
+from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
 from moepack.ram_tier import ram_tier
 from moepack.routing_tables import Cache, RoutingTables
@@ -27,6 +28,14 @@ from moepack.trace import NO_PREDICTION, LayerShape
 
 #: What a bound may know: the next layer's experts, or all that is to come.
 Oracle = Literal["none", "prediction", "future"]
+
+
+class LowCopies(NamedTuple):
+    """What stands for a segment that is missing, each [L, G]; see :class:`Segments`."""
+
+    stored_bytes: npt.NDArray[np.int64]
+    link_s: Seconds
+    compute_s: Seconds
 
 
 class Segments(NamedTuple):
@@ -52,6 +61,8 @@ class Segments(NamedTuple):
         Which those are, bool [L, N, G].
     bounces
         How many of them may be on their way at once.
+    low
+        Their low copies; None where there are none.
     classes
         The same by encoding, where there are mixed layers; what is above is then of the largest.
     """
@@ -67,6 +78,7 @@ class Segments(NamedTuple):
     read_s: Seconds | None = None
     from_disk: Flags | None = None
     bounces: int = 0
+    low: LowCopies | None = None
     classes: SegmentClasses | None = None
 
     def mixed(self, row: int) -> LayerLayout | None:
@@ -102,17 +114,27 @@ class Segments(NamedTuple):
 def segments_of(
     spec: ModelSpec, compute: ComputeProfile, layout: Layout, link: LinkSeconds
 ) -> Segments:
-    """Sizes and times of every layer's segments."""
+    """Sizes and times of every layer's segments, and of their low copies."""
+    found = _segments_of(spec, compute, layout.layers, link)
+    if not layout.low:
+        return found
+    low = _segments_of(spec, compute, layout.low_layers, link)
+    return found._replace(low=LowCopies(low.stored_bytes, low.link_s, low.compute_s))
+
+
+def _segments_of(
+    spec: ModelSpec, compute: ComputeProfile, layers: Sequence[LayerLayout], link: LinkSeconds
+) -> Segments:
     sizes = np.array(
-        [[stored_bytes(spec, cut, part) for part in PARTS] for cut in layout.layers], dtype=np.int64
+        [[stored_bytes(spec, cut, part) for part in PARTS] for cut in layers], dtype=np.int64
     )
     has_top, interior = sizes[:, 0] > 0, np.all(sizes > 0, axis=1)
-    tops = np.array([cut.split_ratio for cut in layout.layers])
+    tops = np.array([cut.split_ratio for cut in layers])
     share = np.stack([tops, 1.0 - tops], axis=1)
-    entries = [compute.layer(cut.layer) for cut in layout.layers]
+    entries = [compute.layer(cut.layer) for cut in layers]
     expert_s = [
         entry.expert_times(cut.encoding, cut=bool(two)).at(1)
-        for entry, cut, two in zip(entries, layout.layers, interior, strict=True)
+        for entry, cut, two in zip(entries, layers, interior, strict=True)
     ]
     compute_s = np.array(expert_s)[:, None] * share
     transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
@@ -122,7 +144,7 @@ def segments_of(
         link_s, compute_s, share = (
             values.sum(axis=1, keepdims=True) for values in (link_s, compute_s, share)
         )
-    classes = segment_classes(spec, compute, layout.layers, link, sizes.shape[1])
+    classes = segment_classes(spec, compute, layers, link, sizes.shape[1])
     return Segments(
         sizes,
         link_s,
@@ -250,6 +272,8 @@ class DecodePasses(NamedTuple):
         The part that is cached first was resident.
     read_s, ahead_read_s
         Of the disk, before ``fetch_s`` and ``ahead_s``; None where RAM holds everything.
+    fates : int8 [T, L, K]
+        What is not exact (:mod:`moepack.on_miss`); None where everything is.
     """
 
     compute_s: Seconds
@@ -259,6 +283,7 @@ class DecodePasses(NamedTuple):
     hits: Flags
     read_s: Seconds | None = None
     ahead_read_s: Seconds | None = None
+    fates: npt.NDArray[np.int8] | None = None
 
 
 def decode_passes(
@@ -289,6 +314,7 @@ def passes_with(
     segments: Segments,
     held: Flags,
     held_ahead: Flags,
+    fates: npt.NDArray[np.int8] | None = None,
 ) -> DecodePasses:
     """The same where it is known what is resident.
 
@@ -300,6 +326,9 @@ def passes_with(
         The parts of the activated experts that are resident, in the order of consumption.
     held_ahead : bool [T, L, R, G]
         Those of the predicted experts.
+    fates : int8 [T, L, K]
+        What becomes of each activated expert that is missing and was not asked for ahead, in the
+        order of consumption (:mod:`moepack.on_miss`); None: it is fetched.
     """
     parts = segments.link_s.shape[1]
     valid = np.repeat(found.valid, parts, axis=2)  # [T, L, K * G]
@@ -307,7 +336,6 @@ def passes_with(
     missing = valid & ~held.reshape(flat)
     fetch_s = np.where(missing, segments.linking_s(found.ids), 0.0)
     compute_s = np.where(valid, segments.computing_s(found.ids), 0.0)
-    compute_s += disturbance_s(fetch_s, segments)
     depths = np.array([place.prefetch_depth for place in placement.layers])
     depth = min(int(depths.max(initial=0)), found.right.shape[2])
     asked = (np.arange(depth) < depths[:, None]) & named[:, :, :depth]
@@ -323,8 +351,13 @@ def passes_with(
         comes = np.repeat(found.guess < depth, parts, axis=2) & (fetch_s > 0)
         comes &= np.take_along_axis(ahead_s, place, axis=2) > 0
         np.copyto(ahead_of, place, where=comes)
+    if fates is not None:
+        alone = (ahead_of == none).reshape(*found.valid.shape, parts).all(axis=3)
+        fates = np.where(found.valid & ~held.all(axis=3) & alone, fates, np.int8(EXACT))
+        _replace_missing(fetch_s, compute_s, np.repeat(fates, parts, axis=2), segments)
+    compute_s += disturbance_s(fetch_s, segments)
     hits = _cached_first(held, segments) & found.valid
-    made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits)
+    made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits, fates=fates)
     if segments.from_disk is None:
         return made
     layers = np.arange(len(segments.from_disk))[:, None]
@@ -334,6 +367,18 @@ def passes_with(
         read_s=read_seconds(segments, found.ids, fetch_s, from_disk),
         ahead_read_s=read_seconds(segments, guessed, ahead_s, ahead_from_disk),
     )
+
+
+def _replace_missing(
+    fetch_s: Seconds, compute_s: Seconds, fates: npt.NDArray[np.int8], segments: Segments
+) -> None:
+    """Give what is missing the times of what stands for it, in place, each [T, L, K * G]."""
+    assert segments.low is not None, "low copies of nothing"
+    missing, columns = fetch_s > 0.0, fetch_s.shape[2]
+    for times, low in ((fetch_s, segments.low.link_s), (compute_s, segments.low.compute_s)):
+        times[missing & (fates == LEFT_OUT)] = 0.0
+        every = np.tile(low, columns // low.shape[1])
+        np.copyto(times, every, where=missing & (fates == LOWERED))
 
 
 def read_seconds(

@@ -10,7 +10,7 @@ from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, EngineCapabilities, Layout, Placement
+from moepack.plan import DeviceKind, EngineCapabilities, Layout, OnMiss, Placement
 from moepack.routing import RoutingProfile
 from moepack.units import MIB, format_size
 
@@ -43,6 +43,10 @@ class PlanRequest:
     encoding : str or None
         What all routed experts are stored in (:mod:`moepack.encodings`); None: in the model's
         dtype. A layout that is kept has its own.
+    low : str
+        What a low copy of each is stored in; empty for none. Those of a layout that is kept.
+    on_miss : OnMiss or None
+        Which missing experts are replaced by it, or left out; None: none.
     """
 
     spec: ModelSpec
@@ -62,6 +66,8 @@ class PlanRequest:
     assumed_engine: bool = False
     keep_layout: Layout | None = None
     encoding: str | None = None
+    low: str = ""
+    on_miss: OnMiss | None = None
 
     @property
     def encodings(self) -> tuple[str, ...]:
@@ -112,12 +118,13 @@ def max_context_tokens(request: PlanRequest) -> int:
 def _least_bytes(request: PlanRequest) -> int:
     """Bytes of the smallest placement: everything fixed, and one expert in flight."""
     layout = request.keep_layout or request.even_layout(1.0)
+    low = {request.low} if request.low else set()
     return fixed_bytes(
         request.spec,
         request.context_tokens,
         layout.prefill_block_tokens,
         threads=request.compute.threads,
-        encodings=layout.encodings,
+        encodings=layout.encodings | low,
     ) + staging_bytes(request.spec, layout, 1)
 
 

@@ -18,6 +18,7 @@ from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds, throttled
 from moepack.decoding import Replayed
 from moepack.errors import BudgetTooSmallError
+from moepack.low_copies import with_low_copies, without_low_copies
 from moepack.optimised import Optimised
 from moepack.optimiser import Optimum
 from moepack.plan import (
@@ -88,7 +89,7 @@ class Planner:
         self.tables = tables or RoutingTables(request.routing)
         link: LinkSeconds = request.hardware.link_seconds
         self.link = link if request.link is None else throttled(link, *request.link)
-        self._optimised = Optimised(request, self.tables, self.link)
+        self._optimised = Optimised(without_low_copies(request), self.tables, self.link)
         self._replayers: dict[RoutingPart, Replayer] = {}
         self._prices: dict[tuple[object, ...], Replayed] = {}
         self._events = 0
@@ -129,6 +130,7 @@ class Planner:
         began_s, began_events = time.perf_counter(), self._events
         request = within_device(replace(self.request, fast_budget_bytes=fast_budget_bytes))
         require_budget(request)
+        whole, request = request, without_low_copies(request)
         strategies = list(Strategies(request, self.tables).all())
         strategies += filter(None, [self._optimised.moepic(request)])
         resident = next(each for each in strategies if each.name == "resident")
@@ -148,7 +150,7 @@ class Planner:
             progress.done()
         best = self._fastest(able)
         return self._plan(
-            request,
+            whole,
             fast_budget_bytes,
             best,
             self._baselines(strategies),
@@ -170,7 +172,8 @@ class Planner:
         """
         request = within_device(replace(self.request, fast_budget_bytes=fast_budget_bytes))
         require_budget(request)
-        able = [each for each in Strategies(request, self.tables).all() if not each.why_not]
+        bare = without_low_copies(request)
+        able = [each for each in Strategies(bare, self.tables).all() if not each.why_not]
         found = {}
         for name, variants in _by_name(able).items():
             report = PlannerReport(0.0, name, None, 0)
@@ -186,7 +189,8 @@ class Planner:
         baselines: dict[str, Baseline],
         report: PlannerReport,
     ) -> Plan:
-        """A contender with its forecast on *test*."""
+        """A contender with its low copies, and its forecast on *test*."""
+        chosen = with_low_copies(request, chosen)
         placement = replace(chosen.placement, fast_budget_bytes=request.fast_budget_bytes)
         shortage = require_host_memory(request, placement)
         return Plan(

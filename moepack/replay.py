@@ -27,12 +27,15 @@ from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
 from moepack.passes import (
+    Activations,
+    DecodePasses,
     Oracle,
     Segments,
     activations,
     behind_ram,
     decode_passes,
     guessed_layers,
+    passes_with,
     perfect,
     segments_of,
 )
@@ -40,8 +43,9 @@ from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
+from moepack.stepped_caches import SteppedCaches
 from moepack.tier_decoding import TierDecoding
-from moepack.trace import RoutingPart
+from moepack.trace import NO_PREDICTION, RoutingPart
 
 
 class Replayer:
@@ -106,7 +110,10 @@ class Replayer:
         guessed = guessed_layers(placement, segments, self._tables.layers)
         ttft_s = self._prefill_s(layout, placement, segments, guessed, oracle)
         found = self._found if oracle == "none" else perfect(self._found)
-        passes = decode_passes(tables, found, placement, segments, oracle)
+        if placement.on_miss is None or oracle != "none":
+            passes = decode_passes(tables, found, placement, segments, oracle)
+        else:
+            passes = _stepped_passes(tables, found, placement, segments)
         fixed = fixed_times(self._spec, self._compute, (1,), guessed)
         frames = placement.staging_experts
         decoding = Decoding if passes.read_s is None else TierDecoding
@@ -136,3 +143,21 @@ class Replayer:
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
         return float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())
+
+
+def _stepped_passes(
+    tables: RoutingTables, found: Activations, placement: Placement, segments: Segments
+) -> DecodePasses:
+    """The same where missing experts may be replaced: over the tokens of the part alone.
+
+    What a cache holds then depends on what it held: it is stepped token by token, from what it
+    starts with.
+    """
+    caches = SteppedCaches(tables, placement, segments)
+    held, held_ahead = caches.decode(found.tokens)
+    held = np.take_along_axis(held, found.order[..., None], axis=2)
+    fates = caches.fates(found.tokens)
+    assert fates is not None, "nothing is replaced"
+    fates = np.take_along_axis(fates, found.order, axis=2)
+    named = tables.trace.predicted[found.tokens] != NO_PREDICTION
+    return passes_with(found, named, placement, segments, held, held_ahead, fates)

@@ -17,19 +17,15 @@ from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
-from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
 from moepack.passes import activations, behind_ram, guessed_layers, passes_with, segments_of
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
-from moepack.residency import LayerCache, SharedCache
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
-from moepack.segment_classes import whole_part
-from moepack.segments import PARTS
+from moepack.stepped_caches import SteppedCaches
 from moepack.tier_decoding import TierDecoding
-from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 
 if TYPE_CHECKING:
@@ -79,7 +75,9 @@ def replay_run(
         Seconds of one transfer of so many bytes; see :func:`moepack.cost.throttled`.
     run
         From :func:`record_run`: one sequence for each generation, its prompt *fit* and what was
-        decoded *test*. The caches are as planned before the first of them.
+        decoded *test*. The caches are as planned before the first of them. Where the placement
+        replaces missing experts, what is computed depends on what is resident: such a run is to be
+        recorded under this placement, from the start.
     disk
         Seconds of one read from the disk, where the placement's RAM does not hold everything.
 
@@ -140,7 +138,7 @@ class _RunReplayer:
         self._tables = tables
         segments = segments_of(spec, compute, layout, link)
         self._segments = behind_ram(segments, spec, layout, placement, disk)
-        self.caches = _Caches(tables, layout, placement, self._segments.stored_bytes)
+        self.caches = SteppedCaches(tables, placement, self._segments)
 
     def generation(self, prompt: npt.NDArray[np.intp], decoded: npt.NDArray[np.intp]) -> Replayed:
         """One generation, given by its tokens in the trace."""
@@ -163,8 +161,11 @@ class _RunReplayer:
         found = activations(tables, decoded)
         held, held_ahead = self.caches.decode(decoded)
         held = np.take_along_axis(held, found.order[..., None], axis=2)
+        lost = self.caches.fates(decoded)
+        if lost is not None:
+            lost = np.take_along_axis(lost, found.order, axis=2)
         named = tables.trace.predicted[decoded] != NO_PREDICTION
-        work = passes_with(found, named, self._placement, segments, held, held_ahead)
+        work = passes_with(found, named, self._placement, segments, held, held_ahead, lost)
         decoding = Decoding if work.read_s is None else TierDecoding
         run = decoding(
             work,
@@ -175,76 +176,3 @@ class _RunReplayer:
             frames=frames,
         )
         return run.replayed(first_s)
-
-
-class _Caches:
-    """The caches of a placement, stepped as an engine steps them."""
-
-    def __init__(
-        self,
-        tables: RoutingTables,
-        layout: Layout,
-        placement: Placement,
-        stored_bytes: npt.NDArray[np.int64],
-    ) -> None:
-        self._tables = tables
-        self._parts = stored_bytes.shape[1]
-        # One for each of a layer's segments; None where there is no such segment.
-        self._layers: list[tuple[LayerCache | None, ...]] = []
-        hot = [place.hot for place in placement.layers]
-        if placement.pool is not None:
-            pool = SharedCache(placement.pool.slots, hot, placement.pool.policy)
-            self._layers = [(pool.layer(index),) for index in range(len(hot))]
-            return
-        for cut, place, sizes in zip(layout.layers, placement.layers, stored_bytes, strict=True):
-            parts = PARTS if self._parts == 2 else (whole_part(cut),)
-            caches = (layer_cache(cut, place, part) for part in parts)
-            self._layers.append(
-                tuple(cache if size else None for cache, size in zip(caches, sizes, strict=True))
-            )
-
-    def all_held(self) -> Flags:
-        """What is resident now, bool [L, N, G]."""
-        widest = max(shape.num_experts for shape in self._tables.layers)
-        held = np.ones((len(self._layers), widest, self._parts), dtype=np.bool_)
-        for index, caches in enumerate(self._layers):
-            for part, cache in enumerate(caches):
-                if cache is not None:
-                    held[index, :, part] = False
-                    held[index, list(cache.resident), part] = True
-        return held
-
-    def step(self, tokens: npt.NDArray[np.intp]) -> None:
-        """One pass of all these tokens."""
-        for index, (caches, shape) in enumerate(
-            zip(self._layers, self._tables.layers, strict=True)
-        ):
-            ids = self._tables.trace.ids[tokens, index, : shape.top_k].tolist()
-            for cache in caches:
-                if cache is not None:
-                    cache.step(ids)
-
-    def decode(self, tokens: npt.NDArray[np.intp]) -> tuple[Flags, Flags]:
-        """One pass for each token, each layer behind the other.
-
-        Returns
-        -------
-        activated : bool [T, L, K, G]
-            Which were resident when the token came to the layer, in the trace's order.
-        predicted : bool [T, L, R, G]
-        """
-        trace = self._tables.trace
-        activated = np.ones((*trace.ids[tokens].shape, self._parts), dtype=np.bool_)
-        predicted = np.ones((*trace.predicted[tokens].shape, self._parts), dtype=np.bool_)
-        for row, token in enumerate(tokens):
-            for index, (caches, shape) in enumerate(
-                zip(self._layers, self._tables.layers, strict=True)
-            ):
-                ids = trace.ids[token, index].tolist()
-                guesses = trace.predicted[token, index].tolist()
-                for part, cache in enumerate(caches):
-                    if cache is not None:
-                        activated[row, index, :, part] = list(map(cache.holds, ids))
-                        predicted[row, index, :, part] = list(map(cache.holds, guesses))
-                        cache.step([ids[: shape.top_k]])
-        return activated, predicted

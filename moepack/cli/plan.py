@@ -18,11 +18,15 @@ from moepack.cli.planning import (
     Conditions,
     ContextOption,
     HardwareOption,
+    MissThresholdsOption,
     NewOption,
+    OnMissOption,
     PromptOption,
     QualityOption,
     RoutingOption,
     asked_encoding,
+    asked_low,
+    asked_thresholds,
     kept_layout,
     open_case,
 )
@@ -62,6 +66,8 @@ def plan(
     new: NewOption = None,
     link: LinkOption = None,
     quality: QualityOption = None,
+    on_miss: OnMissOption = None,
+    miss_thresholds: MissThresholdsOption = None,
     keep_layout: Annotated[
         bool,
         typer.Option("--keep-layout", help="Keep the pack as it is; decide the placement alone."),
@@ -121,6 +127,8 @@ def plan(
         ram_budget_bytes=ram,
         keep_layout=kept,
         encoding=asked_encoding(case, quality, kept),
+        low=asked_low(case, on_miss, kept),
+        on_miss=asked_thresholds(on_miss, miss_thresholds),
     )
     _note_source(case.source)
     answer = find_answer(Planner(request), asked)
@@ -173,6 +181,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "fast_used_bytes": placement.memory.total_bytes,
         "memory": records.to_data(placement.memory),
         **({} if placement.host is None else {"host": records.to_data(placement.host)}),
+        **_low_document(plan),
         "staging_experts": placement.staging_experts,
         "layers": [
             _without_nulls(
@@ -197,6 +206,17 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "planner": _without_nulls(records.to_data(plan.planner)),
         "context": placement.context_tokens,
         "max_context": plan.max_context_tokens,
+    }
+
+
+def _low_document(plan: Plan) -> dict[str, object]:
+    """What low copies there are, and for which misses they are taken."""
+    if not plan.layout.low:
+        return {}
+    rule = plan.placement.on_miss
+    return {
+        "low_copies": plan.layout.low,
+        **({} if rule is None else {"on_miss": records.to_data(rule)}),
     }
 
 

@@ -15,7 +15,7 @@ from moepack.workspace import ModelFolder, Workspace
 if TYPE_CHECKING:
     from moepack.compute import ComputeProfile
     from moepack.hardware import HardwareProfile
-    from moepack.plan import Layout
+    from moepack.plan import Layout, OnMiss
     from moepack.plan_request import PlanRequest
     from moepack.precision import QualityName
     from moepack.routing import RoutingProfile
@@ -93,6 +93,28 @@ QualityOption = Annotated[
         "--quality",
         help="In what routed experts are stored: exact is the model's own dtype, the others round "
         "them. Default: exact; with --keep-layout, what the pack has.",
+        show_default=False,
+    ),
+]
+
+
+OnMissOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-miss",
+        metavar="low[:ENCODING]",
+        help="Lossy: pack a copy of every expert in fewer bits, and fetch that, or nothing, for a "
+        "missing expert of little weight. Default: what is missing is fetched as it is.",
+        show_default=False,
+    ),
+]
+MissThresholdsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--miss-thresholds",
+        metavar="T1,T2",
+        help="With --on-miss: which share of a token's weights goes before an expert that is still "
+        "fetched exact, and before one that is fetched at all. Default: 0.6,0.9.",
         show_default=False,
     ),
 ]
@@ -237,6 +259,53 @@ def asked_encoding(case: Case, quality: QualityName | None, kept: Layout | None)
                 param_hint="'--quality'",
             )
     return encoding_of(case.source.spec, quality)
+
+
+def asked_low(case: Case, on_miss: str | None, kept: Layout | None) -> str:
+    """What low copies are to be stored in; empty for none.
+
+    Without an encoding: what the pack has whose layout is kept, or 4 bits.
+
+    Raises
+    ------
+    EncodingError
+        When the model's experts cannot be stored so, or there is no such encoding.
+    """
+    from moepack.encodings import encoding
+    from moepack.precision import encoding_of
+
+    if on_miss is None:
+        return "" if kept is None else kept.low
+    what, colon, name = on_miss.partition(":")
+    if what != "low" or (colon and not name):
+        raise typer.BadParameter(
+            f"{on_miss}; expected low, or low:INT4_G32 and the like", param_hint="'--on-miss'"
+        )
+    if name:
+        return encoding(name.upper()).name
+    if kept is not None and kept.low:
+        return kept.low
+    return encoding_of(case.source.spec, "int4")
+
+
+def asked_thresholds(on_miss: str | None, thresholds: str | None) -> OnMiss | None:
+    """From which weights on a missing expert is replaced, and left out."""
+    from moepack.plan import OnMiss
+
+    if on_miss is None:
+        if thresholds is not None:
+            raise typer.BadParameter("belongs to --on-miss", param_hint="'--miss-thresholds'")
+        return None
+    if thresholds is None:
+        return OnMiss()
+    try:
+        exact_up_to, low_up_to = map(float, thresholds.split(","))
+        return OnMiss(exact_up_to, low_up_to)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{thresholds}; expected two numbers T1,T2 with 0 <= T1 <= T2 <= 1, as in 0.6,0.9",
+            param_hint="'--miss-thresholds'",
+        ) from None
 
 
 def kept_layout(case: Case) -> Layout:

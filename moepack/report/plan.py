@@ -31,6 +31,7 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
                 ),
             ),
             *(() if placement.host is None else [("host memory", host_sentence(plan))]),
+            *(() if not plan.layout.low else [("misses", misses_sentence(plan))]),
             ("context", f"{placement.context_tokens} tokens (at most {plan.max_context_tokens})"),
         ]
     )
@@ -68,6 +69,17 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
 def precision_words(precision: Precision) -> str:
     """What experts are stored in."""
     return f"{precision.quality}, {precision.mean_bits:.3g} bits a weight"
+
+
+def misses_sentence(plan: Plan) -> str:
+    """What is fetched for a missing expert, where there are low copies."""
+    rule = plan.placement.on_miss
+    if rule is None:
+        return f"fetched exact; low copies in {plan.layout.low} are not used"
+    return (
+        f"exact up to {rule.exact_up_to:g} of a token's weights, up to {rule.low_up_to:g} low "
+        f"copies in {plan.layout.low}, left out beyond"
+    )
 
 
 def host_sentence(plan: Plan) -> str:

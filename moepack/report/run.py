@@ -74,6 +74,16 @@ def _facts(stats: RunStats, efficiency: float | None) -> Iterator[tuple[str, str
         wait_s = stats.wait_s / (stats.new_tokens - 1)
         share = wait_s / stats.tpot_s
         yield "waited", f"{format_duration(wait_s)} a token for the link, {share:.0%} of its time"
+    if stats.substituted_per_token is not None and stats.substituted_rate is not None:
+        yield (
+            "replaced",
+            (
+                f"{figure(stats.substituted_per_token)} experts a token by low copies "
+                f"({stats.substituted_rate:.1%} of those activated)"
+            ),
+        )
+    if stats.skipped_per_token is not None and stats.skipped_rate is not None:
+        yield "left out", f"{figure(stats.skipped_per_token)} a token ({stats.skipped_rate:.1%})"
     if stats.recall is not None:
         yield "recall", f"{stats.recall:.1%} of the experts that were needed had been predicted"
     process = f"{format_size(stats.process_base_bytes)} of it before the model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from moepack_runtime.tokenizer import Tokenizer
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
 from moepack.measuring import measure, shipped_prompts
-from moepack.plan import SharedPool
+from moepack.plan import OnMiss, SharedPool
 from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.roofline import derive_compute
 from moepack.shipped import shipped_model
@@ -67,4 +68,49 @@ def test_what_a_run_hit_and_fetched_is_found_again(ratio: float, options: dict[s
     assert told.hit_rate == pytest.approx(stats.hit_rate)
     assert told.demand_bytes + told.ahead_used_bytes == pytest.approx(
         (stats.demand_bytes_per_token or 0) + (stats.ahead_used_bytes_per_token or 0)
+    )
+
+
+REPLACED: list[tuple[float, dict[str, Any]]] = [
+    (1.0, {"tops": 9, "bottoms": 0}),
+    (1.0, {"tops": 3, "bottoms": 0, "policy": "lcp"}),
+    (0.33, {"tops": 32, "bottoms": 7, "policy": "lfu"}),
+    (1.0, {"tops": 0, "bottoms": 0, "pool": SharedPool(60, "lcp")}),
+]
+
+#: Weights are recorded in half precision: one that is near a threshold may come to lie beyond it.
+TOLERANCE = 0.01
+
+
+@pytest.mark.parametrize(("ratio", "options"), REPLACED)
+def test_what_a_run_replaced_and_left_out_is_found_again(
+    ratio: float, options: dict[str, Any]
+) -> None:
+    """What is computed depends on what is resident: so it is recorded under the same plan.
+
+    Of plans that fetch nothing ahead: of others the replay expects fewer to be replaced.
+    """
+    spec = checkpoint().spec
+    cut = mixed_layout(spec, (ratio,), block_tokens=16, encodings=("INT4_G32",))
+    layers = tuple(replace(each, encoding=spec.dtype) for each in cut.layers)
+    layout = replace(cut, layers=layers, low="INT4_G32")
+    place = placement(spec, layout, staging=8, context=128, coldest_first=True, **options)
+    place = replace(place, on_miss=OnMiss(0.5, 0.8))
+    with open_engine(checkpoint(), layout, place) as engine:
+        stats, _ = measure(engine, prompts(), NEW_TOKENS)
+    with open_engine(checkpoint(), layout, place) as engine:
+        run = record_run(engine, prompts(), NEW_TOKENS)
+    hardware = find_hardware("cpu-nvme4")
+    compute = derive_compute(spec, hardware)
+    _, *found = replay_run(spec, compute, hardware.link_seconds, layout, place, run)
+    told = mean_of(found)
+    assert stats.substituted_rate
+    assert stats.skipped_rate
+    assert told.substituted_rate == pytest.approx(stats.substituted_rate, rel=TOLERANCE)
+    assert told.skipped_rate == pytest.approx(stats.skipped_rate, rel=TOLERANCE)
+    assert told.hit_rate == pytest.approx(stats.hit_rate, rel=TOLERANCE)
+    assert told.ready_rate == pytest.approx(stats.ready_rate, rel=TOLERANCE)
+    assert told.demand_bytes + told.ahead_used_bytes == pytest.approx(
+        (stats.demand_bytes_per_token or 0) + (stats.ahead_used_bytes_per_token or 0),
+        rel=TOLERANCE,
     )
