@@ -19,27 +19,29 @@ def weights(dtype: torch.dtype, *, bias: bool) -> FfnWeights:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=chance).mul_(shape[-1] ** -0.5).to(dtype)
 
-    gate_up, gate_up_bias = random(2 * NEURONS, HIDDEN), random(2 * NEURONS)
-    return FfnWeights(
-        *gate_up.chunk(2),
-        random(HIDDEN, NEURONS),
-        *(gate_up_bias.chunk(2) if bias else (None, None)),
-        random(HIDDEN) if bias else None,
-        gate_up,
-        gate_up_bias if bias else None,
+    gate_up = random(2 * NEURONS, HIDDEN)
+    gate, up = gate_up.chunk(2)
+    given = FfnWeights(gate, up, random(HIDDEN, NEURONS), gate_up=gate_up)
+    if not bias:
+        return given
+    gate_up_bias = random(2 * NEURONS)
+    gate_bias, up_bias = gate_up_bias.chunk(2)
+    return given._replace(
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=random(HIDDEN),
+        gate_up_bias=gate_up_bias,
     )
 
 
 def in_float64(x: torch.Tensor, given: FfnWeights) -> torch.Tensor:
-    wide = FfnWeights(*(None if each is None else each.double() for each in given))
-    x = x.double()
+    def linear(y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        product = y @ weight.double().T
+        return product if bias is None else product + bias.double()
 
-    def with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return y if bias is None else y + bias
-
-    gate = with_bias(x @ wide.gate.T, wide.gate_bias)
-    up = with_bias(x @ wide.up.T, wide.up_bias)
-    return with_bias((gate * gate.sigmoid() * up) @ wide.down.T, wide.down_bias)
+    gate = linear(x.double(), given.gate, given.gate_bias)
+    up = linear(x.double(), given.up, given.up_bias)
+    return linear(gate * gate.sigmoid() * up, given.down, given.down_bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -38,7 +38,8 @@ def price_s(problem: LayerProblem, choice: Choice) -> float:
     parts = Parts(top_s, bottom_s, choice.split / problem.cuts.width)
     slots = choice.tops, choice.bottoms
     curve = problem.hits[choice.policy]
-    held = Held(*(float(curve[n]) if size else 1.0 for n, size in zip(slots, sizes, strict=True)))
+    top, bottom = (float(curve[n]) if size else 1.0 for n, size in zip(slots, sizes, strict=True))
+    held = Held(top, bottom)
     missing = missing_after(problem.used)
     lacking = tuple(
         float(missing[n]) if size else 0.0 for n, size in zip(slots, sizes, strict=True)
