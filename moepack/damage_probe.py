@@ -11,9 +11,6 @@ A number of sequences go through the model together, layer by layer:
 The logits of each copy beside those of the reference are its divergence. So one pass over the model
 measures them all.
 
-In each layer an expert is read, rounded to every precision that it fits, and run on its sample and
-on its tokens of the first copies, in float32, so that nothing but the rounding counts.
-
 Memory: two experts in the model's dtype and two in float32, what rounding one takes
 (:mod:`moepack.quantise`), and the hidden states of the sequences three times. Experts are read
 twice, once here and once by the engine; rounding takes far longer than that.
@@ -24,22 +21,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moepack.comparing import rows_within, score_rows
 from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage
-from moepack.encodings import ENCODINGS, fitting
+from moepack.damage_recorder import SAMPLED, DamageRecorder
+from moepack.encodings import fitting
 from moepack.errors import ProfileError
 from moepack.layouts import PREFILL_BLOCK_TOKENS, uniform_layout
 from moepack.profiling import CHUNK_TOKENS, DEFAULT_TOKENS, SEQUENCE_TOKENS
 from moepack.progress import NO_PROGRESS, Progress
-from moepack.quantise import MATRICES, dequantise_expert, quantise_expert
-from moepack.rounding import from_bf16
 from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
 from moepack.texts import read_texts
@@ -47,22 +41,13 @@ from moepack.trace import ROUTING_PARTS, part_of_tokens
 from moepack.units import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from moepack_runtime.engine import Engine
-    from moepack_runtime.ffn import FfnWeights
     from moepack_runtime.layer_loop import Hidden
-    from moepack_runtime.router import Routing
-    from moepack_runtime.store import ExpertSource
 
     from moepack.checkpoint import Checkpoint
-    from moepack.model_spec import ModelSpec, MoeSpec
+    from moepack.model_spec import ModelSpec
     from moepack.plan import DeviceKind
-    from moepack.segments import Bits
-
-#: Inputs that are kept of an expert.
-SAMPLED = 256
 
 #: The reference text: as many tokens as let its copies be about a chunk, within these.
 _REFERENCE_TOKENS = (256, 2048)
@@ -72,254 +57,6 @@ _LEAST_REFERENCE = 64
 
 #: Logits that are compared at once take about so much.
 _LOGIT_BYTES = 256 * MIB
-
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-
-
-class _Seen(NamedTuple):
-    """One block in front of a layer's experts.
-
-    ``inputs`` [tokens, hidden] are what they see, ``ids`` and ``weights`` [tokens, top_k] the
-    routing.
-    """
-
-    inputs: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-
-class _Drawn(NamedTuple):
-    """Some of the tokens that use an expert.
-
-    ``tokens`` [rows] are their places in the text; ``factor`` [rows] is what a squared error of
-    each counts for in the mean over all tokens.
-    """
-
-    tokens: torch.Tensor
-    factor: torch.Tensor
-
-
-class _Expert(NamedTuple):
-    """What an expert got, and the squared norms of its errors, float32 [encodings, rows]."""
-
-    drawn: _Drawn
-    squares: torch.Tensor
-
-
-class _Layer(NamedTuple):
-    """A layer whose experts have been run, and whose output is not yet known.
-
-    ``output`` float32 [tokens] is the squared norm of what its routed experts add to the reference
-    text; ``stream`` are the blocks of the residual stream of calibration and reference, to which
-    the engine adds meanwhile.
-    """
-
-    number: int
-    encodings: tuple[str, ...]
-    experts: list[_Expert]
-    output: torch.Tensor
-    stream: list[torch.Tensor]
-
-
-class Errors(NamedTuple):
-    """A layer's figures but for its divergences; see :class:`moepack.damage.LayerDamage`."""
-
-    layer: int
-    encodings: tuple[str, ...]
-    errors: tuple[tuple[float, ...], ...]
-    output: float
-
-
-class DamageRecorder:
-    """Keeps what experts get, measures them, and carries each layer's damage on in its copy.
-
-    Parameters
-    ----------
-    calibration, reference
-        How many sequences of each run, in this order and in front of the copies; none is longer
-        than a block.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        source: ExpertSource,
-        calibration: int,
-        reference: int,
-        progress: Progress,
-        pool: Executor,
-    ) -> None:
-        self._decoder = engine.decoder
-        self._spec = engine.spec
-        self._source = source
-        self._counts = calibration, reference
-        self._progress = progress
-        self._pool = pool
-        self._index = {number: index for index, number in enumerate(engine.spec.moe_layers)}
-        self._layer: int | None = None
-        self._number = 0  # of the block
-        self._blocks: list[_Seen] = []
-        self._stream: list[torch.Tensor] = []
-        self._open: _Layer | None = None
-        self._changes: list[list[torch.Tensor]] = []  # fine, coarse: of each reference sequence
-        self._found: list[Errors] = []
-
-    def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
-        """See :class:`moepack_runtime.observers.Observer`.
-
-        What is added to the residual here is added to the output of the layer: its experts have
-        got their inputs already.
-        """
-        calibration, reference = self._counts
-        if layer != self._layer:
-            self._close()
-            self._layer, self._number, self._blocks, self._stream = layer, 0, [], []
-        number = self._number
-        self._number += 1
-        if number < calibration + 3 * reference:
-            inputs = self._decoder.layers[layer].mlp_norm(residual)
-            self._blocks.append(_Seen(inputs, routing.ids, routing.weights.float()))
-            self._stream.append(residual)
-            return
-        if self._blocks:
-            self._measure(layer)
-            self._blocks = []
-        copy, sequence = divmod(number - calibration - 3 * reference, reference)
-        index, coarse = divmod(copy, 2)
-        if index == self._index[layer]:
-            residual.add_(self._changes[coarse][sequence])
-
-    def found(self) -> tuple[Errors, ...]:
-        """Of every layer, once all have been gone through."""
-        self._close()
-        return tuple(self._found)
-
-    def _close(self) -> None:
-        """The layer before is through: what its output is added to is known."""
-        import torch
-
-        if self._open is None:
-            return
-        number, encodings, experts, output, blocks = self._open
-        self._open = None
-        norms = torch.cat([block.float().square().sum(dim=1) for block in blocks])
-        tokens = len(norms) - len(output)
-        errors = [
-            (squares * (drawn.factor / norms[drawn.tokens])).sum(dim=1).tolist()
-            for drawn, squares in experts
-        ]
-        share = float((output / norms[tokens:]).mean())
-        self._found.append(Errors(number, encodings, tuple(zip(*errors, strict=True)), share))
-
-    def _measure(self, layer: int) -> None:
-        import torch
-
-        moe = self._spec.moe(layer)
-        names = fitting(self._spec.hidden_size, moe.intermediate_size)
-        calibration, reference = self._counts
-        sample = _joined(self._blocks[:calibration])
-        copies = _joined(self._blocks[calibration:])  # the reference, and the two that change
-        output = torch.zeros_like(copies.inputs, dtype=torch.float32)
-        changes = [torch.zeros_like(output) for _ in range(2)]
-        experts = []
-        for expert in range(moe.num_experts):
-            drawn = _draw(sample, expert, seed=(layer, expert))
-            tokens, weights = _users(copies, expert)
-            inputs = torch.cat([sample.inputs[drawn.tokens], copies.inputs[tokens]]).float()
-            exact, rounded = self._run(layer, expert, moe, inputs, names)
-            kept = len(drawn.tokens)
-            differences = torch.stack(rounded).sub_(exact)
-            experts.append(_Expert(drawn, differences[:, :kept].square().sum(dim=2)))
-            output.index_add_(0, tokens, exact[kept:] * weights)
-            for change, which in zip(changes, (0, -1), strict=True):
-                change.index_add_(0, tokens, differences[which, kept:] * weights)
-            self._progress.advance(1)
-        lengths = [len(block.ids) for block in self._blocks[calibration:]]
-        dtype = self._stream[0].dtype
-        parts = [torch.split(change.to(dtype), lengths) for change in changes]
-        self._changes = [list(part[:reference]) for part in parts]
-        for number, residual in enumerate(self._stream[calibration + reference :]):
-            residual.add_(parts[number // reference][reference + number])
-        norms = output[: sum(lengths[:reference])].square().sum(dim=1)
-        stream = self._stream[: calibration + reference]
-        self._open = _Layer(layer, names, experts, norms, stream)
-
-    def _run(
-        self,
-        layer: int,
-        expert: int,
-        moe: MoeSpec,
-        inputs: torch.Tensor,
-        names: Sequence[str],
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """An expert's outputs, exact and in each encoding, float32 [rows, hidden]."""
-        from moepack_runtime.ffn import gated_ffn
-
-        bits = self._source.expert(layer, expert)
-        what, dtype = f"layer {layer}, expert {expert}", self._spec.dtype
-        biases = {name: _floats(item, dtype) for name, item in bits.items() if "bias" in name}
-        exact = {
-            f"{matrix}.weight": _floats(bits[f"{matrix}.weight"], dtype) for matrix in MATRICES
-        }
-
-        def run(weights: Mapping[str, np.ndarray]) -> torch.Tensor:
-            ffn = _ffn({**weights, **biases}, inputs.device)
-            return gated_ffn(inputs, ffn, moe.activation_spec)
-
-        rounded = []
-        for name in names:
-            stored = ENCODINGS[name]
-            codes = quantise_expert(bits, stored, dtype, what, pool=self._pool)
-            rounded.append(run(dequantise_expert(codes, stored)))
-        return run(exact), rounded
-
-
-def _draw(seen: _Seen, expert: int, seed: tuple[int, int]) -> _Drawn:
-    """At most :data:`SAMPLED` tokens of an expert.
-
-    One that no token uses counts as used once, by any: the text is only a sample itself.
-    """
-    import torch
-
-    tokens, weights = _users(seen, expert)
-    total, count = len(seen.ids), len(tokens)
-    if count == 0:
-        tokens = torch.arange(total, device=seen.ids.device)
-        weights = torch.full((total, 1), float(seen.weights.mean()), device=tokens.device)
-    if len(tokens) > SAMPLED:
-        rows = np.random.default_rng(seed).permutation(len(tokens))[:SAMPLED]
-        kept = torch.from_numpy(np.sort(rows)).to(tokens.device)
-        tokens, weights = tokens[kept], weights[kept]
-    return _Drawn(tokens, weights[:, 0].square() * (max(1, count) / len(tokens) / total))
-
-
-def _users(seen: _Seen, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that use an expert, [count], and its weight for each, [count, 1]."""
-    tokens, places = (seen.ids == expert).nonzero(as_tuple=True)
-    return tokens, seen.weights[tokens, places].unsqueeze(1)
-
-
-def _joined(blocks: Sequence[_Seen]) -> _Seen:
-    import torch
-
-    return _Seen(*(torch.cat(column) for column in zip(*blocks, strict=True)))
-
-
-def _floats(bits: Bits, dtype: str) -> np.ndarray:
-    if dtype == "BF16":
-        return from_bf16(np.ascontiguousarray(bits).view(np.uint16))
-    return np.ascontiguousarray(bits).view(_NUMPY[dtype]).astype(np.float32)
-
-
-def _ffn(weights: Mapping[str, np.ndarray], device: torch.device) -> FfnWeights:
-    import torch
-    from moepack_runtime.ffn import FfnWeights
-
-    tensors = {
-        name.replace(".weight", "").replace(".", "_"): torch.from_numpy(array).to(device)
-        for name, array in weights.items()
-    }
-    return FfnWeights(**tensors)
 
 
 def measure_damage(

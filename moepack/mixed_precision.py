@@ -87,7 +87,7 @@ def at_mean_bits(spec: ModelSpec, damage: DamageProfile, bits: float) -> MixedPr
         least = math.ceil(fewest * 8 / table.weights * 1000) / 1000
         raise PlanError(
             f"{bits:g} bits for each expert weight are too few: {spec.name} fits {least:g} at the "
-            f"least, scales included; ask for --bits {least:g} or more"
+            f"least, scales included; ask for {least:g} or more"
         )
     return _precision(spec, table, least_cost(table.size, table.cost, bound))
 

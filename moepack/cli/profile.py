@@ -54,8 +54,8 @@ def profile(
         bool,
         typer.Option(
             "--bits",
-            help="Also measure what rounding does to each expert: what plan --bits chooses by. "
-            "Rounds the whole model to every precision that it fits.",
+            help="Also measure what rounding does to each expert, and what choosing the precision "
+            "of each by that would gain. Rounds the whole model to every precision that it fits.",
         ),
     ] = False,
     json: JsonOption = False,

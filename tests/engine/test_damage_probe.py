@@ -12,7 +12,7 @@ import pytest
 import torch
 from moepack_runtime.tokenizer import Tokenizer
 
-from moepack import damage_probe
+from moepack import damage_recorder
 from moepack.checkpoint import Checkpoint
 from moepack.damage import DamageProfile
 from moepack.damage_probe import measure_damage
@@ -147,7 +147,7 @@ def test_divergences_of_all_layers_are_those_of_the_model_rounded_whole(
 def test_a_sample_of_an_experts_inputs_tells_its_error(
     folder: Path, texts: list[Path], measured: DamageProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(damage_probe, "SAMPLED", 20)
+    monkeypatch.setattr(damage_recorder, "SAMPLED", 20)
     sampled = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
     for one, all_of_them in zip(sampled.layers, measured.layers, strict=True):
         assert sum(one.errors[-1]) == pytest.approx(sum(all_of_them.errors[-1]), rel=0.15)

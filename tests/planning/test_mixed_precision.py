@@ -146,7 +146,7 @@ def test_uniform_precision_is_one_of_the_choices(spec: ModelSpec, damage: Damage
 
 
 def test_too_few_bits_and_another_model_are_refused(spec: ModelSpec, damage: DamageProfile) -> None:
-    with pytest.raises(PlanError, match=r"4 bits .* fits 4\.5 .* --bits 4\.5"):
+    with pytest.raises(PlanError, match=r"4 bits .* fits 4\.5 .* ask for 4\.5 or more"):
         at_mean_bits(spec, damage, 4.0)
     other = dataclasses.replace(damage, model_digest="f" * 64)
     with pytest.raises(PlanMismatchError, match="moepack profile --bits"):
