@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -154,7 +155,9 @@ class Optimised:
     def _price(self, asked: Sequence[_Staged], top_k: int) -> None:
         """Tabulate what has not been yet; amounts of staging that are ample all at once."""
         missing = [each for each in asked if each not in self._priced]
-        ample = [each for each in missing if each[0] >= max(2, top_k)]
+        # Where something is read from the disk, a prompt's price depends on the frames themselves.
+        enough = max(2, top_k) if self._chances.places is None else math.inf
+        ample = [each for each in missing if each[0] >= enough]
         for some in (ample, *([each] for each in missing if each not in ample)):
             if some:
                 tables = self._tabulate(some, self._cuts())
