@@ -7,7 +7,7 @@ assumed here, and :data:`ASSUMPTIONS` says so. Everything is built in code.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepack.budget import stored_bytes
 from moepack.compute import COMPUTE_VERSION, ComputeProfile, Curve, LayerCompute
@@ -27,6 +27,7 @@ from moepack.presets import preset_path
 from moepack.routing_model import load_routing_model
 from moepack.routing_presets import synthetic_profile
 from moepack.strategies import FULL_ENGINE
+from moepack.units import parse_size
 
 #: Whole-expert loading of a Qwen1.5-MoE token against its compute: 165 ms and 57 ms.
 QWEN_LOADING_S, QWEN_COMPUTE_S = 0.165, 0.057
@@ -41,6 +42,8 @@ PROMPT_TOKENS, NEW_TOKENS, CONTEXT_TOKENS = 512, 128, 1024
 
 #: Of the trace that is drawn; a fifth of them is *test*.
 TRACE_TOKENS, TRACE_TEXTS = 2048, 4
+
+_RAM_BYTES = parse_size("1T")
 
 # Of a layer's compute for one token: attention and router, routed experts; the rest is shared.
 _ATTENTION_SHARE, _ROUTED_SHARE = 0.4, 0.5
@@ -97,7 +100,8 @@ class PaperSetting:
         )
         return PlanRequest(
             spec=self.spec,
-            hardware=find_hardware("a6000"),
+            # The paper's machine held all experts in RAM.
+            hardware=replace(find_hardware("a6000"), ram_bytes=_RAM_BYTES),
             hardware_is_this_machine=False,
             compute=_compute(self.spec, self.compute_s),
             routing=profile,
