@@ -53,7 +53,7 @@ _HEAD_LAUNCHES = 8
 
 #: Up to how many tokens torch's kernels multiply with quantised weights, by the kind of encoding;
 #: the numbers of moepack_runtime.quantised.
-KERNEL_TOKENS = {"int8": 32, "int4": 64}
+KERNEL_TOKENS = {"int8": 32, "int4": 80}
 
 # Weights times tokens that the kernels take in a second on one thread: with AVX-512, 31 to 47 G.
 _KERNEL_RATE = 35e9

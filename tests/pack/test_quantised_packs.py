@@ -224,11 +224,12 @@ def test_layouts_take_an_encoding_and_cut_where_it_can_be_cut() -> None:
             assert cut.granularity == step
             assert cut.split % step == 0
             assert abs(cut.split - ratio * 128) <= step / 2
-    layout = uniform_layout(spec, 0.5, encoding="INT4_G32")
+    rounded = ("INT4_G32",) * len(spec.moe_layers)
+    layout = uniform_layout(spec, 0.5, encodings=rounded)
     assert {cut.encoding for cut in layout.layers} == {"INT4_G32"}
     assert uniform_layout(spec, 0.5) != layout
     with pytest.raises(GroupMismatchError):
-        uniform_layout(make_spec(hidden=48, width=128), 0.5, encoding="INT4_G32")
+        uniform_layout(make_spec(hidden=48, width=128), 0.5, encodings=rounded)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,8 @@ def test_damaged_codes_are_named(quantised: Path) -> None:
 
 def test_layouts_of_different_encodings_have_different_digests() -> None:
     spec = mixed_spec()
-    layouts = {uniform_layout(spec, 1.0, encoding=name).digest for name in (None, *QUANTISED)}
+    layers = len(spec.moe_layers)
+    every = (None, *((name,) * layers for name in QUANTISED))
+    layouts = {uniform_layout(spec, 1.0, encodings=each).digest for each in every}
     assert len(layouts) == 4
     assert isinstance(uniform_layout(spec, 1.0), Layout)
