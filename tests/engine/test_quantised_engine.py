@@ -128,7 +128,7 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
     expected = resident(checkpoint, layout, PackStore.open(tmp_path / "pack"))
     random = Random(len(ratios))
     alike = ratios == (1.0,) and len(names) == 1
-    for trial in range(12):
+    for trial in range(5):
         place = any_placement(checkpoint, layout, random, pooled=alike and trial % 2 == 0)
         with open_engine(
             checkpoint,
