@@ -27,9 +27,8 @@ from typing import NamedTuple
 from moepack_runtime.stats import RunStats
 
 from benchmarks.race import median, pack_for, race
-from benchmarks.setting import add_options, described, link_option, open_setting
+from benchmarks.setting import add_options, described, link_option, named, open_setting
 from moepack.budget import needs
-from moepack.errors import MoepackError
 from moepack.plan import Plan
 from moepack.planner import Planner
 from moepack.units import format_rate, format_size
@@ -94,12 +93,7 @@ def line_of(planner: Planner, share: float, plan: Plan, runs: Sequence[RunStats]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table, a line for every budget."""
-    args = _parser().parse_args(arguments)
-    try:
-        return _run(args)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    return named(_run, _parser().parse_args(arguments))
 
 
 def _run(args: argparse.Namespace) -> int:

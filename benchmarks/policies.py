@@ -39,12 +39,12 @@ from benchmarks.setting import (
     add_options,
     described,
     link_option,
+    named,
     open_setting,
     size_option,
 )
 from moepack.budget import stored_bytes
 from moepack.drift import compare
-from moepack.errors import MoepackError
 from moepack.fixed_times import fixed_times
 from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
@@ -182,12 +182,7 @@ def lines_of(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for every link and budget."""
-    args = _parser().parse_args(arguments)
-    try:
-        return _run(args)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    return named(_run, _parser().parse_args(arguments))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.race import Rounds, median, pack_for, race, ratio
-from benchmarks.setting import Setting, add_options, described, open_setting, size_option
-from moepack.errors import MoepackError
+from benchmarks.setting import Setting, add_options, described, named, open_setting, size_option
 from moepack.evaluating import evaluate
 from moepack.formats import PackedModel
 from moepack.plan import Plan, load_plan
@@ -107,12 +106,7 @@ def _print_speed(budget_bytes: int, plans: dict[str, Plan], found: Rounds) -> No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of quality, and one of speed for every budget."""
-    args = _parser().parse_args(arguments)
-    try:
-        return _run(args)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    return named(_run, _parser().parse_args(arguments))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from moepack.checkpoint import Checkpoint
 from moepack.cli.models import open_source
 from moepack.cli.options import link, size
 from moepack.compute import ComputeProfile, load_compute
-from moepack.errors import WorkspaceError
+from moepack.errors import MoepackError, WorkspaceError
 from moepack.hardware import HardwareProfile, load_hardware
 from moepack.measuring import shipped_prompts
 from moepack.model_spec import ModelSpec
@@ -103,6 +105,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for the packs, on the disk that is to be measured",
     )
+
+
+def named(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Exit status of a measurement: 1 where it ended in a named error, which is printed."""
+    try:
+        return run(args)
+    except MoepackError as failure:
+        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
+        return 1
 
 
 def size_option(text: str) -> int:

@@ -77,8 +77,10 @@ def _tile_rows_of(outputs: int) -> int | None:
     try:
         packed = operations._convert_weight_to_int4pack_for_cpu(codes, 1)
         found = operations._weight_int4pack_mm_for_cpu(x, packed, _GROUP, scales)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return None  # an older torch, or one built without it
+    except (AttributeError, NotImplementedError, RuntimeError) as failure:
+        # An older torch, or one built without it.
+        _log.info("torch's kernel for 4-bit weights: %s", failure)
+        return None
     scale, offset = scales.double().repeat_interleave(_GROUP, 0).unbind(-1)  # [inputs, outputs]
     weights = (codes.T.double() - 8) * scale + offset
     bound = (x.double().abs() @ weights.abs()).mul_(_TOLERANCE)

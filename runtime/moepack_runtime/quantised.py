@@ -12,6 +12,7 @@ The formulas and the bytes are those of :mod:`moepack.encodings`.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,10 @@ _INT8_STEP = 16
 _INT4_ROWS = 16
 
 _OPERATIONS: Any = torch.ops.aten
+
+_log = logging.getLogger(__name__)
+
+_SLOWER = "8-bit weights are dequantised for every product, which is slower"
 
 
 class Rows(NamedTuple):
@@ -247,18 +252,25 @@ class Int4Matrix(QuantisedMatrix):
 
 @functools.cache
 def _has_int8() -> bool:
-    """Whether torch's kernel for int8 weights is here and computes what it should."""
+    """Whether torch's kernel for int8 weights is here and computes what it should.
+
+    Where not, it is logged once: everything is dequantised then, which is slower.
+    """
     draw = torch.Generator().manual_seed(1)
     codes = torch.randint(-127, 128, (7, 48), dtype=torch.int8, generator=draw)
     scale = torch.rand(7, generator=draw).bfloat16()
     x = torch.randn(5, 48, generator=draw).bfloat16()
     try:
         found = torch._weight_int8pack_mm(x, codes, scale)
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, NotImplementedError, RuntimeError) as failure:
+        _log.warning("%s: torch %s has no kernel (%s)", _SLOWER, torch.__version__, failure)
         return False
     weights = codes.double() * scale.double()[:, None]
     bound = F.linear(x.double().abs(), weights.abs()) * 2**-7
-    return bool(((found.double() - F.linear(x.double(), weights)).abs() <= bound).all())
+    if bool(((found.double() - F.linear(x.double(), weights)).abs() <= bound).all()):
+        return True
+    _log.warning("%s: torch %s computes wrong products with them", _SLOWER, torch.__version__)
+    return False
 
 
 def takes_kernel(x: torch.Tensor, weight: QuantisedMatrix, tokens: int) -> bool:

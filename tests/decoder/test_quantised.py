@@ -281,3 +281,23 @@ def test_few_tokens_are_multiplied_as_they_are_and_many_in_known_multiples(name:
         assert wide == -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
         kernels = tokens if 0 < tokens <= most else wide
         assert rows_for(tokens, drawn(1, 64).bfloat16(), expert) == kernels
+
+
+@pytest.mark.parametrize("broken", ["missing", "wrong"])
+def test_an_int8_kernel_that_is_of_no_use_is_said_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def instead(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if broken == "missing":
+            raise NotImplementedError("no such operation")
+        return torch.zeros(len(x), len(scale), dtype=x.dtype)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", instead)
+    quantised._has_int8.cache_clear()
+    try:
+        case = Case("INT8", 64, 64)
+        assert case.matrix.kernel_tokens == 0
+        assert "8-bit weights are dequantised" in caplog.text
+        case.check(drawn(3, 64).bfloat16())
+    finally:
+        quantised._has_int8.cache_clear()
