@@ -6,7 +6,7 @@ ones that are looked at, ``G`` segments of an expert (1 where no layer is cut, e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -503,15 +503,14 @@ def _held(
         [Cache(index, place.policy, count, place.half_life_tokens) for count in counts[index]]
         for index, place in enumerate(placement.layers)
     ]
-    mixed = [segments.mixed(index) for index in range(len(caches))]
-    alike = (several for several, cut in zip(caches, mixed, strict=True) if cut is None)
+    mixed: Mapping[int, tuple[Flags, Flags]] = {}
+    if segments.classes is not None:
+        mixed = tables.classes(segments.classes.cuts).held(placement.layers)
+    alike = (several for index, several in enumerate(caches) if index not in mixed)
     tables.prepare(cache for several in alike for cache in several)
-    for index, (several, cut) in enumerate(zip(caches, mixed, strict=True)):
+    for index, several in enumerate(caches):
         for part, cache in enumerate(several):
-            if cut is None:
-                activated, predicted = tables.held(cache)
-            else:
-                activated, predicted = tables.mixed(index, cut, placement.layers[index])
+            activated, predicted = mixed[index] if index in mixed else tables.held(cache)
             mine = np.take_along_axis(activated[tokens], order[:, index], axis=1)
             held[:, index, :, part] = mine
             ahead[:, index, :, part] = predicted[tokens] if oracle == "none" else mine

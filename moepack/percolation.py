@@ -42,6 +42,9 @@ def ranks(
     ----------
     hot : int [layers, N]
         The stack before the first token.
+    order
+        Where a token uses fewer than K experts, the code ``before`` of what is not there is the
+        dtype's largest, and that ``after`` 0.
     asked : int [tokens, layers, any]
         Ids of experts beside those that the token uses.
     bypass
@@ -50,7 +53,7 @@ def ranks(
     Returns
     -------
     used : uint16 [tokens, layers, K]
-        Of the experts that the token uses.
+        Of the experts that the token uses; anything where there is none.
     others : uint16 [tokens, layers, any]
         Of what was asked for.
     """
@@ -104,10 +107,17 @@ def _percolate(
     stacks[0] = stack
     # Sorted, best first. Filled with the largest code it passes K places without a word: those
     # of the experts that the token used.
-    pool = np.full_like(before, np.iinfo(before.dtype).max)
+    full = np.iinfo(before.dtype).max
+    pool = np.full_like(before, full)
     taken = top_k
+    padded = not bypass and bool((before == full).any())
     if bypass:
         pool, taken = np.ascontiguousarray(np.sort(after, axis=0)[::-1]), 0
+    elif padded:
+        # Where fewer are used, fewer places are taken: what is not there comes last.
+        pool[after == 0] = 0
+        pool, taken = np.ascontiguousarray(np.sort(pool, axis=0)[::-1]), 0
+        stacks[1:, :top_k] = np.sort(after, axis=0)[::-1].transpose(1, 0, 2)[:, :experts]
     else:
         stacks[1:, :top_k] = after.transpose(1, 0, 2)
     flat = stacks.reshape(-1, layers)
@@ -129,9 +139,11 @@ def _percolate(
         settled = min(tokens, step + 1 - taken) - first
         if settled > 0:
             begin += experts  # the same place of the next token
-            flat[begin : begin + (settled - 1) * stride + 1 : stride] = np.maximum(
-                inside[0, :settled], joining[:settled]
-            )
+            there = flat[begin : begin + (settled - 1) * stride + 1 : stride]
+            stays = np.maximum(inside[0, :settled], joining[:settled])
+            if padded:
+                np.copyto(stays, there, where=inside[0, :settled] == full)
+            there[...] = stays
         worse = np.minimum(inside, joining)
         np.maximum(inside[1:], worse[:-1], out=inside[:-1])
         inside[-1] = worse[-1]

@@ -15,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.belady import belady_ranks
-from moepack.budget import class_slots
 from moepack.cache_curves import (
     Curves,
     cross_fitted_hit_curves,
     predicted_cached,
     prediction_accuracy,
 )
+from moepack.class_tables import ClassTables
 from moepack.half_lives import fitted_half_lives
-from moepack.plan import LayerLayout, LayerPlacement, Policy, SharedPool
+from moepack.plan import LayerLayout, Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
-from moepack.segment_classes import stepped
 from moepack.small_caches import stepped_hits
 from moepack.stack_ranks import Ranks, StackRanks, stack_ranks
 from moepack.timeline import Flags
@@ -70,7 +69,7 @@ class RoutingTables:
         self._stepped: dict[Cache, tuple[Flags, Flags]] = {}
         self._decaying: dict[tuple[int, float], tuple[Ranks, Ranks]] = {}
         self._pools: dict[SharedPool, tuple[Flags, Flags]] = {}
-        self._mixed: dict[tuple[object, ...], tuple[Flags, Flags]] = {}
+        self._classes: dict[tuple[tuple[str, ...], ...], ClassTables] = {}
 
     def starting(self, hot: Rankings) -> RoutingTables:
         """The same with caches that start from other rankings: a plan may be older than these."""
@@ -233,14 +232,14 @@ class RoutingTables:
     def _is_small(self, cache: Cache) -> bool:
         return 0 < cache.slots < self.layers[cache.row].top_k and cache.policy != "pinned"
 
-    def mixed(self, row: int, cut: LayerLayout, place: LayerPlacement) -> tuple[Flags, Flags]:
-        """The same for a layer whose experts are stored in several encodings."""
-        # All that who is held depends on.
-        key = row, cut.encodings, class_slots(cut, place), place.policy, place.half_life_tokens
-        if key not in self._mixed:
-            place = replace(place, hot=self.hot[row])
-            self._mixed[key] = stepped(self.trace, row, self.layers[row], cut, place)
-        return self._mixed[key]
+    def classes(self, cuts: Sequence[LayerLayout]) -> ClassTables:
+        """The same for the layers whose experts are stored in several encodings, of all layers."""
+        key = tuple(cut.encodings for cut in cuts)
+        if key not in self._classes:
+            self._classes[key] = ClassTables(
+                self.trace, self.layers, self.hot, cuts, lambda: self.half_lives
+            )
+        return self._classes[key]
 
     def pooled(self, pool: SharedPool) -> tuple[Flags, Flags]:
         """The same for slots that all layers share, bool [T, L, K] and bool [T, L, 2K]."""

@@ -1,4 +1,4 @@
-"""What the segments of mixed layers take and who holds them, expert by expert: for the replay.
+"""What the segments of mixed layers take, expert by expert: for the replay.
 
 Shapes as in :mod:`moepack.passes`; ``N`` counts the experts of the widest layer, ``C`` the
 encodings of the layer that has most of them.
@@ -6,7 +6,7 @@ encodings of the layer that has most of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +15,10 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement
+from moepack.plan import LayerLayout
 from moepack.segments import PARTS, Part
 from moepack.timeline import Columns, Flags, Seconds
-from moepack.trace import NO_PREDICTION, LayerShape, Trace
 
 Values = npt.NDArray[Any]
 
@@ -107,40 +105,3 @@ def seconds_of(sizes: npt.NDArray[np.int64], link: LinkSeconds) -> Seconds:
 def whole_part(cut: LayerLayout) -> Part:
     """The part that the whole experts of a layer are."""
     return "top" if cut.split else "bottom"
-
-
-def stepped(
-    trace: Trace, row: int, shape: LayerShape, cut: LayerLayout, place: LayerPlacement
-) -> tuple[Flags, Flags]:
-    """Which activated, and which predicted, experts a mixed layer holds when each token arrives.
-
-    Its caches are stepped as an engine steps them, token by token.
-
-    Parameters
-    ----------
-    row
-        Of the layer in the trace.
-
-    Returns
-    -------
-    activated : bool [T, K]
-        Past the layer's own top-k: False.
-    predicted : bool [T, R]
-    """
-    cache = layer_cache(cut, place, whole_part(cut))
-
-    def walk() -> Iterator[tuple[list[bool], list[bool]]]:
-        for token, guesses in zip(ids.tolist(), trace.predicted[:, row].tolist(), strict=True):
-            yield (
-                [cache.holds(expert) for expert in token],
-                [guess != NO_PREDICTION and cache.holds(guess) for guess in guesses],
-            )
-            cache.step([token])
-
-    ids = trace.ids[:, row, : shape.top_k]
-    activated = np.zeros(trace.ids[:, row].shape, dtype=np.bool_)
-    predicted = np.zeros(trace.predicted[:, row].shape, dtype=np.bool_)
-    for index, (held, ahead) in enumerate(walk()):
-        activated[index, : shape.top_k] = held
-        predicted[index] = ahead
-    return activated, predicted
