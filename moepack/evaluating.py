@@ -151,14 +151,7 @@ def evaluate(
         for number, text in enumerate(passages)
         for window in windows(text, window_tokens)
     ]
-    if exact is None:
-        scores = _run_packed(packed, plan, passages, runs, None, progress)
-    else:
-        _require_same_head(packed, exact)
-        with KeptStates(scratch, packed.spec) as kept:
-            _keep_exact(exact, plan, window_tokens, runs, kept, progress)
-            kept.rewind()
-            scores = _run_packed(packed, plan, passages, runs, kept, progress)
+    scores = score_windows(packed, plan, passages, runs, window_tokens, exact, scratch, progress)
     return Evaluation(
         quality(scores),
         tuple(
@@ -169,6 +162,39 @@ def evaluate(
         stride_tokens(window_tokens, prefix_tokens),
         decoded=plan.placement.on_miss is not None,
     )
+
+
+def score_windows(
+    packed: PackedModel,
+    plan: Plan,
+    passages: Sequence[Passage],
+    runs: Sequence[WindowRun],
+    window_tokens: int,
+    exact: Checkpoint | None,
+    scratch: Path,
+    progress: Progress = NO_PROGRESS,
+) -> list[TokenScores]:
+    """Score the windows of some texts: what :func:`evaluate` does of windows that it has chosen.
+
+    Parameters
+    ----------
+    runs
+        Windows that score every token of each passage that is to be scored once, in order.
+    window_tokens
+        The longest of them, or more.
+
+    Raises
+    ------
+    RunError, BudgetTooSmallError, PlanMismatchError, OutputError, PackError, PlanError
+        As :func:`evaluate`.
+    """
+    if exact is None:
+        return _run_packed(packed, plan, passages, runs, None, progress)
+    _require_same_head(packed, exact)
+    with KeptStates(scratch, packed.spec) as kept:
+        _keep_exact(exact, plan, window_tokens, runs, kept, progress)
+        kept.rewind()
+        return _run_packed(packed, plan, passages, runs, kept, progress)
 
 
 def _passage(
