@@ -44,7 +44,7 @@ import numpy.typing as npt
 from moepack import records
 from moepack.atomic import write_atomically
 from moepack.errors import ProfileError
-from moepack.records import record
+from moepack.records import added, record
 from moepack.routing import TextSource
 
 DAMAGE_VERSION = 1
@@ -132,6 +132,8 @@ class DamageProfile:
         On which divergences were measured.
     fine_divergence, coarse_divergence : float
         In nats a token, with every layer in its finest, and in its coarsest, encoding.
+    calibration : str
+        Digest of what rounding was weighed by (:mod:`moepack.calibration`); empty for nothing.
     """
 
     version: int
@@ -146,6 +148,7 @@ class DamageProfile:
     coarse_divergence: float
     sources: tuple[TextSource, ...]
     layers: tuple[LayerDamage, ...]
+    calibration: str = added(default="")
 
     def __post_init__(self) -> None:
         _require_figures("all layers", self.fine_divergence, self.coarse_divergence)

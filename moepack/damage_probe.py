@@ -2,7 +2,8 @@
 
 A number of sequences go through the model together, layer by layer:
 
-- *calibration* text, of which each expert's inputs are sampled;
+- *calibration* text, whose tokens tell what each expert's inputs are like
+  (:mod:`moepack.calibration`); on a sample of them its errors are measured;
 - *reference* text, shorter;
 - two copies of that, to which in every layer is added what rounding all its experts changes; to the
   one in the finest encoding that they fit, to the other in the coarsest;
@@ -24,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from moepack.calibration import Calibration
 from moepack.comparing import rows_within, score_rows
 from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage
 from moepack.damage_recorder import SAMPLED, DamageRecorder
@@ -59,13 +61,20 @@ _LEAST_REFERENCE = 64
 _LOGIT_BYTES = 256 * MIB
 
 
+class Measured(NamedTuple):
+    """What rounding does, and what it was weighed by."""
+
+    damage: DamageProfile
+    calibration: Calibration
+
+
 def measure_damage(
     checkpoint: Checkpoint,
     *,
     device: DeviceKind,
     texts: Sequence[Path],
     progress: Progress = NO_PROGRESS,
-) -> DamageProfile:
+) -> Measured:
     """Measure every expert of a model at every precision that it fits.
 
     Reads the whole model twice and rounds it once for each precision. Of each text only tokens are
@@ -131,7 +140,8 @@ def measure_damage(
             progress.done()
             engine.observe(None)
         fine, coarse, *of_layers = _divergences(engine, stream[len(calibration) :], reference)
-    return DamageProfile(
+    found = recorder.calibration()
+    damage = DamageProfile(
         version=DAMAGE_VERSION,
         model_name=spec.name,
         model_digest=spec.digest,
@@ -152,7 +162,9 @@ def measure_damage(
                 recorder.found(), zip(of_layers[::2], of_layers[1::2], strict=True), strict=True
             )
         ),
+        calibration=found.digest,
     )
+    return Measured(damage, found)
 
 
 def _require_precisions(spec: ModelSpec) -> None:

@@ -1,8 +1,9 @@
 """Watching a model to see what each expert gets, and what rounding it changes.
 
 How the sequences are laid out is in :mod:`moepack.damage_probe`. In each layer an expert is read,
-rounded to every precision that it fits, and run on a sample of its inputs and on its tokens of the
-first copies of the reference text, in float32, so that nothing but the rounding counts.
+run on its inputs for the moments that rounding is weighed by (:mod:`moepack.calibration`), rounded
+to every precision that it fits, and run on a sample of its inputs and on its tokens of the first
+copies of the reference text, in float32, so that nothing but the rounding counts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from moepack.calibration import Calibration, LayerMoments
 from moepack.encodings import ENCODINGS, fitting
 from moepack.progress import Progress
-from moepack.quantise import MATRICES, dequantise_expert, quantise_expert
+from moepack.quantise import Importance, dequantise_expert, quantise_expert
 from moepack.rounding import from_bf16
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 class _Seen(NamedTuple):
     """One block in front of a layer's experts.
 
-    ``inputs`` [tokens, hidden] are what they see, ``ids`` and ``weights`` [tokens, top_k] the
-    routing.
+    ``inputs`` [tokens, hidden] are what they see, ``norms`` [tokens] those of the residual stream
+    in front of them, squared; ``ids`` and ``weights`` [tokens, top_k] the routing.
     """
 
     inputs: torch.Tensor
+    norms: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
 
@@ -64,6 +67,15 @@ class _Expert(NamedTuple):
 
     drawn: _Drawn
     squares: torch.Tensor
+
+
+class _Read(NamedTuple):
+    """An expert as its checkpoint has it, and in float32 (weights and biases)."""
+
+    what: str
+    bits: Mapping[str, Bits]
+    floats: dict[str, np.ndarray]
+    exact: FfnWeights
 
 
 class _Layer(NamedTuple):
@@ -123,6 +135,7 @@ class DamageRecorder:
         self._open: _Layer | None = None
         self._changes: list[list[torch.Tensor]] = []  # fine, coarse: of each reference sequence
         self._found: list[Errors] = []
+        self._moments: dict[int, LayerMoments] = {}
 
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """See :class:`moepack_runtime.observers.Observer`.
@@ -138,7 +151,8 @@ class DamageRecorder:
         self._number += 1
         if number < calibration + 3 * reference:
             inputs = self._decoder.layers[layer].mlp_norm(residual)
-            self._blocks.append(_Seen(inputs, routing.ids, routing.weights.float()))
+            norms = residual.float().square().sum(dim=1)
+            self._blocks.append(_Seen(inputs, norms, routing.ids, routing.weights.float()))
             self._stream.append(residual)
             return
         if self._blocks:
@@ -153,6 +167,10 @@ class DamageRecorder:
         """Of every layer, once all have been gone through."""
         self._close()
         return tuple(self._found)
+
+    def calibration(self) -> Calibration:
+        """What rounding was weighed by, once all layers have been gone through."""
+        return Calibration.of(self._moments)
 
     def _close(self) -> None:
         """The layer before is through: what its output is added to is known."""
@@ -181,12 +199,15 @@ class DamageRecorder:
         copies = _joined(self._blocks[calibration:])  # the reference, and the two that change
         output = torch.zeros_like(copies.inputs, dtype=torch.float32)
         changes = [torch.zeros_like(output) for _ in range(2)]
-        experts = []
+        experts, moments = [], []
         for expert in range(moe.num_experts):
             drawn = _draw(sample, expert, seed=(layer, expert))
             tokens, weights = _users(copies, expert)
             inputs = torch.cat([sample.inputs[drawn.tokens], copies.inputs[tokens]]).float()
-            exact, rounded = self._run(layer, expert, moe, inputs, names)
+            read = self._read(layer, expert, inputs.device)
+            importance = _importance(sample, expert, read.exact, moe)
+            moments.append(importance)
+            exact, rounded = self._run(read, moe, inputs, names, importance)
             kept = len(drawn.tokens)
             differences = torch.stack(rounded).sub_(exact)
             experts.append(_Expert(drawn, differences[:, :kept].square().sum(dim=2)))
@@ -194,6 +215,7 @@ class DamageRecorder:
             for change, which in zip(changes, (0, -1), strict=True):
                 change.index_add_(0, tokens, differences[which, kept:] * weights)
             self._progress.advance(1)
+        self._moments[layer] = LayerMoments(*map(np.stack, zip(*moments, strict=True)))
         lengths = [len(block.ids) for block in self._blocks[calibration:]]
         dtype = self._stream[0].dtype
         parts = [torch.split(change.to(dtype), lengths) for change in changes]
@@ -204,34 +226,36 @@ class DamageRecorder:
         stream = self._stream[: calibration + reference]
         self._open = _Layer(layer, names, experts, norms, stream)
 
+    def _read(self, layer: int, expert: int, device: torch.device) -> _Read:
+        bits = self._source.expert(layer, expert)
+        floats = {name: _floats(item, self._spec.dtype) for name, item in bits.items()}
+        return _Read(f"layer {layer}, expert {expert}", bits, floats, _ffn(floats, device))
+
     def _run(
         self,
-        layer: int,
-        expert: int,
+        read: _Read,
         moe: MoeSpec,
         inputs: torch.Tensor,
         names: Sequence[str],
+        importance: Importance,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """An expert's outputs, exact and in each encoding, float32 [rows, hidden]."""
         from moepack_runtime.ffn import gated_ffn
 
-        bits = self._source.expert(layer, expert)
-        what, dtype = f"layer {layer}, expert {expert}", self._spec.dtype
-        biases = {name: _floats(item, dtype) for name, item in bits.items() if "bias" in name}
-        exact = {
-            f"{matrix}.weight": _floats(bits[f"{matrix}.weight"], dtype) for matrix in MATRICES
-        }
-
-        def run(weights: Mapping[str, np.ndarray]) -> torch.Tensor:
-            ffn = _ffn({**weights, **biases}, inputs.device)
-            return gated_ffn(inputs, ffn, moe.activation_spec)
-
         rounded = []
         for name in names:
             stored = ENCODINGS[name]
-            codes = quantise_expert(bits, stored, dtype, what, pool=self._pool)
-            rounded.append(run(dequantise_expert(codes, stored)))
-        return run(exact), rounded
+            codes = quantise_expert(
+                read.bits,
+                stored,
+                self._spec.dtype,
+                read.what,
+                importance=importance,
+                pool=self._pool,
+            )
+            ffn = _ffn(read.floats | dequantise_expert(codes, stored), inputs.device)
+            rounded.append(gated_ffn(inputs, ffn, moe.activation_spec))
+        return gated_ffn(inputs, read.exact, moe.activation_spec), rounded
 
 
 def _draw(seen: _Seen, expert: int, seed: tuple[int, int]) -> _Drawn:
@@ -257,6 +281,31 @@ def _users(seen: _Seen, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that use an expert, [count], and its weight for each, [count, 1]."""
     tokens, places = (seen.ids == expert).nonzero(as_tuple=True)
     return tokens, seen.weights[tokens, places].unsqueeze(1)
+
+
+def _importance(seen: _Seen, expert: int, weights: FfnWeights, moe: MoeSpec) -> Importance:
+    """The moments of an expert's inputs; see :mod:`moepack.calibration`.
+
+    One that no token uses is taken to see what all tokens are.
+    """
+    import torch
+    import torch.nn.functional as F
+    from moepack_runtime.ffn import activate
+
+    tokens, factors = _users(seen, expert)
+    if not len(tokens):
+        tokens = torch.arange(len(seen.ids), device=seen.ids.device)
+        factors = torch.ones((len(tokens), 1), device=tokens.device)
+    inputs = seen.inputs[tokens].float()
+    counts = factors.square() / seen.norms[tokens].unsqueeze(1)
+    neurons = activate(
+        F.linear(inputs, weights.gate, weights.gate_bias),
+        F.linear(inputs, weights.up, weights.up_bias),
+        moe.activation_spec,
+    )
+    total = counts.sum()
+    hidden, inner = ((counts * each.square()).sum(dim=0) / total for each in (inputs, neurons))
+    return Importance(hidden.cpu().numpy(), inner.cpu().numpy())
 
 
 def _joined(blocks: Sequence[_Seen]) -> _Seen:

@@ -152,6 +152,12 @@ def check_plan_fits(plan: Plan, manifest: Manifest, where: str) -> None:
         what = f"layers {', '.join(changed)}" if changed else "the prefill block"
         if not changed and plan.layout.low != manifest.layout.low:
             what = f"the low copies, of which the folder has some in {manifest.layout.low}"
+        elif not changed and plan.layout.calibration != manifest.layout.calibration:
+            has, wants = (
+                f"calibration {name[:12]}" if name else "no calibration"
+                for name in (manifest.layout.calibration, plan.layout.calibration)
+            )
+            what = f"how experts are rounded: by {has}, the plan by {wants}"
         raise PlanMismatchError(
             f"{where}: the plan's layout differs from the folder's in {what}; pack again "
             "(the other layers are reused) or plan with --keep-layout"

@@ -46,6 +46,11 @@ def check_manifest(manifest: Manifest) -> None:
     for cut in layout.layers:
         _check_cut(spec, cut)
     _check_low_copies(spec, layout)
+    calibration = layout.calibration
+    require(
+        not calibration or (_SHA256.fullmatch(calibration) is not None and layout.is_rounded),
+        f"the calibration {calibration!r}; expected a SHA-256, of a layout with rounded experts",
+    )
     _check_groups(manifest)
     names = tuple(tensor.name for tensor in spec.trunk)
     require(

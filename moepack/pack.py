@@ -19,6 +19,7 @@ from pathlib import Path
 from moepack import records
 from moepack.atomic import output_error, write_atomically
 from moepack.budget import layer_segment, require_low_copies
+from moepack.calibration import Calibration, calibration_for
 from moepack.encodings import encoding
 from moepack.errors import (
     CapabilityError,
@@ -98,6 +99,7 @@ def pack(
     *,
     progress: Progress = NO_PROGRESS,
     reuse: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> PackReport:
     """Write the packed folder of a plan.
 
@@ -108,11 +110,13 @@ def pack(
     reuse
         An earlier pack, whose whole layers of the same cut are linked; the folder at ``out`` is
         always considered. Where neither is a pack of these weights, everything is written.
+    calibration
+        What rounding is weighed by, where the plan's layout names one.
 
     Raises
     ------
     PlanMismatchError
-        When the plan was made for another model.
+        When the plan was made for another model, or is rounded by another calibration.
     CapabilityError
         When the plan asks for another dtype than the checkpoint's.
     EncodingError
@@ -130,6 +134,7 @@ def pack(
     """
     started_s = time.perf_counter()
     check_plan_for(source.spec, plan)
+    calibration = calibration_for(source.spec, plan.layout, calibration)
     _check_spec(source.spec)
     out = out.resolve()
     units = draft_units(source.spec, plan.layout)
@@ -139,7 +144,7 @@ def pack(
         ) as work:
             donors = find_donors(source, out, reuse)
             resumed_bytes = _resume(work, units)
-            linked_bytes = _fill(source, work, units, donors, progress)
+            linked_bytes = _fill(source, work, units, donors, calibration, progress)
             size_bytes = sum(unit.size_bytes for unit in units)
             _write_rest(source, plan, work, units)
             PackedModel.open(work.folder)  # nothing is published that would not open
@@ -253,6 +258,7 @@ def _fill(
     work: WorkFolder,
     units: Iterable[Unit],
     donors: Iterable[PackedModel],
+    calibration: Calibration | None,
     progress: Progress,
 ) -> int:
     """Link or write every unit that is not finished; bytes linked."""
@@ -267,7 +273,7 @@ def _fill(
             linked = link_unit(donor, unit, work.folder, progress) if donor is not None else None
             if linked is not None:
                 linked_bytes += unit.size_bytes
-            work.record(linked or write_unit(source, unit, work.folder, progress))
+            work.record(linked or write_unit(source, unit, work.folder, progress, calibration))
     finally:
         progress.done()
     return linked_bytes

@@ -132,12 +132,16 @@ class Layout:
     low : str
         What the low copy of every expert is stored in, beside the expert itself and cut as it is;
         empty where there are none.
+    calibration : str
+        Digest of what the rounding of its experts is weighed by (:mod:`moepack.calibration`);
+        empty where every weight counts the same, or none is rounded.
     """
 
     model_digest: str
     layers: tuple[LayerLayout, ...]
     prefill_block_tokens: int = 512
     low: str = added(default="")
+    calibration: str = added(default="")
 
     @property
     def digest(self) -> str:
@@ -149,6 +153,14 @@ class Layout:
         """Those of its layers, and of their low copies."""
         low = (self.low,) if self.low else ()
         return frozenset((*low, *(name for layer in self.layers for name in layer.classes)))
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether any expert is stored in a quantised encoding."""
+        # Deferred: encodings need numpy.
+        from moepack.encodings import ENCODINGS
+
+        return any(name in ENCODINGS and ENCODINGS[name].quantised for name in self.encodings)
 
     @property
     def low_layers(self) -> tuple[LayerLayout, ...]:

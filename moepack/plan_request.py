@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from moepack.budget import fixed_bytes, staging_bytes
 from moepack.compute import ComputeProfile
+from moepack.encodings import encoding
 from moepack.errors import BudgetTooSmallError, PlanMismatchError
 from moepack.hardware import HardwareProfile
 from moepack.layouts import uniform_layout
@@ -47,6 +48,8 @@ class PlanRequest:
         What a low copy of each is stored in; empty for none. Those of a layout that is kept.
     on_miss : OnMiss or None
         Which missing experts are replaced by it, or left out; None: none.
+    calibration : str
+        Digest of what rounding is weighed by; empty for nothing. A layout that is kept has its own.
     """
 
     spec: ModelSpec
@@ -68,6 +71,7 @@ class PlanRequest:
     encoding: str | None = None
     low: str = ""
     on_miss: OnMiss | None = None
+    calibration: str = ""
 
     @property
     def encodings(self) -> tuple[str, ...]:
@@ -75,6 +79,11 @@ class PlanRequest:
         if self.keep_layout is not None:
             return tuple(cut.encoding for cut in self.keep_layout.layers)
         return (self.encoding or self.spec.dtype,) * len(self.spec.moe_layers)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether any expert is to be stored in a quantised encoding."""
+        return bool(self.low) or any(encoding(name).quantised for name in self.encodings)
 
     def even_layout(self, ratio: float) -> Layout:
         """Every layer cut near the same ratio, in its encoding.
@@ -85,6 +94,13 @@ class PlanRequest:
             When the experts cannot be stored so.
         """
         return uniform_layout(self.spec, ratio, encodings=self.encodings)
+
+
+def with_calibration(request: PlanRequest, layout: Layout) -> Layout:
+    """The layout that a plan has: rounded as was asked for, where anything is rounded."""
+    if request.keep_layout is not None or not layout.is_rounded:
+        return layout
+    return replace(layout, calibration=request.calibration)
 
 
 def within_device(request: PlanRequest) -> PlanRequest:

@@ -35,6 +35,7 @@ from moepack.plan_request import (
     require_budget,
     require_host_memory,
     require_matching,
+    with_calibration,
     within_device,
 )
 from moepack.progress import NO_PROGRESS, Progress
@@ -198,7 +199,7 @@ class Planner:
             model_name=request.spec.name,
             model_digest=request.spec.digest,
             max_context_tokens=max_context_tokens(request),
-            layout=chosen.layout,
+            layout=with_calibration(request, chosen.layout),
             placement=placement,
             prediction=_prediction(request, chosen, self.price(chosen, "test")),
             baselines=baselines,

@@ -27,6 +27,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 from moepack.budget import layer_segment
+from moepack.calibration import Calibration
 from moepack.encodings import encoding
 from moepack.manifest import (
     TRUNK_FILE,
@@ -151,13 +152,13 @@ def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
     units = [Unit(None, (Shard(TRUNK_FILE, trunk, None),))]
     low_layers = layout.low_layers or (None,) * len(layout.layers)
     for cut, low in zip(layout.layers, low_layers, strict=True):
-        units.append(_draft_layer(spec, cut, BASE))
+        units.append(_draft_layer(spec, cut, BASE, layout.calibration))
         if low is not None:
-            units.append(_draft_layer(spec, low, LOW))
+            units.append(_draft_layer(spec, low, LOW, layout.calibration))
     return tuple(units)
 
 
-def _draft_layer(spec: ModelSpec, layout: LayerLayout, variant: str) -> Unit:
+def _draft_layer(spec: ModelSpec, layout: LayerLayout, variant: str, calibration: str) -> Unit:
     layer = layout.layer
     shards = []
     for part in PARTS:
@@ -168,12 +169,12 @@ def _draft_layer(spec: ModelSpec, layout: LayerLayout, variant: str) -> Unit:
         }
         if shapes:
             cut = Cut(layout, part, shapes, variant)
-            draft = _draft_experts(cut, spec.moe(layer).num_experts)
+            draft = _draft_experts(cut, spec.moe(layer).num_experts, calibration)
             shards.append(Shard(shard_file(layer, part, variant), draft, cut))
     return Unit(layer, tuple(shards), variant)
 
 
-def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
+def _draft_experts(cut: Cut, experts: int, calibration: str) -> ShardDraft:
     layer, names = cut.layout.layer, cut.layout.classes
     blocks = (
         [
@@ -187,6 +188,8 @@ def _draft_experts(cut: Cut, experts: int) -> ShardDraft:
     if version > 1:
         # Part of the header, by which layers are reused: codes of another search are made anew.
         fields |= {"encoding": ",".join(names), "rounding": str(ROUNDING)}
+        if calibration:
+            fields["calibration"] = calibration
     return draft_shard(blocks, _metadata(version=version, content="experts", **fields))
 
 
@@ -194,8 +197,19 @@ def _metadata(*, version: int = 1, **fields: str) -> dict[str, str]:
     return {"format": "moepack", "version": str(version), **fields}
 
 
-def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> FinishedUnit:
+def write_unit(
+    source: Source,
+    unit: Unit,
+    folder: Path,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> FinishedUnit:
     """Write a unit's files, flushed to the disk.
+
+    Parameters
+    ----------
+    calibration
+        What rounding is weighed by; None: every weight counts the same.
 
     Raises
     ------
@@ -212,7 +226,8 @@ def write_unit(source: Source, unit: Unit, folder: Path, progress: Progress) -> 
         progress.advance(sum(len(shard.draft.header) for shard in unit.shards))
         if unit.layer is None:
             return _write_trunk(source, unit, writers[0], progress)
-        return _write_layer(source, unit, unit.layer, writers, pool, progress)
+        stored = _Stored(source, calibration, pool)
+        return _write_layer(stored, unit, unit.layer, writers, progress)
 
 
 def _write_trunk(
@@ -231,19 +246,42 @@ def _write_trunk(
     return FinishedUnit(unit.name, (unit.shards[0].entry,), tuple(entries), ())
 
 
+class _Stored(NamedTuple):
+    """The experts of a source as they are to be stored."""
+
+    source: Source
+    calibration: Calibration | None
+    pool: Executor
+
+    def expert(self, layer: int, expert: int, name: str) -> Mapping[str, Bits]:
+        """A whole one in the encoding of that name."""
+        weights = self.source.expert(layer, expert)
+        if not encoding(name).quantised:
+            return weights
+        calibration = self.calibration
+        importance = None if calibration is None else calibration.importance(layer, expert)
+        return quantise_expert(
+            weights,
+            encoding(name),
+            self.source.spec.dtype,
+            f"layer {layer}, expert {expert}",
+            importance=importance,
+            pool=self.pool,
+        )
+
+
 def _write_layer(
-    source: Source,
+    stored: _Stored,
     unit: Unit,
     layer: int,
     writers: Sequence[_ShardWriter],
-    pool: Executor,
     progress: Progress,
 ) -> FinishedUnit:
     cuts = [shard.cut for shard in unit.shards if shard.cut is not None]
     # Two buffers for each shard: one segment is cut while the digests of the last are computed.
     buffers = [np.empty((2, cut.largest_bytes), np.uint8) for cut in cuts]
-    for expert in range(source.spec.moe(layer).num_experts):
-        weights = _stored(source, layer, expert, cuts[0].layout.encoding_of(expert), pool)
+    for expert in range(stored.source.spec.moe(layer).num_experts):
+        weights = stored.expert(layer, expert, cuts[0].layout.encoding_of(expert))
         for cut, writer, pair in zip(cuts, writers, buffers, strict=True):
             shape = cut.shape(expert)
             segment = pair[expert % 2, : shape.size_bytes]
@@ -273,17 +311,6 @@ def _groups(path: str, cut: Cut, placed: Sequence[_Placed]) -> Iterator[SegmentG
                 if cut.layout.encoding_of(expert) == name
             ),
         )
-
-
-def _stored(
-    source: Source, layer: int, expert: int, name: str, pool: Executor
-) -> Mapping[str, Bits]:
-    """A whole expert in the encoding of that name."""
-    weights = source.expert(layer, expert)
-    if not encoding(name).quantised:
-        return weights
-    what = f"layer {layer}, expert {expert}"
-    return quantise_expert(weights, encoding(name), source.spec.dtype, what, pool=pool)
 
 
 class _Placed(NamedTuple):

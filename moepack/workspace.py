@@ -10,6 +10,7 @@
             compute.yaml            seconds a layer on this machine
             routing.yaml, .npz      how it routes
             damage.json             what rounding does to its experts
+            calibration.npz         what rounding them is weighed by
             plan.json               the newest plan
             pack/                   the packed folder, unless another place was chosen
 

@@ -20,6 +20,7 @@ def pack(
     json: JsonOption = False,
 ) -> None:
     """Rewrite the model for its newest plan."""
+    from moepack.calibration import load_calibration
     from moepack.pack import disk_space
     from moepack.pack import pack as write_pack
     from moepack.report.model import pack_done_view
@@ -40,6 +41,7 @@ def pack(
         place,
         progress=TerminalProgress(),
         reuse=_earlier_pack(folder, place),
+        calibration=load_calibration(folder.folder) if plan.layout.calibration else None,
     )
     workspace.make_current(folder.with_pack(place))
     emit(records.to_data(done), as_json=json, view=lambda: pack_done_view(done))

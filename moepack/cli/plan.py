@@ -20,6 +20,7 @@ from moepack.cli.planning import (
     HardwareOption,
     MissThresholdsOption,
     NewOption,
+    NoCalibrationOption,
     OnMissOption,
     PromptOption,
     QualityOption,
@@ -29,6 +30,7 @@ from moepack.cli.planning import (
     asked_thresholds,
     kept_layout,
     open_case,
+    with_asked_calibration,
 )
 from moepack.workspace import Workspace
 
@@ -68,6 +70,7 @@ def plan(
     quality: QualityOption = None,
     on_miss: OnMissOption = None,
     miss_thresholds: MissThresholdsOption = None,
+    no_calibration: NoCalibrationOption = False,
     keep_layout: Annotated[
         bool,
         typer.Option("--keep-layout", help="Keep the pack as it is; decide the placement alone."),
@@ -130,6 +133,7 @@ def plan(
         low=asked_low(case, on_miss, kept),
         on_miss=asked_thresholds(on_miss, miss_thresholds),
     )
+    request = with_asked_calibration(case, request, ignored=no_calibration)
     _note_source(case.source)
     answer = find_answer(Planner(request), asked)
     document = answer_document(answer)
@@ -182,6 +186,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "memory": records.to_data(placement.memory),
         **({} if placement.host is None else {"host": records.to_data(placement.host)}),
         **_low_document(plan),
+        **({"calibration": plan.layout.calibration} if plan.layout.calibration else {}),
         "staging_experts": placement.staging_experts,
         "layers": [
             _without_nulls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -116,6 +117,16 @@ MissThresholdsOption = Annotated[
         help="With --on-miss: which share of a token's weights goes before an expert that is still "
         "fetched exact, and before one that is fetched at all. Default: 0.6,0.9.",
         show_default=False,
+    ),
+]
+
+
+NoCalibrationOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-calibration",
+        help="Round experts as if all their inputs counted the same. Default: by the inputs that "
+        "moepack profile --bits has seen, where it has.",
     ),
 ]
 
@@ -286,6 +297,29 @@ def asked_low(case: Case, on_miss: str | None, kept: Layout | None) -> str:
     if kept is not None and kept.low:
         return kept.low
     return encoding_of(case.source.spec, "int4")
+
+
+def with_asked_calibration(case: Case, request: PlanRequest, *, ignored: bool) -> PlanRequest:
+    """What rounding is to be weighed by: what the model's profile has, where anything is rounded.
+
+    Raises
+    ------
+    ProfileError
+        When what it has cannot be read.
+    """
+    from moepack.calibration import CALIBRATION_FILE, load_calibration
+
+    kept = request.keep_layout is not None
+    if ignored and kept:
+        raise typer.BadParameter(
+            "the pack whose layout is kept is rounded as it is; leave out one of the two",
+            param_hint="'--no-calibration'",
+        )
+    if ignored or kept or case.folder is None or not request.is_rounded:
+        return request
+    if not (case.folder.folder / CALIBRATION_FILE).exists():
+        return request
+    return replace(request, calibration=load_calibration(case.folder.folder).digest)
 
 
 def asked_thresholds(on_miss: str | None, thresholds: str | None) -> OnMiss | None:

@@ -54,8 +54,9 @@ def profile(
         bool,
         typer.Option(
             "--bits",
-            help="Also measure what rounding does to each expert, and what choosing the precision "
-            "of each by that would gain. Rounds the whole model to every precision that it fits.",
+            help="Also measure what the inputs of each expert are like, by which plan then has "
+            "experts rounded; what rounding does to each, and what choosing the precision of each "
+            "by that would gain. Rounds the whole model to every precision that it fits.",
         ),
     ] = False,
     json: JsonOption = False,
@@ -131,12 +132,13 @@ def _measure_damage(
 ) -> DamageProfile:
     from moepack.damage_probe import measure_damage
 
-    found = measure_damage(
+    damage, calibration = measure_damage(
         source.checkpoint, device=hardware.device, texts=texts, progress=progress
     )
-    found = dataclasses.replace(found, model_name=source.record.name)
-    found.save(folder.folder)
-    return found
+    damage = dataclasses.replace(damage, model_name=source.record.name)
+    calibration.save(folder.folder)
+    damage.save(folder.folder)
+    return damage
 
 
 def _view(profile: RenderableType, source: Source, damage: DamageProfile | None) -> RenderableType:

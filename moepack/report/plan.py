@@ -20,7 +20,7 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
     overview = facts(
         [
             ("model", plan.model_name),
-            ("experts", precision_words(precision)),
+            ("experts", precision_words(precision) + _rounding_words(plan)),
             ("hardware", plan.provenance.hardware),
             ("device", placement.device),
             (
@@ -69,6 +69,10 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
 def precision_words(precision: Precision) -> str:
     """What experts are stored in."""
     return f"{precision.quality}, {precision.mean_bits:.3g} bits a weight"
+
+
+def _rounding_words(plan: Plan) -> str:
+    return ", rounded by calibration" if plan.layout.calibration else ""
 
 
 def misses_sentence(plan: Plan) -> str:

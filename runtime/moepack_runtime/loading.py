@@ -6,6 +6,7 @@ import torch
 
 from moepack import machine
 from moepack.budget import stored_bytes
+from moepack.calibration import Calibration
 from moepack.errors import BudgetTooSmallError
 from moepack.formats import PackedModel, check_plan_fits
 from moepack.model_spec import ModelSpec
@@ -67,11 +68,18 @@ def open_checkpoint(
     placement: Placement,
     *,
     progress: Progress = NO_PROGRESS,
+    calibration: Calibration | None = None,
 ) -> Engine:
-    """Open a plain checkpoint as if it had been packed with ``layout``; see :func:`open_packed`."""
+    """Open a plain checkpoint as if it had been packed with ``layout``; see :func:`open_packed`.
+
+    Parameters
+    ----------
+    calibration
+        What rounding is weighed by, where the layout names one.
+    """
     process_base_bytes = _before_loading()
     require_fit(spec, layout, placement)
-    store = CheckpointStore(source, spec, layout)
+    store = CheckpointStore(source, spec, layout, calibration)
     return _open(
         spec, layout, placement, store, CheckMode.NEVER, None, process_base_bytes, progress
     )

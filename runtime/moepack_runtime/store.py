@@ -18,6 +18,7 @@ from isal import isal_zlib
 from typing_extensions import override
 
 from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
+from moepack.calibration import Calibration, calibration_for
 from moepack.encodings import encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
@@ -268,17 +269,29 @@ class CheckpointStore(SegmentStore):
     Peak memory: two whole experts beyond the destinations (a top and a bottom are asked for one
     after the other), and one more with what rounding takes.
 
+    Parameters
+    ----------
+    calibration
+        What rounding is weighed by, where the layout names one.
+
     Raises
     ------
     PlanMismatchError
-        When the layout asks for another dtype than the model has.
+        When the layout asks for another dtype than the model has, or for another calibration.
     UnknownEncodingError, GroupMismatchError
         When its experts cannot be stored as the layout wants.
     NonFiniteWeightError
         While reading, when a weight that is to be rounded is NaN or infinite.
     """
 
-    def __init__(self, source: ExpertSource, spec: ModelSpec, layout: Layout) -> None:
+    def __init__(
+        self,
+        source: ExpertSource,
+        spec: ModelSpec,
+        layout: Layout,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self._calibration = calibration_for(spec, layout, calibration)
         self._source = source
         self._spec = spec
         self._cuts = {(cut.layer, BASE): cut for cut in layout.layers}
@@ -323,7 +336,12 @@ class CheckpointStore(SegmentStore):
             stored = encoding(self._cuts[layer, variant].encoding_of(expert))
             if stored.quantised:
                 what = f"layer {layer}, expert {expert}"
-                weights = quantise_expert(weights, stored, self._spec.dtype, what)
+                importance = None
+                if self._calibration is not None:
+                    importance = self._calibration.importance(layer, expert)
+                weights = quantise_expert(
+                    weights, stored, self._spec.dtype, what, importance=importance
+                )
         self._recent[layer, expert, variant] = weights
         if len(self._recent) > 2:
             self._recent.popitem(last=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moepack.calibration import load_calibration
 from moepack.hardware import HardwareProfile, find_hardware
 from moepack.rates import MemoryRate
 from tests.cli.conftest import Moepack
@@ -97,6 +98,7 @@ def test_what_rounding_does_is_measured_shown_and_kept(
     assert 0 < fine < coarse < 1
     (kept,) = home.glob("models/*/damage.json")
     assert json.loads(kept.read_text()) == document["damage"]
+    assert load_calibration(kept.parent).digest == document["damage"]["calibration"]
     shown = moepack("profile", model, "--bits").out
     assert "worst 1/8" in shown
     assert "chosen by expert" in shown

@@ -1,11 +1,11 @@
-"""What is measured of an expert is what transformers loses with that expert rounded."""
+"""What is measured of an expert is what it sees in transformers, and loses there when rounded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,9 +13,10 @@ import torch
 from moepack_runtime.tokenizer import Tokenizer
 
 from moepack import damage_recorder
+from moepack.calibration import Calibration
 from moepack.checkpoint import Checkpoint
 from moepack.damage import DamageProfile
-from moepack.damage_probe import measure_damage
+from moepack.damage_probe import Measured, measure_damage
 from moepack.encodings import encoding
 from moepack.errors import ProfileError, TextError
 from moepack.quantise import dequantise_expert, quantise_expert
@@ -43,8 +44,25 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def measured(folder: Path, texts: list[Path]) -> DamageProfile:
+def found(folder: Path, texts: list[Path]) -> Measured:
     return measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+
+
+@pytest.fixture(scope="module")
+def measured(found: Measured) -> DamageProfile:
+    return found.damage
+
+
+class Weighed(NamedTuple):
+    """A checkpoint, and what rounding its experts is weighed by."""
+
+    checkpoint: Checkpoint
+    calibration: Calibration
+
+
+@pytest.fixture(scope="module")
+def weighed(folder: Path, found: Measured) -> Weighed:
+    return Weighed(Checkpoint.open(folder), found.calibration)
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +74,18 @@ def sequences(folder: Path, texts: list[Path]) -> list[list[int]]:
 
 
 @contextmanager
-def rounded(
-    model: Any, checkpoint: Checkpoint, layer: int, experts: range, name: str
-) -> Iterator[None]:
+def rounded(model: Any, weighed: Weighed, layer: int, experts: range, name: str) -> Iterator[None]:
     """Transformers' model with some experts of a layer rounded."""
     module = model.model.layers[layer].mlp.experts
     before = module.gate_up_proj.clone(), module.down_proj.clone()
     for expert in experts:
-        codes = quantise_expert(checkpoint.expert(layer, expert), encoding(name), "F32", "it")
+        codes = quantise_expert(
+            weighed.checkpoint.expert(layer, expert),
+            encoding(name),
+            "F32",
+            "it",
+            importance=weighed.calibration.importance(layer, expert),
+        )
         weights = dequantise_expert(codes, encoding(name))
         both = np.concatenate([weights["gate.weight"], weights["up.weight"]])
         module.gate_up_proj[expert] = torch.from_numpy(both)
@@ -90,10 +112,56 @@ def divergence_of(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(1).mean())
 
 
-def test_errors_are_those_of_the_layer_with_one_expert_rounded(
-    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+def test_inputs_are_what_experts_get_in_transformers(
+    folder: Path, weighed: Weighed, sequences: list[list[int]]
 ) -> None:
-    checkpoint, model = Checkpoint.open(folder), load(folder)
+    """Sums over single tokens: squares times the router's weight over the norm, both squared."""
+    model: Any = load(folder)
+    for number, block in enumerate(model.model.layers):
+        seen: list[tuple[torch.Tensor, ...]] = []
+        hooks = [
+            block.post_attention_layernorm.register_forward_hook(
+                lambda _module, given, got, seen=seen: seen.append((given[0][0], got[0]))
+            ),
+            block.mlp.gate.register_forward_hook(
+                lambda _module, _given, got, seen=seen: seen.append(got[1:])
+            ),
+        ]
+        with torch.inference_mode():
+            for tokens in sequences:
+                model(torch.tensor([tokens]))
+        for hook in hooks:
+            hook.remove()
+        experts = block.mlp.experts
+        hidden, neurons = (np.zeros((16, size)) for size in (64, 96))
+        counts = np.zeros((16, 1))
+        for (residual, inputs), (weights, ids) in zip(seen[::2], seen[1::2], strict=True):
+            for token, chosen in enumerate(ids.tolist()):
+                norm = float(residual[token].double().square().sum())
+                for expert, weight in zip(chosen, weights[token].tolist(), strict=True):
+                    both = experts.gate_up_proj[expert].double() @ inputs[token].double()
+                    gate, up = both.detach().chunk(2)
+                    inner = torch.nn.functional.silu(gate) * up
+                    counts[expert] += weight**2 / norm
+                    hidden[expert] += weight**2 / norm * inputs[token].double().square().numpy()
+                    neurons[expert] += weight**2 / norm * inner.square().numpy()
+        used = counts[:, 0] > 0
+        assert used.sum() > 4
+        moments = weighed.calibration.moments(number)
+        assert np.allclose(moments.hidden[used], hidden[used] / counts[used], rtol=1e-3)
+        assert np.allclose(moments.neurons[used], neurons[used] / counts[used], rtol=1e-3)
+        assert (moments.hidden[~used] > 0).all()  # as if by all tokens
+
+
+def test_damage_names_what_rounding_was_weighed_by(found: Measured) -> None:
+    assert found.damage.calibration == found.calibration.digest
+    assert found.calibration.layers == tuple(layer.layer for layer in found.damage.layers)
+
+
+def test_errors_are_those_of_the_layer_with_one_expert_rounded(
+    folder: Path, weighed: Weighed, measured: DamageProfile, sequences: list[list[int]]
+) -> None:
+    model = load(folder)
     assert measured.tokens == sum(map(len, sequences))
     with torch.inference_mode():
         for found in measured.layers:
@@ -101,7 +169,7 @@ def test_errors_are_those_of_the_layer_with_one_expert_rounded(
             for expert in range(0, len(found.errors[0]), 7):
                 for name, errors in zip(found.encodings, found.errors, strict=True):
                     alone = range(expert, expert + 1)
-                    with rounded(model, checkpoint, found.layer, alone, name):
+                    with rounded(model, weighed, found.layer, alone, name):
                         changed, _ = outputs(model, sequences, found.layer)
                     lost = (changed - exact).square().sum(1) / exact.square().sum(1)
                     # An expert that no token uses is taken as used once.
@@ -112,9 +180,9 @@ def test_errors_are_those_of_the_layer_with_one_expert_rounded(
 
 
 def test_divergences_are_those_of_the_model_with_one_layer_rounded(
-    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+    folder: Path, weighed: Weighed, measured: DamageProfile, sequences: list[list[int]]
 ) -> None:
-    checkpoint, model = Checkpoint.open(folder), load(folder)
+    model = load(folder)
     assert measured.divergence_tokens == sum(map(len, sequences))
     with torch.inference_mode():
         for found in measured.layers:
@@ -124,31 +192,33 @@ def test_divergences_are_those_of_the_model_with_one_layer_rounded(
                 (found.fine_divergence, found.encodings[0]),
                 (found.coarse_divergence, found.encodings[-1]),
             ):
-                with rounded(model, checkpoint, found.layer, every, name):
+                with rounded(model, weighed, found.layer, every, name):
                     _, q = outputs(model, sequences, found.layer)
                 assert divergence == pytest.approx(divergence_of(p, q), rel=0.01)
 
 
 def test_divergences_of_all_layers_are_those_of_the_model_rounded_whole(
-    folder: Path, measured: DamageProfile, sequences: list[list[int]]
+    folder: Path, weighed: Weighed, measured: DamageProfile, sequences: list[list[int]]
 ) -> None:
-    checkpoint, model = Checkpoint.open(folder), load(folder)
+    model = load(folder)
     with torch.inference_mode():
         _, p = outputs(model, sequences, 0)
         for divergence, which in ((measured.fine_divergence, 0), (measured.coarse_divergence, -1)):
             with ExitStack() as stack:
                 for found in measured.layers:
                     every, name = range(len(found.errors[0])), found.encodings[which]
-                    stack.enter_context(rounded(model, checkpoint, found.layer, every, name))
+                    stack.enter_context(rounded(model, weighed, found.layer, every, name))
                 _, q = outputs(model, sequences, 0)
             assert divergence == pytest.approx(divergence_of(p, q), rel=0.01)
 
 
 def test_a_sample_of_an_experts_inputs_tells_its_error(
-    folder: Path, texts: list[Path], measured: DamageProfile, monkeypatch: pytest.MonkeyPatch
+    folder: Path, texts: list[Path], found: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured = found.damage
     monkeypatch.setattr(damage_recorder, "SAMPLED", 20)
-    sampled = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+    sampled, calibration = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+    assert calibration.digest == found.calibration.digest  # of all tokens
     for one, all_of_them in zip(sampled.layers, measured.layers, strict=True):
         assert sum(one.errors[-1]) == pytest.approx(sum(all_of_them.errors[-1]), rel=0.15)
         assert one.coarse_divergence == all_of_them.coarse_divergence

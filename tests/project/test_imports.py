@@ -23,6 +23,7 @@ SHARED = {
     "model_spec",
     "encodings",
     "quantise",
+    "calibration",
     "segments",
     "plan",
     "budget",
