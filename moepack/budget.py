@@ -24,6 +24,9 @@ ROW_MULTIPLE = 16
 _TILE_ROWS = ((768, 256), (192, 64), (0, 32))
 _TILE_COLUMNS = 512
 
+# What a device's allocator rounds up to.
+_DEVICE_ALIGNMENT = 512
+
 # What one token's attention converts to float32 at a time, if one head does not take more.
 _CONVERTED_BYTES = 4 << 20
 
@@ -161,12 +164,22 @@ def hidden_bytes(spec: ModelSpec, context_tokens: int) -> int:
 
     The residual stream and the normed input of the experts in the model's dtype, the float32 sum
     over experts, and the routing twice (ids as int64, weights as float32; by token, and sorted by
-    expert).
+    expert). And what a device's recorded steps keep of one token: the same once, its rotations, and
+    what hides the rows of the cache that are none of its own.
     """
-    width = spec.hidden_size
+    width, element_bytes = spec.hidden_size, DTYPE_BYTES[spec.dtype]
     top_k = max((spec.moe(i).top_k for i in spec.moe_layers), default=0)
-    per_token = width * (2 * DTYPE_BYTES[spec.dtype] + 4) + top_k * 24
-    return context_tokens * per_token
+    per_token = width * (2 * element_bytes + 4) + top_k * 24
+    rotated = {(kind.head_dim, kind.rotary_dim) for kind in (la.attention for la in spec.layers)}
+    kept = [context_tokens * element_bytes, 2 * context_tokens * element_bytes]
+    kept += [width * element_bytes, width * element_bytes, 8]
+    kept += [
+        size
+        for count in {spec.moe(i).top_k for i in spec.moe_layers}
+        for size in (8 * count, 4 * count)
+    ]
+    kept += [head_dim * 4 for head_dim, _ in rotated for _ in range(4)]  # one token's twice
+    return context_tokens * per_token + sum(align_up(size, _DEVICE_ALIGNMENT) for size in kept)
 
 
 def dequantised_rows(inputs: int) -> int:

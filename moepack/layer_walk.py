@@ -100,25 +100,35 @@ class LayerWalk:
         attention_s = router_s = ffn_s = experts_s = 0.0
         lap = self._stopwatch.lap
         lap()
+        graphs = self._engine.token_graphs if tokens == 1 else None
+        if graphs is not None:
+            graphs.move_to(start)
+        head_s = lap()
         for number in self._numbers:
             layer = decoder.layers[number]
             if start == 0:
                 self._engine.kv.layers[number].truncate(0)
-            residual = layer.attend(hidden, start)
+            reached = None if graphs is None else graphs.run(number, hidden)
+            residual = layer.attend(hidden, start) if reached is None else reached.residual
             attention_s += lap()
-            inputs = layer.mlp_norm(residual)
             if experts is None:
-                residual.add_(layer.dense(inputs))
+                if reached is None:
+                    residual.add_(layer.dense(layer.mlp_norm(residual)))
                 ffn_s += lap()
                 continue
-            _on_host(layer.route(inputs))
+            if reached is None or reached.inputs is None or reached.routing is None:
+                inputs = layer.mlp_norm(residual)
+                _on_host(layer.route(inputs))
+            else:
+                inputs = reached.inputs
+                _on_host(reached.routing)
             router_s += lap()
             layer.shared(inputs)
             ffn_s += lap()
             residual.add_(experts.run(number, inputs, experts.each))
             experts_s += lap()
         self._sampler.draw(decoder.logits(decoder.embed(self._first_id))[-1])
-        head_s = lap()
+        head_s += lap()
         many = len(self._numbers)
         return Laps(attention_s / many, router_s / many, ffn_s / many, experts_s / many, head_s)
 

@@ -18,8 +18,9 @@ from moepack.units import MIB, format_size
 #: Share of the host's memory that a process may take when --ram does not say.
 DEFAULT_RAM_SHARE = 0.9
 
-#: What cuBLAS takes of VRAM beside the driver's context: its largest default workspace.
-CUBLAS_BYTES = 32 * MIB
+#: What cuBLAS takes of VRAM beside the driver's context: its largest default workspace and a MiB of
+#: cuBLASLt's, for the stream that computes and for the one that steps are recorded on.
+CUBLAS_BYTES = 2 * 33 * MIB
 
 
 @dataclass(frozen=True)

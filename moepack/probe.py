@@ -80,13 +80,17 @@ def probe_hardware(
         When a process that loads the runtime cannot be started.
     """
     import torch
+    from moepack_runtime.memory import prepare_device
 
     kind = _choose_device(device)
     place = torch.device(kind)
     cuda = kind == "cuda"
     base_bytes = _process_base_bytes()
     with open_disk(scratch, progress) as disk:
-        bus = BusProbe(place) if cuda else None
+        bus = None
+        if cuda:
+            prepare_device(place)
+            bus = BusProbe(place)
         probe = TorchProbe(place)
         progress.start("measure the machine", ROUNDS * (_DISK_ROUNDS + 1), "items")
         try:

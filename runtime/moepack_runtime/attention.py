@@ -6,21 +6,56 @@ latent attention. Which kernel runs depends on shapes alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from moepack.budget import heads_at_a_time
 from moepack.model_spec import AttentionSpec, MlaSpec
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.norms import NormFunction, rms_norm
 from moepack_runtime.products import several
-from moepack_runtime.rope import RotaryEmbedding
+from moepack_runtime.rope import RotaryEmbedding, Rotation
 from moepack_runtime.weights import Weights
 
-#: A block's normed hidden states and its first position, to the attention's output.
-AttentionFunction = Callable[[torch.Tensor, int], torch.Tensor]
+
+class Here(NamedTuple):
+    """Where one token is, in memory that a recorded step reads whenever it is replayed.
+
+    Attributes
+    ----------
+    position : Tensor
+        int64 [1].
+    mask : Tensor
+        [1, rows], in the model's dtype: 0 for the rows of the cache that the token sees, else -inf.
+    rotations : mapping of RotaryEmbedding to Rotation
+        Of the position.
+    """
+
+    position: torch.Tensor
+    mask: torch.Tensor
+    rotations: Mapping[RotaryEmbedding, Rotation]
+
+
+class Attention(Protocol):
+    """Normed hidden states [tokens, hidden] to the attention's output [tokens, hidden]."""
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether there is :meth:`at`."""
+
+    def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Attend from the tokens at ``start`` and after; their rows join the cache."""
+
+    def at(self, x: torch.Tensor, here: Here) -> torch.Tensor:
+        """The same of one token, wherever ``here`` will be: what is launched does not depend on it.
+
+        The rows beyond the token's are read as well, and masked.
+        """
+
 
 #: DeepSeek's norms of its latents do not take their eps from the configuration.
 _LATENT_EPS = 1e-6
@@ -49,7 +84,7 @@ def causal_mask(
     return mask
 
 
-class GroupedQueryAttention:
+class GroupedQueryAttention(Attention):
     """Attention whose query heads share keys and values in groups.
 
     ``x`` [tokens, hidden] -> queries [tokens, heads, head_dim], keys and values
@@ -79,16 +114,29 @@ class GroupedQueryAttention:
         self._groups = spec.num_heads // spec.num_kv_heads
         self._sinks = weights.get("sinks")
 
+    @property
+    @override
+    def is_recordable(self) -> bool:
+        return self._cache.is_plain
+
+    @override
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Attend from the tokens at ``start`` and after; their rows join the cache."""
         tokens = x.shape[0]
-        queries, keys, values = self._project(x, start)
+        queries, keys, values = self._project(x, self._rope.rotation(start, tokens))
         seen_from, (seen_keys, seen_values) = self._cache.append(start, keys, values)
         attend = self._attend_one if tokens == 1 else self._attend_block
         return self._o(attend(queries, seen_keys, seen_values, start, seen_from))
 
+    @override
+    def at(self, x: torch.Tensor, here: Here) -> torch.Tensor:
+        queries, keys, values = self._project(x, here.rotations[self._rope])
+        keys, values = self._cache.place(here.position, keys, values)
+        rows = here.mask.shape[1]
+        output = self._attend_grouped(queries, keys[:, :, :rows], values[:, :, :rows], here.mask)
+        return self._o(output)
+
     def _project(
-        self, x: torch.Tensor, start: int
+        self, x: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         spec, tokens = self._spec, x.shape[0]
         queries, keys, values = several(x, self._qkv)
@@ -103,7 +151,6 @@ class GroupedQueryAttention:
         if spec.qk_norm == "head":
             queries, keys = self._normed(queries, keys)
         if spec.rotary_dim:
-            rotation = self._rope.rotation(start, tokens)
             queries = self._rope.rotate(queries, rotation)
             keys = self._rope.rotate(keys, rotation)
         return queries, keys, values
@@ -130,6 +177,16 @@ class GroupedQueryAttention:
         if self._sinks is not None:
             mask = queries.new_zeros(1, spec.num_kv_heads, self._groups, keys.shape[2])
             mask[0, :, :, 0] = self._sinks.view(spec.num_kv_heads, self._groups)
+        return self._attend_grouped(queries, keys, values, mask)
+
+    def _attend_grouped(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        spec = self._spec
         output = F.scaled_dot_product_attention(
             queries.view(1, spec.num_kv_heads, self._groups, spec.head_dim),
             keys,
@@ -178,7 +235,7 @@ class GroupedQueryAttention:
         return mask
 
 
-class LatentAttention:
+class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
     The cache holds a token's latent, from which ``kv_b`` makes the keys and values of all heads,
@@ -223,29 +280,52 @@ class LatentAttention:
         expanded = tokens * 2 * spec.head_dim + mla.kv_rank * (mla.nope_dim + spec.value_dim)
         return absorbed < expanded
 
+    @property
+    @override
+    def is_recordable(self) -> bool:
+        return self._cache.is_plain and self._absorbs(1)
+
+    @override
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Attend from the tokens at ``start`` and after; their rows join the cache."""
-        spec, mla, tokens = self._spec, self._mla, x.shape[0]
-        queries = self._query(x).view(tokens, spec.num_heads, spec.head_dim)
-        query, rotary_query = torch.split(queries, [mla.nope_dim, mla.rope_dim], -1)
-        latent, rotary_key = torch.split(self._kv_a(x), [mla.kv_rank, mla.rope_dim], -1)
-        rotation = self._rope.rotation(start, tokens)
-        rotary_query = self._rope.rotate(rotary_query, rotation)
-        rotary_key = self._rope.rotate(rotary_key.unsqueeze(1), rotation)
-        row = torch.cat((self._kv_norm(latent).unsqueeze(1), rotary_key), -1)
+        tokens = x.shape[0]
+        query, rotary_query, row = self._project(x, self._rope.rotation(start, tokens))
         _, (rows,) = self._cache.append(start, row)  # [1, 1, rows, kv_rank + rope_dim]
         attend = self._attend_absorbed if self._absorbs(tokens) else self._attend_expanded
         return self._o(attend(query, rotary_query, rows, start))
 
+    @override
+    def at(self, x: torch.Tensor, here: Here) -> torch.Tensor:
+        query, rotary_query, row = self._project(x, here.rotations[self._rope])
+        (rows,) = self._cache.place(here.position, row)
+        seen = rows[:, :, : here.mask.shape[1]]
+        return self._o(self._attend_absorbed(query, rotary_query, seen, 0, here.mask))
+
+    def _project(
+        self, x: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries in two halves, and the rows for the cache, [tokens, 1, kv_rank + rope_dim]."""
+        spec, mla, tokens = self._spec, self._mla, x.shape[0]
+        queries = self._query(x).view(tokens, spec.num_heads, spec.head_dim)
+        query, rotary_query = torch.split(queries, [mla.nope_dim, mla.rope_dim], -1)
+        latent, rotary_key = torch.split(self._kv_a(x), [mla.kv_rank, mla.rope_dim], -1)
+        rotary_query = self._rope.rotate(rotary_query, rotation)
+        rotary_key = self._rope.rotate(rotary_key.unsqueeze(1), rotation)
+        return query, rotary_query, torch.cat((self._kv_norm(latent).unsqueeze(1), rotary_key), -1)
+
     def _attend_absorbed(
-        self, query: torch.Tensor, rotary_query: torch.Tensor, rows: torch.Tensor, start: int
+        self,
+        query: torch.Tensor,
+        rotary_query: torch.Tensor,
+        rows: torch.Tensor,
+        start: int,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         spec, mla, tokens = self._spec, self._mla, query.shape[0]
         among_latents = torch.bmm(query.transpose(0, 1), self._key_up)  # [heads, tokens, kv_rank]
         queries = torch.cat((among_latents, rotary_query.transpose(0, 1)), -1)
         if tokens == 1:  # the heads are the rows of one product
             output = F.scaled_dot_product_attention(
-                queries.view(1, 1, spec.num_heads, -1), rows, rows, scale=spec.scale
+                queries.view(1, 1, spec.num_heads, -1), rows, rows, attn_mask=mask, scale=spec.scale
             ).view(spec.num_heads, 1, -1)
         else:
             output = self._attend(queries, rows, rows, start)

@@ -24,7 +24,7 @@ from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.layer_loop import Hidden, LayerLoop
 from moepack_runtime.live_routing import Replan, Replanning
 from moepack_runtime.look_ahead import LookAhead
-from moepack_runtime.memory import peak_resident_bytes, refusals_named
+from moepack_runtime.memory import peak_resident_bytes, prepare_device, refusals_named
 from moepack_runtime.model import Decoder
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.predict import NextRouter, Predictor
@@ -33,6 +33,7 @@ from moepack_runtime.rearranging import rearrange, require_same_slots
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter, RunStats
 from moepack_runtime.store import CheckMode, SegmentStore
+from moepack_runtime.token_graphs import TokenGraphs
 from moepack_runtime.transfer import LinkStatistics, Transfer
 
 
@@ -87,8 +88,11 @@ class Engine:
         self._process_base_bytes = process_base_bytes
         self.device = torch.device(placement.device)
         with self._refusals_named():
+            recording = None
             if self.device.type == "cuda":
+                recording = prepare_device(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
+                self._others_bytes = torch.cuda.memory_allocated(self.device)
             self.kv = KvCache.allocate(
                 spec,
                 context_tokens=placement.context_tokens,
@@ -106,10 +110,15 @@ class Engine:
                 on_miss=placement.on_miss,
             )
             self._experts.warm(progress)
+            self.token_graphs: TokenGraphs | None = None
+            if recording is not None:
+                self.token_graphs = TokenGraphs(spec, self.decoder, self.kv, recording)
         self._predictor = predictor or NextRouter(self.decoder.layers)
         look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
         meter = Meter(0, transfer.statistics)
-        self._loop = LayerLoop(spec, self.decoder, self.kv, self._experts, look_ahead, meter)
+        self._loop = LayerLoop(
+            spec, self.decoder, self.kv, self._experts, look_ahead, meter, self.token_graphs
+        )
         self._replanning: Replanning | None = None
         self._broken = False
         self._tokens: list[int] = []  # what is in the cache
@@ -229,7 +238,7 @@ class Engine:
 
     def _peak_fast_bytes(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._others_bytes
         memory = self._placement.memory
         # Slots, frames and cache are what was allocated; hidden states and temporaries live inside
         # their reservation.

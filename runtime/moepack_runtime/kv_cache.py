@@ -102,6 +102,37 @@ class LayerCache:
             seen_from, tuple([tensor.narrow(2, begin, rows_seen) for tensor in self._tensors])
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token's row is the one of its position: nothing moves, no sink comes before."""
+        return self._window is None and not self._sink_rows
+
+    def place(self, position: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Store one token's rows where ``position`` will say when this is replayed.
+
+        For caches that are :attr:`is_plain`; :meth:`count` follows each replay.
+
+        Parameters
+        ----------
+        position
+            int64 [1], on the device.
+        rows
+            Of each kind, [1, heads, width]; rounded to the cache's dtype.
+
+        Returns
+        -------
+        tuple of Tensor
+            All rows that there is room for, each [1, heads, capacity, width].
+        """
+        for tensor, new in zip(self._tensors, rows, strict=True):
+            tensor.index_copy_(2, position, new.unsqueeze(2))
+        return tuple(self._tensors)
+
+    def count(self, start: int) -> None:
+        """Know of the row that was placed at ``start``."""
+        assert start == self._end, f"a row of position {start} behind {self._end} cached tokens"
+        self._end = start + 1
+
     def _slot(self, position: int) -> int:
         return self._front + position - self._first
 

@@ -19,6 +19,7 @@ from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.progress import Progress, working
 from moepack_runtime.stats import Meter
+from moepack_runtime.token_graphs import Reached, TokenGraphs
 
 
 class Hidden(NamedTuple):
@@ -58,6 +59,7 @@ class LayerLoop:
         experts: ExpertMemory,
         look_ahead: LookAhead,
         meter: Meter,
+        graphs: TokenGraphs | None = None,
     ) -> None:
         self._spec = spec
         self._decoder = decoder
@@ -65,11 +67,16 @@ class LayerLoop:
         self._experts = experts
         self.look_ahead = look_ahead
         self.meter = meter
+        self._graphs = graphs
+        self._is_one_token = False
         self.watching = Watching()
 
     def run(self, stream: list[Hidden], progress: Progress) -> list[Hidden]:
         """All layers. Empties ``stream``, and returns the residual stream behind the last one."""
         layers = len(self._spec.layers)
+        self._is_one_token = len(stream) == 1 and len(stream[0].hidden) == 1
+        if self._graphs is not None and self._is_one_token:
+            self._graphs.move_to(stream[0].start)
         with working(progress, "run the prompt (layers)", layers, "items"):
             for number in range(layers):
                 stream = self._run_layer(number, stream)
@@ -96,16 +103,10 @@ class LayerLoop:
             slices = _Slices(self.watching.time, number)
             if start == 0:
                 self._kv.layers[number].truncate(0)  # a survey passes from sequence to sequence
-            residual = layer.attend(hidden, start)
-            slices.end("attention")
-            inputs = layer.mlp_norm(residual)
-            if moe is None:
-                residuals.append(Hidden(start, residual + layer.dense(inputs)))
-                slices.end("dense")
-                continue
+            residual, inputs, routing = self._reach(number, layer, hidden, start, slices)
             residuals.append(Hidden(start, residual))
-            routing = layer.route(inputs)
-            slices.end("route")
+            if inputs is None or routing is None:
+                continue
             if self.watching.routing is not None:
                 self.watching.routing.routed(number, residual, routing)
             blocks.append(Block(inputs, routing))
@@ -113,6 +114,31 @@ class LayerLoop:
             self._add_experts(number, moe, layer, residuals, blocks)
         whole.end("layer")
         return residuals
+
+    def _reach(
+        self,
+        number: int,
+        layer: DecoderLayer,
+        hidden: torch.Tensor,
+        start: int,
+        slices: _Slices,
+    ) -> Reached:
+        """One block up to the experts of a layer, or through a layer that has none."""
+        if self._graphs is not None and self._is_one_token:
+            reached = self._graphs.run(number, hidden)
+            if reached is not None:
+                slices.end("attention")
+                return reached
+        residual = layer.attend(hidden, start)
+        slices.end("attention")
+        inputs = layer.mlp_norm(residual)
+        if not layer.has_experts:
+            whole = residual + layer.dense(inputs)
+            slices.end("dense")
+            return Reached(whole, None, None)
+        routing = layer.route(inputs)
+        slices.end("route")
+        return Reached(residual, inputs, routing)
 
     def _add_experts(
         self,

@@ -6,15 +6,16 @@ head. Nothing here knows where experts come from; the engine walks the layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec, LayerSpec, ModelSpec
 from moepack_runtime.attention import (
-    AttentionFunction,
+    Attention,
     GroupedQueryAttention,
+    Here,
     LatentAttention,
 )
 from moepack_runtime.ffn import FfnWeights, gated_ffn
@@ -33,7 +34,7 @@ class DecoderLayer:
     """
 
     def __init__(
-        self, spec: ModelSpec, layer: LayerSpec, weights: Weights, attention: AttentionFunction
+        self, spec: ModelSpec, layer: LayerSpec, weights: Weights, attention: Attention
     ) -> None:
         self._attention = attention
         self._attn_norm = read_norm(spec.norm, weights.within("attn_norm"), spec.norm_eps)
@@ -63,6 +64,20 @@ class DecoderLayer:
             the cache: each block of a sequence passes once, in order.
         """
         return x + self._attention(self._attn_norm(x), start)
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether there is :meth:`attend_at`."""
+        return self._attention.is_recordable
+
+    def attend_at(self, x: torch.Tensor, here: Here) -> torch.Tensor:
+        """:meth:`attend` of one token, wherever ``here`` will be, for a step that is replayed."""
+        return x + self._attention.at(self._attn_norm(x), here)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the second half is one of routed experts."""
+        return self._router is not None
 
     def route(self, x: torch.Tensor) -> Routing:
         """The experts of each token, from the normed [tokens, hidden]."""
@@ -132,7 +147,7 @@ class Decoder:
 
     def _build_attention(
         self, spec: ModelSpec, layer: LayerSpec, weights: Weights, cache: LayerCache
-    ) -> AttentionFunction:
+    ) -> Attention:
         attention = layer.attention
         if attention.mla is not None:
             rope = self._rope(spec, attention.mla.rope_dim, attention.rotary_dim)
@@ -157,6 +172,11 @@ class Decoder:
                 device=self._embedding.device,
             )
         return self._ropes[key]
+
+    @property
+    def ropes(self) -> Collection[RotaryEmbedding]:
+        """The rotary embeddings of all layers, each once."""
+        return self._ropes.values()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Begin a pass behind what is in the cache.

@@ -158,7 +158,7 @@ class Int8Matrix(QuantisedMatrix):
         self._scale = scale
         self.outputs, self.inputs = codes.shape
         fits = self.inputs % _INT8_STEP == 0 and codes.data_ptr() % _INT8_STEP == 0
-        self.kernel_tokens = INT8_KERNEL_TOKENS if codes.is_cpu and fits and _has_int8() else 0
+        self.kernel_tokens = INT8_KERNEL_TOKENS if fits and _has_int8(codes.device) else 0
 
     @override
     def by_kernel(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ class Int4Matrix(QuantisedMatrix):
 
 
 @functools.cache
-def _has_int8() -> bool:
+def _has_int8(device: torch.device) -> bool:
     """Whether torch's kernel for int8 weights is here and computes what it should.
 
     Where not, it is logged once: everything is dequantised then, which is slower.
@@ -261,7 +261,7 @@ def _has_int8() -> bool:
     scale = torch.rand(7, generator=draw).bfloat16()
     x = torch.randn(5, 48, generator=draw).bfloat16()
     try:
-        found = torch._weight_int8pack_mm(x, codes, scale)
+        found = torch._weight_int8pack_mm(*(given.to(device) for given in (x, codes, scale))).cpu()
     except (AttributeError, NotImplementedError, RuntimeError) as failure:
         _log.warning("%s: torch %s has no kernel (%s)", _SLOWER, torch.__version__, failure)
         return False

@@ -11,6 +11,7 @@ import transformers
 from moepack_runtime.ffn import FfnWeights, gated_ffn
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.model import Decoder
+from moepack_runtime.router import Routing
 from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.checkpoint import Checkpoint
@@ -87,10 +88,15 @@ class Runner:
         layer = self.decoder.layers[number]
         residual = layer.attend(block, start)
         inputs = layer.mlp_norm(residual)
-        moe = self.spec.layers[number].moe
-        if moe is None:
+        if not layer.has_experts:
             return residual + layer.dense(inputs)
-        routing = layer.route(inputs)
+        return self.add_experts(number, residual, inputs, layer.route(inputs))
+
+    def add_experts(
+        self, number: int, residual: torch.Tensor, inputs: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        """The second half of a layer with experts."""
+        layer, moe = self.decoder.layers[number], self.spec.moe(number)
         total = torch.zeros(inputs.shape)
         for token, (ids, shares) in enumerate(zip(routing.ids, routing.weights, strict=True)):
             for expert, share in zip(ids.tolist(), shares, strict=True):

@@ -14,6 +14,7 @@ from moepack.checkpoint import Checkpoint
 from moepack.errors import BudgetTooSmallError
 from moepack.hardware import find_hardware
 from moepack.model_spec import ModelSpec
+from moepack.plan_request import CUBLAS_BYTES
 from moepack.planner import Planner, rungs_below
 from moepack.routing import RoutingProfile
 from moepack.sweep import (
@@ -151,8 +152,9 @@ def test_a_sweep_may_go_beyond_the_machine_and_says_so(
 ) -> None:
     gpu = find_hardware("rtx-3060-12g")
     whole = resident_bytes(plan_request(spec, routing, hardware=gpu))
-    # The driver's context, 32 MiB for cuBLAS, and room for one MiB more than the model.
-    small = dataclasses.replace(gpu, vram_bytes=gpu.device_base_bytes + 33 * MIB + whole)
+    # The driver's context, what cuBLAS takes, and room for one MiB more than the model.
+    small_bytes = gpu.device_base_bytes + CUBLAS_BYTES + MIB + whole
+    small = dataclasses.replace(gpu, vram_bytes=small_bytes)
     request = plan_request(spec, routing, hardware=small)
     found = sweep(Planner(request), whole, whole + 4 * MIB)
     assert found.capacity_bytes == whole + MIB
