@@ -199,7 +199,8 @@ def advance(
         routed_s, begin_s, link_s, work, arrives_s, lacking & ~coming & ~rest, coming, rest, ready
     )
     slots = clock.asked_s.shape[1]
-    if slots == 1 and frames >= lacking.shape[1] // segments_per_expert:
+    # One column alone says nothing of a single frame: what comes next has to wait for that.
+    if slots == 1 and frames > 1 and frames >= lacking.shape[1] // segments_per_expert:
         done_s, link_s = _ample(lane, as_ready)
         frees_s = asked_s[:, None]
     else:

@@ -26,15 +26,15 @@ reads = st.sampled_from([0.0, 0.0, 0.25, 0.75, 2.0, 5.0])
 
 
 @st.composite
-def layers(draw: st.DrawFn, parts: int, most: int, disk: bool, first: bool) -> Pass:
-    """A pass of three experts, some predicted rightly, with wrong guesses between."""
+def layers(draw: st.DrawFn, parts: int, most: int, count: int, disk: bool, first: bool) -> Pass:
+    """A pass of so many experts, some predicted rightly, with wrong guesses between."""
 
     def read() -> float:
         return draw(reads) if disk else 0.0
 
     experts = [
         [Segment(draw(quarters) + 0.25, draw(quarters), read()) for _ in range(parts)]
-        for _ in range(3)
+        for _ in range(count)
     ]
     for segment in itertools.chain(*experts):
         segment.read *= segment.fetch > 0
@@ -42,7 +42,7 @@ def layers(draw: st.DrawFn, parts: int, most: int, disk: bool, first: bool) -> P
     guesses = st.lists(st.integers(0, 5), max_size=0 if first else min(4, most), unique=True)
     for guess in draw(guesses):
         for part in range(parts):
-            if guess < 3:  # a right one: it brings the segment if that is missing
+            if guess < count:  # a right one: it brings the segment if that is missing
                 segment = experts[guess][part]
                 if segment.fetch:
                     segment.ahead = len(ahead)
@@ -54,9 +54,9 @@ def layers(draw: st.DrawFn, parts: int, most: int, disk: bool, first: bool) -> P
 
 
 @st.composite
-def several(draw: st.DrawFn, parts: int, most: int, *, disk: bool) -> list[Pass]:
-    count = draw(st.integers(1, 4))
-    return [draw(layers(parts, most, disk, first=number == 0)) for number in range(count)]
+def several(draw: st.DrawFn, parts: int, most: int, count: int, *, disk: bool) -> list[Pass]:
+    passes = range(draw(st.integers(1, 4)))
+    return [draw(layers(parts, most, count, disk, first=number == 0)) for number in passes]
 
 
 def padded(ahead: list[tuple[float, float]], columns: int) -> npt.NDArray[np.float64]:
@@ -98,7 +98,7 @@ def test_passes_end_when_a_plain_simulation_says(
     parts: int, as_ready: bool, frames: int, data: st.DataObject
 ) -> None:
     most = frames if as_ready else frames - 1
-    passes = data.draw(several(parts, most, disk=True))
+    passes = data.draw(several(parts, most, data.draw(st.integers(1, 3)), disk=True))
     bounces = data.draw(st.integers(2, 4))
     plain = TwoStage(as_ready=as_ready, frames=frames, wasted=WASTED, bounces=bounces)
     columns = 4 * parts
@@ -124,16 +124,17 @@ def test_passes_end_when_a_plain_simulation_says(
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("as_ready", [False, True])
-@pytest.mark.parametrize("frames", [2, 3, 8])
+@pytest.mark.parametrize("frames", [1, 2, 3, 8])
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_with_everything_in_ram_it_is_the_timeline_of_two_tiers(
     parts: int, as_ready: bool, frames: int, data: st.DataObject
 ) -> None:
     most = frames if as_ready else frames - 1
-    passes = data.draw(several(parts, most, disk=False))
+    count = data.draw(st.integers(1, 3))
+    passes = data.draw(several(parts, most, count, disk=False))
     columns = 4 * parts
-    tiers, clock = TierClock.start(1, columns), Clock.start(1, ahead_slots(frames, 3, 4))
+    tiers, clock = TierClock.start(1, columns), Clock.start(1, ahead_slots(frames, count, 4))
     for one, following in zip(passes, [*passes[1:], None], strict=True):
         work = work_of(one, following[4] if following else [], columns)
         three = advance_tiers(

@@ -42,16 +42,16 @@ quarters = st.integers(0, 12).map(lambda n: n / 4)
 
 
 @st.composite
-def layers(draw: st.DrawFn, parts: int, frames: int) -> Pass:
-    """A pass of three experts, some predicted rightly, with wrong guesses between."""
+def layers(draw: st.DrawFn, parts: int, frames: int, count: int) -> Pass:
+    """A pass of so many experts, some predicted rightly, with wrong guesses between."""
     experts = [
         [Segment(draw(quarters) + 0.25, draw(quarters), None) for _ in range(parts)]
-        for _ in range(3)
+        for _ in range(count)
     ]
     ahead: list[float] = []
     for guess in draw(st.lists(st.integers(0, 5), max_size=min(4, frames), unique=True)):
         for part in range(parts):
-            if guess < 3:  # a right one: it brings the segment if that is missing
+            if guess < count:  # a right one: it brings the segment if that is missing
                 segment = experts[guess][part]
                 if segment.fetch:
                     segment.ahead = len(ahead)
@@ -71,9 +71,10 @@ def test_passes_end_when_a_plain_simulation_says(
 ) -> None:
     """In order, one frame has to be left for what nobody guessed."""
     most = frames if as_ready else frames - 1
-    passes = data.draw(st.lists(layers(parts, most), min_size=1, max_size=4))
+    count = data.draw(st.integers(1, 3))
+    passes = data.draw(st.lists(layers(parts, most, count), min_size=1, max_size=4))
     plain = Simulation(as_ready=as_ready, frames=frames, wasted=WASTED)
-    clock = Clock.start(1, ahead_slots(frames, 3, 4))
+    clock = Clock.start(1, ahead_slots(frames, count, 4))
     for one in passes:
         groups = [one[4][place : place + parts] for place in range(0, len(one[4]), parts)]
         seen = plain.run(*one[:4], groups)
@@ -135,6 +136,20 @@ def test_what_is_fetched_ahead_waits_for_a_frame() -> None:
     assert done.begun.all()
     assert done.ready.all()
     assert done.clock.link_s[0] == 6.25
+
+
+def test_with_one_frame_and_one_expert_what_is_fetched_ahead_waits_for_the_frame() -> None:
+    """A miss is routed at 1, comes at 3 and has been computed at 4: only then the next one may."""
+    first = work_of(1.0, 0.5, 0.0, [[Segment(1.0, 2.0)]], [])
+    clock = Clock.start(1, ahead_slots(1, 1, 1))
+    done = advance(clock, first, as_ready=True, frames=1, segments_per_expert=1)
+    assert done.clock.link_s[0] == 3.0
+    assert done.clock.asked_s.tolist() == [[4.0]]
+    second = work_of(1.5, 0.0, 0.0, [[Segment(1.0, 2.0, 0)]], [2.0])
+    done = advance(done.clock, second, as_ready=True, frames=1, segments_per_expert=1)
+    assert done.begun.all()
+    assert not done.ready.any()
+    assert done.clock.now_s[0] == 7.0
 
 
 def test_a_wrong_guess_in_flight_delays_a_demand_and_a_queued_one_is_dropped() -> None:
