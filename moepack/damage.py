@@ -121,6 +121,41 @@ def _require_figures(what: str, *figures: float) -> None:
 
 
 @record
+class MissTrial:
+    """What one rule for missing experts does if every expert is missing, for every token.
+
+    Attributes
+    ----------
+    exact_up_to, low_up_to : float
+        The rule; see :class:`moepack.plan.OnMiss`.
+    saved : float
+        Of the bytes of all experts that tokens use, the share that is not fetched.
+    divergence : float
+        In nats a token.
+    """
+
+    exact_up_to: float
+    low_up_to: float
+    saved: float
+    divergence: float
+
+    def __post_init__(self) -> None:
+        _require_figures("a rule for misses", self.saved, self.divergence)
+
+
+@record
+class MissDamage:
+    """The rules that were tried, with low copies in ``encoding``."""
+
+    encoding: str
+    trials: tuple[MissTrial, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trials:
+            raise ValueError("no rule for misses, expected one at least")
+
+
+@record
 class DamageProfile:
     """Every layer that has experts, and what it was measured on.
 
@@ -134,6 +169,8 @@ class DamageProfile:
         In nats a token, with every layer in its finest, and in its coarsest, encoding.
     calibration : str
         Digest of what rounding was weighed by (:mod:`moepack.calibration`); empty for nothing.
+    misses : MissDamage or None
+        What replacing missing experts does; None where it was not measured.
     """
 
     version: int
@@ -149,6 +186,7 @@ class DamageProfile:
     sources: tuple[TextSource, ...]
     layers: tuple[LayerDamage, ...]
     calibration: str = added(default="")
+    misses: MissDamage | None = added(default=None)
 
     def __post_init__(self) -> None:
         _require_figures("all layers", self.fine_divergence, self.coarse_divergence)

@@ -7,13 +7,16 @@ A number of sequences go through the model together, layer by layer:
 - *reference* text, shorter;
 - two copies of that, to which in every layer is added what rounding all its experts changes; to the
   one in the finest encoding that they fit, to the other in the coarsest;
-- two copies for every layer, to which the same is added in that layer alone.
+- a copy for every rule for missing experts that is tried (:mod:`moepack.miss_thresholds`), to which
+  is added what that changes if all experts are missing;
+- two copies for every layer, to which is added what rounding all its experts changes, in that layer
+  alone.
 
 The logits of each copy beside those of the reference are its divergence. So one pass over the model
 measures them all.
 
 Memory: two experts in the model's dtype and two in float32, what rounding one takes
-(:mod:`moepack.quantise`), and the hidden states of the sequences three times. Experts are read
+(:mod:`moepack.quantise`), and the hidden states of the sequences four times. Experts are read
 twice, once here and once by the engine; rounding takes far longer than that.
 """
 
@@ -29,11 +32,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moepack.calibration import Calibration
 from moepack.comparing import rows_within, score_rows
-from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage
-from moepack.damage_recorder import SAMPLED, DamageRecorder
+from moepack.damage import (
+    DAMAGE_VERSION,
+    DamageProfile,
+    LayerDamage,
+    MissDamage,
+    MissTrial,
+)
+from moepack.damage_inputs import SAMPLED
+from moepack.damage_recorder import DamageRecorder, Misses, Sequences
 from moepack.encodings import fitting
 from moepack.errors import ProfileError
 from moepack.layouts import PREFILL_BLOCK_TOKENS, uniform_layout
+from moepack.miss_thresholds import RULES, low_encoding
 from moepack.profiling import CHUNK_TOKENS, DEFAULT_TOKENS, SEQUENCE_TOKENS
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.routing import TextSource
@@ -114,7 +125,8 @@ def measure_damage(
             f"the calibration texts hold {total} tokens; expected some hundreds at least: "
             "name longer ones with --text"
         )
-    copies = reference * (2 + 2 * len(spec.moe_layers))
+    copies = reference * (2 + len(RULES) + 2 * len(spec.moe_layers))
+    low = low_encoding(spec)
     layout = uniform_layout(spec, 1.0)
     placement = streaming_placement(
         spec,
@@ -129,7 +141,12 @@ def measure_damage(
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         recorder = DamageRecorder(
-            engine, checkpoint, len(calibration), len(reference), progress, pool
+            engine,
+            checkpoint,
+            Sequences(len(calibration), len(reference)),
+            Misses(low, RULES),
+            progress,
+            pool,
         )
         engine.observe(recorder)
         experts = sum(spec.moe(number).num_experts for number in spec.moe_layers)
@@ -139,7 +156,8 @@ def measure_damage(
         finally:
             progress.done()
             engine.observe(None)
-        fine, coarse, *of_layers = _divergences(engine, stream[len(calibration) :], reference)
+        fine, coarse, *others = _divergences(engine, stream[len(calibration) :], reference)
+    of_rules, of_layers = others[: len(RULES)], others[len(RULES) :]
     found = recorder.calibration()
     damage = DamageProfile(
         version=DAMAGE_VERSION,
@@ -163,6 +181,13 @@ def measure_damage(
             )
         ),
         calibration=found.digest,
+        misses=MissDamage(
+            low,
+            tuple(
+                MissTrial(rule.exact_up_to, rule.low_up_to, saved, divergence)
+                for rule, saved, divergence in zip(RULES, recorder.saved(), of_rules, strict=True)
+            ),
+        ),
     )
     return Measured(damage, found)
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moepack.calibration import Calibration, LayerMoments
+from moepack.damage_inputs import Drawn, Seen, draw, joined, moments_of, users
 from moepack.encodings import ENCODINGS, fitting
+from moepack.mixed_precision import expert_bytes
+from moepack.on_miss import LEFT_OUT, LOWERED, fates
+from moepack.plan import OnMiss
 from moepack.progress import Progress
 from moepack.quantise import Importance, dequantise_expert, quantise_expert
 from moepack.rounding import from_bf16
@@ -32,40 +36,30 @@ if TYPE_CHECKING:
     from moepack.model_spec import MoeSpec
     from moepack.segments import Bits
 
-#: Inputs that are kept of an expert.
-SAMPLED = 256
-
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
-class _Seen(NamedTuple):
-    """One block in front of a layer's experts.
+class Sequences(NamedTuple):
+    """How many there are of each kind, in this order and in front of the copies.
 
-    ``inputs`` [tokens, hidden] are what they see, ``norms`` [tokens] those of the residual stream
-    in front of them, squared; ``ids`` and ``weights`` [tokens, top_k] the routing.
+    None is longer than a block.
     """
 
-    inputs: torch.Tensor
-    norms: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
+    calibration: int
+    reference: int
 
 
-class _Drawn(NamedTuple):
-    """Some of the tokens that use an expert.
+class Misses(NamedTuple):
+    """The rules for missing experts that are tried, with low copies in ``encoding``."""
 
-    ``tokens`` [rows] are their places in the text; ``factor`` [rows] is what a squared error of
-    each counts for in the mean over all tokens.
-    """
-
-    tokens: torch.Tensor
-    factor: torch.Tensor
+    encoding: str
+    rules: tuple[OnMiss, ...]
 
 
 class _Expert(NamedTuple):
     """What an expert got, and the squared norms of its errors, float32 [encodings, rows]."""
 
-    drawn: _Drawn
+    drawn: Drawn
     squares: torch.Tensor
 
 
@@ -107,30 +101,37 @@ class DamageRecorder:
 
     Parameters
     ----------
-    calibration, reference
-        How many sequences of each run, in this order and in front of the copies; none is longer
-        than a block.
+    sequences
+        What runs in front of the copies of the reference.
+    misses
+        What is tried in copies of its own, behind the first two.
     """
 
     def __init__(
         self,
         engine: Engine,
         source: ExpertSource,
-        calibration: int,
-        reference: int,
+        sequences: Sequences,
+        misses: Misses,
         progress: Progress,
         pool: Executor,
     ) -> None:
         self._decoder = engine.decoder
         self._spec = engine.spec
         self._source = source
-        self._counts = calibration, reference
+        self._counts = sequences
+        self._misses = misses
+        # Bytes of the experts of all tokens: what each rule does not fetch, and all of them.
+        self._saved_bytes = np.zeros(len(misses.rules))
+        self._used_bytes = 0
+        # Everything that is changed in every layer, the unchanged in front.
+        self._changing = sequences.reference * (3 + len(misses.rules))
         self._progress = progress
         self._pool = pool
         self._index = {number: index for index, number in enumerate(engine.spec.moe_layers)}
         self._layer: int | None = None
         self._number = 0  # of the block
-        self._blocks: list[_Seen] = []
+        self._blocks: list[Seen] = []
         self._stream: list[torch.Tensor] = []
         self._open: _Layer | None = None
         self._changes: list[list[torch.Tensor]] = []  # fine, coarse: of each reference sequence
@@ -149,16 +150,16 @@ class DamageRecorder:
             self._layer, self._number, self._blocks, self._stream = layer, 0, [], []
         number = self._number
         self._number += 1
-        if number < calibration + 3 * reference:
+        if number < calibration + self._changing:
             inputs = self._decoder.layers[layer].mlp_norm(residual)
             norms = residual.float().square().sum(dim=1)
-            self._blocks.append(_Seen(inputs, norms, routing.ids, routing.weights.float()))
+            self._blocks.append(Seen(inputs, norms, routing.ids, routing.weights.float()))
             self._stream.append(residual)
             return
         if self._blocks:
             self._measure(layer)
             self._blocks = []
-        copy, sequence = divmod(number - calibration - 3 * reference, reference)
+        copy, sequence = divmod(number - calibration - self._changing, reference)
         index, coarse = divmod(copy, 2)
         if index == self._index[layer]:
             residual.add_(self._changes[coarse][sequence])
@@ -167,6 +168,10 @@ class DamageRecorder:
         """Of every layer, once all have been gone through."""
         self._close()
         return tuple(self._found)
+
+    def saved(self) -> list[float]:
+        """Under each rule for missing experts, the share of all bytes that is not fetched."""
+        return [float(saved) / self._used_bytes for saved in self._saved_bytes]
 
     def calibration(self) -> Calibration:
         """What rounding was weighed by, once all layers have been gone through."""
@@ -195,36 +200,70 @@ class DamageRecorder:
         moe = self._spec.moe(layer)
         names = fitting(self._spec.hidden_size, moe.intermediate_size)
         calibration, reference = self._counts
-        sample = _joined(self._blocks[:calibration])
-        copies = _joined(self._blocks[calibration:])  # the reference, and the two that change
+        sample = joined(self._blocks[:calibration])
+        copies = joined(self._blocks[calibration:])  # the reference, and those that change
+        lengths = [len(block.ids) for block in self._blocks[calibration:]]
+        lost = self._find_fates(layer, copies.weights, lengths[:reference])
+        low = names.index(self._misses.encoding)
         output = torch.zeros_like(copies.inputs, dtype=torch.float32)
-        changes = [torch.zeros_like(output) for _ in range(2)]
+        changes = [torch.zeros_like(output) for _ in range(3)]  # fine, coarse, by the rules
         experts, moments = [], []
         for expert in range(moe.num_experts):
-            drawn = _draw(sample, expert, seed=(layer, expert))
-            tokens, weights = _users(copies, expert)
+            drawn = draw(sample, expert, seed=(layer, expert))
+            tokens, weights = users(copies, expert)
             inputs = torch.cat([sample.inputs[drawn.tokens], copies.inputs[tokens]]).float()
             read = self._read(layer, expert, inputs.device)
-            importance = _importance(sample, expert, read.exact, moe)
+            importance = moments_of(sample, expert, read.exact, moe)
             moments.append(importance)
             exact, rounded = self._run(read, moe, inputs, names, importance)
             kept = len(drawn.tokens)
             differences = torch.stack(rounded).sub_(exact)
             experts.append(_Expert(drawn, differences[:, :kept].square().sum(dim=2)))
             output.index_add_(0, tokens, exact[kept:] * weights)
-            for change, which in zip(changes, (0, -1), strict=True):
-                change.index_add_(0, tokens, differences[which, kept:] * weights)
+            fate = lost[tokens, (copies.ids[tokens] == expert).long().argmax(dim=1)].unsqueeze(1)
+            missed = differences[low, kept:] * (fate == LOWERED) - exact[kept:] * (fate == LEFT_OUT)
+            rounding = (differences[0, kept:], differences[-1, kept:], missed)
+            for change, difference in zip(changes, rounding, strict=True):
+                change.index_add_(0, tokens, difference * weights)
             self._progress.advance(1)
         self._moments[layer] = LayerMoments(*map(np.stack, zip(*moments, strict=True)))
-        lengths = [len(block.ids) for block in self._blocks[calibration:]]
         dtype = self._stream[0].dtype
         parts = [torch.split(change.to(dtype), lengths) for change in changes]
-        self._changes = [list(part[:reference]) for part in parts]
+        self._changes = [list(part[:reference]) for part in parts[:2]]
         for number, residual in enumerate(self._stream[calibration + reference :]):
-            residual.add_(parts[number // reference][reference + number])
+            residual.add_(parts[min(number // reference, 2)][reference + number])
         norms = output[: sum(lengths[:reference])].square().sum(dim=1)
         stream = self._stream[: calibration + reference]
         self._open = _Layer(layer, names, experts, norms, stream)
+
+    def _find_fates(
+        self, layer: int, weights: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """What each rule makes of its copy's experts, int8 [tokens of all copies, top_k].
+
+        Parameters
+        ----------
+        weights
+            [tokens, top_k], of the reference and of its copies.
+        lengths
+            Tokens of each sequence of the reference.
+        """
+        import torch
+
+        tokens, moe = sum(lengths), self._spec.moe(layer)
+        found = np.zeros(weights.shape, np.int8)
+        exact, low = (
+            expert_bytes(self._spec, moe, name)
+            for name in (self._spec.dtype, self._misses.encoding)
+        )
+        each = weights.cpu().numpy()
+        for number, rule in enumerate(self._misses.rules):
+            rows = slice((3 + number) * tokens, (4 + number) * tokens)
+            found[rows] = fates(each[rows], rule)
+            lowered, left_out = (int((found[rows] == fate).sum()) for fate in (LOWERED, LEFT_OUT))
+            self._saved_bytes[number] += lowered * (exact - low) + left_out * exact
+        self._used_bytes += tokens * each.shape[1] * exact
+        return torch.from_numpy(found).to(weights.device)
 
     def _read(self, layer: int, expert: int, device: torch.device) -> _Read:
         bits = self._source.expert(layer, expert)
@@ -256,62 +295,6 @@ class DamageRecorder:
             ffn = _ffn(read.floats | dequantise_expert(codes, stored), inputs.device)
             rounded.append(gated_ffn(inputs, ffn, moe.activation_spec))
         return gated_ffn(inputs, read.exact, moe.activation_spec), rounded
-
-
-def _draw(seen: _Seen, expert: int, seed: tuple[int, int]) -> _Drawn:
-    """At most :data:`SAMPLED` tokens of an expert.
-
-    One that no token uses counts as used once, by any: the text is only a sample itself.
-    """
-    import torch
-
-    tokens, weights = _users(seen, expert)
-    total, count = len(seen.ids), len(tokens)
-    if count == 0:
-        tokens = torch.arange(total, device=seen.ids.device)
-        weights = torch.full((total, 1), float(seen.weights.mean()), device=tokens.device)
-    if len(tokens) > SAMPLED:
-        rows = np.random.default_rng(seed).permutation(len(tokens))[:SAMPLED]
-        kept = torch.from_numpy(np.sort(rows)).to(tokens.device)
-        tokens, weights = tokens[kept], weights[kept]
-    return _Drawn(tokens, weights[:, 0].square() * (max(1, count) / len(tokens) / total))
-
-
-def _users(seen: _Seen, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that use an expert, [count], and its weight for each, [count, 1]."""
-    tokens, places = (seen.ids == expert).nonzero(as_tuple=True)
-    return tokens, seen.weights[tokens, places].unsqueeze(1)
-
-
-def _importance(seen: _Seen, expert: int, weights: FfnWeights, moe: MoeSpec) -> Importance:
-    """The moments of an expert's inputs; see :mod:`moepack.calibration`.
-
-    One that no token uses is taken to see what all tokens are.
-    """
-    import torch
-    import torch.nn.functional as F
-    from moepack_runtime.ffn import activate
-
-    tokens, factors = _users(seen, expert)
-    if not len(tokens):
-        tokens = torch.arange(len(seen.ids), device=seen.ids.device)
-        factors = torch.ones((len(tokens), 1), device=tokens.device)
-    inputs = seen.inputs[tokens].float()
-    counts = factors.square() / seen.norms[tokens].unsqueeze(1)
-    neurons = activate(
-        F.linear(inputs, weights.gate, weights.gate_bias),
-        F.linear(inputs, weights.up, weights.up_bias),
-        moe.activation_spec,
-    )
-    total = counts.sum()
-    hidden, inner = ((counts * each.square()).sum(dim=0) / total for each in (inputs, neurons))
-    return Importance(hidden.cpu().numpy(), inner.cpu().numpy())
-
-
-def _joined(blocks: Sequence[_Seen]) -> _Seen:
-    import torch
-
-    return _Seen(*(torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
 def _floats(bits: Bits, dtype: str) -> np.ndarray:

@@ -124,14 +124,15 @@ def plan(
     conditions = Conditions(hardware, routing, context, prompt, new, link, assume_engine)
     case = open_case(workspace, model, conditions)
     kept = kept_layout(case) if keep_layout else None
+    low = asked_low(case, on_miss, kept)
     request = dataclasses.replace(
         case.request,
         fast_budget_bytes=asked.most_bytes,
         ram_budget_bytes=ram,
         keep_layout=kept,
         encoding=asked_encoding(case, quality, kept),
-        low=asked_low(case, on_miss, kept),
-        on_miss=asked_thresholds(on_miss, miss_thresholds),
+        low=low,
+        on_miss=asked_thresholds(case, on_miss, miss_thresholds, low),
     )
     request = with_asked_calibration(case, request, ignored=no_calibration)
     _note_source(case.source)

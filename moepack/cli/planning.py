@@ -115,7 +115,8 @@ MissThresholdsOption = Annotated[
         "--miss-thresholds",
         metavar="T1,T2",
         help="With --on-miss: which share of a token's weights goes before an expert that is still "
-        "fetched exact, and before one that is fetched at all. Default: 0.6,0.9.",
+        "fetched exact, and before one that is fetched at all. Default: as moepack profile --bits "
+        "has fitted them, else 0.6,0.9.",
         show_default=False,
     ),
 ]
@@ -322,8 +323,20 @@ def with_asked_calibration(case: Case, request: PlanRequest, *, ignored: bool) -
     return replace(request, calibration=load_calibration(case.folder.folder).digest)
 
 
-def asked_thresholds(on_miss: str | None, thresholds: str | None) -> OnMiss | None:
-    """From which weights on a missing expert is replaced, and left out."""
+def asked_thresholds(
+    case: Case, on_miss: str | None, thresholds: str | None, low: str
+) -> OnMiss | None:
+    """From which weights on a missing expert is replaced, and left out.
+
+    Where nothing is said: as fitted to the model, if it was profiled with low copies in ``low``.
+
+    Raises
+    ------
+    ProfileError, PlanMismatchError
+        When that profile cannot be used.
+    """
+    from moepack.damage import DAMAGE_FILE, load_damage
+    from moepack.miss_thresholds import fitted_rule
     from moepack.plan import OnMiss
 
     if on_miss is None:
@@ -331,7 +344,10 @@ def asked_thresholds(on_miss: str | None, thresholds: str | None) -> OnMiss | No
             raise typer.BadParameter("belongs to --on-miss", param_hint="'--miss-thresholds'")
         return None
     if thresholds is None:
-        return OnMiss()
+        folder = None if case.folder is None else case.folder.folder
+        if folder is None or not (folder / DAMAGE_FILE).exists():
+            return OnMiss()
+        return fitted_rule(case.source.spec, load_damage(folder), low) or OnMiss()
     try:
         exact_up_to, low_up_to = map(float, thresholds.split(","))
         return OnMiss(exact_up_to, low_up_to)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moepack.checkpoint import Checkpoint
+from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage, MissDamage, MissTrial
 from moepack.errors import MoepackError
 from moepack.plan import OnMiss, load_plan
 from tests.cli.conftest import Moepack
@@ -66,6 +68,42 @@ def test_a_pack_without_low_copies_refuses_plans_that_want_them(
     assert "on_miss" not in exact
     ran = moepack("run", "Some text", "--max-new-tokens", "4", "--json").document
     assert "substituted_rate" not in ran
+
+
+def test_thresholds_are_those_that_the_profile_has_fitted(
+    packed: Path, measured: Path, model: Path, moepack: Moepack
+) -> None:
+    assert packed.exists()
+    spec = Checkpoint.open(model, headers_only=True).spec
+    errors = ((1e-4,) * 16, (1e-3,) * 16)
+    layers = tuple(
+        LayerDamage(number, ("INT8", "INT4_G32"), errors, 0.1, 1e-3, 1e-2)
+        for number in spec.moe_layers
+    )
+    trials = (MissTrial(0.2, 0.95, 0.5, 1e-4), MissTrial(0.6, 0.9, 0.3, 1e-4))
+    (folder,) = measured.glob("models/*")
+    DamageProfile(
+        version=DAMAGE_VERSION,
+        model_name="",
+        model_digest=spec.digest,
+        weights_digest="",
+        recorded_utc="",
+        tokens=1,
+        sampled=1,
+        divergence_tokens=1,
+        fine_divergence=1e-3,
+        coarse_divergence=1e-2,
+        sources=(),
+        layers=layers,
+        misses=MissDamage("INT4_G32", trials),
+    ).save(folder)
+    fitted = moepack("plan", model, *PLAN, "--on-miss", "low", "--json").document
+    assert fitted["on_miss"] == {"exact_up_to": 0.2, "low_up_to": 0.95}
+    other = moepack("plan", model, *PLAN, "--on-miss", "low:int8", "--json").document
+    assert other["on_miss"] == {"exact_up_to": 0.6, "low_up_to": 0.9}
+    told = ("--miss-thresholds", "0.4,0.7")
+    asked = moepack("plan", model, *PLAN, "--on-miss", "low", *told, "--json").document
+    assert asked["on_miss"] == {"exact_up_to": 0.4, "low_up_to": 0.7}
 
 
 @pytest.mark.usefixtures("measured")

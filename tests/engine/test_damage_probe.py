@@ -12,10 +12,10 @@ import pytest
 import torch
 from moepack_runtime.tokenizer import Tokenizer
 
-from moepack import damage_recorder
+from moepack import damage_inputs
 from moepack.calibration import Calibration
 from moepack.checkpoint import Checkpoint
-from moepack.damage import DamageProfile
+from moepack.damage import DamageProfile, MissTrial
 from moepack.damage_probe import Measured, measure_damage
 from moepack.encodings import encoding
 from moepack.errors import ProfileError, TextError
@@ -212,11 +212,83 @@ def test_divergences_of_all_layers_are_those_of_the_model_rounded_whole(
             assert divergence == pytest.approx(divergence_of(p, q), rel=0.01)
 
 
+@contextmanager
+def missing(model: Any, weighed: Weighed, trial: MissTrial, seen: list[str]) -> Iterator[None]:
+    """Transformers' model with every expert missing, replaced or left out token by token."""
+    before = [block.mlp.experts.forward for block in model.model.layers]
+
+    def replace(number: int, experts: Any) -> None:
+        low = {
+            expert: dequantise_expert(
+                quantise_expert(
+                    weighed.checkpoint.expert(number, expert),
+                    encoding("INT4_G32"),
+                    "F32",
+                    "it",
+                    importance=weighed.calibration.importance(number, expert),
+                ),
+                encoding("INT4_G32"),
+            )
+            for expert in range(16)
+        }
+
+        def forward(inputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros_like(inputs)
+            for token, x in enumerate(inputs):
+                share = 0.0
+                chosen = sorted(zip(weights[token].tolist(), ids[token].tolist(), strict=True))
+                for weight, expert in reversed(chosen):
+                    if share <= trial.exact_up_to:
+                        both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+                        seen.append("exact")
+                    elif share <= trial.low_up_to:
+                        gate, up, last = low[expert].values()
+                        both = torch.from_numpy(np.concatenate([gate, up]))
+                        down = torch.from_numpy(np.ascontiguousarray(last))
+                        seen.append("low")
+                    else:
+                        both = None
+                        seen.append("nothing")
+                    if both is not None:
+                        gate, up = (both @ x).chunk(2)
+                        found[token] += weight * (down @ (torch.nn.functional.silu(gate) * up))
+                    share += weight / float(weights[token].sum())
+            return found
+
+        experts.forward = forward
+
+    for number, block in enumerate(model.model.layers):
+        replace(number, block.mlp.experts)
+    yield
+    for block, forward in zip(model.model.layers, before, strict=True):
+        block.mlp.experts.forward = forward
+
+
+def test_rules_for_misses_do_what_they_do_in_transformers(
+    folder: Path, weighed: Weighed, measured: DamageProfile, sequences: list[list[int]]
+) -> None:
+    model = load(folder)
+    assert measured.misses is not None
+    assert measured.misses.encoding == "INT4_G32"
+    trials = {(t.exact_up_to, t.low_up_to): t for t in measured.misses.trials}
+    assert len(trials) == len(measured.misses.trials)
+    with torch.inference_mode():
+        _, p = outputs(model, sequences, 0)
+        for rule in ((0.0, 1.0), (0.2, 0.9), (0.6, 0.9)):
+            seen: list[str] = []
+            with missing(model, weighed, trials[rule], seen):
+                _, q = outputs(model, sequences, 0)
+            assert trials[rule].divergence == pytest.approx(divergence_of(p, q), rel=0.01)
+            # Of 4 bytes a weight the low copy has half of one, and 4 for each 32.
+            saved = (seen.count("low") * (1 - 0.625 / 4) + seen.count("nothing")) / len(seen)
+            assert trials[rule].saved == pytest.approx(saved)
+
+
 def test_a_sample_of_an_experts_inputs_tells_its_error(
     folder: Path, texts: list[Path], found: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = found.damage
-    monkeypatch.setattr(damage_recorder, "SAMPLED", 20)
+    monkeypatch.setattr(damage_inputs, "SAMPLED", 20)
     sampled, calibration = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
     assert calibration.digest == found.calibration.digest  # of all tokens
     for one, all_of_them in zip(sampled.layers, measured.layers, strict=True):
