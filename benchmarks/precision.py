@@ -1,10 +1,11 @@
 """Fewer bits for each expert: size, quality, and speed at the same budget.
 
-    moepack profile
+    moepack profile --bits
     python -m benchmarks.precision --vram 12M 16M --plan "" "--quality int8" "--quality int4"
 
 Each ``--plan`` is what ``moepack plan`` is told beside model, budget and context. It is packed, and
-scored once on the texts that ship (``moepack eval``); at every budget all of them are raced
+scored once on the texts that ship (``moepack eval``), and by how far it goes along with the greedy
+text of the first plan (:mod:`benchmarks.greedy`); at every budget all of them are raced
 (:mod:`benchmarks.race`) after the prompts of ``moepack bench``. Printed are medians over rounds,
 speeds over that of the first plan round by round, and quality with 95 % intervals. The last line is
 one JSON object.
@@ -22,6 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from moepack_runtime.loading import open_packed
+
+from benchmarks.greedy import Agreement, agreement, greedy_texts
 from benchmarks.race import Rounds, median, pack_for, race, ratio
 from benchmarks.setting import Setting, add_options, described, named, open_setting, size_option
 from moepack.evaluating import evaluate
@@ -68,6 +72,22 @@ def stored(
     return Stored(size_bytes, found.quality)
 
 
+def compare_greedy(
+    plans: dict[str, Plan],
+    folders: dict[str, Path],
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+) -> dict[str, Agreement]:
+    """Every plan beside the greedy text of the first, after the prompts of ``moepack bench``."""
+    texts: list[list[int]] = []
+    found = {}
+    for told, plan in plans.items():
+        with open_packed(PackedModel.open(folders[plan.layout.digest]), plan) as engine:
+            texts = texts or greedy_texts(engine, prompts, new_tokens)
+            found[told] = agreement(engine, prompts, texts)
+    return found
+
+
 def _interval(estimate: Estimate, digits: int) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.{digits}f}"
@@ -84,6 +104,17 @@ def _print_quality(found: dict[str, Stored]) -> None:
             f"| {told or 'exact'} | {format_size(size_bytes)} | {_interval(quality.perplexity, 3)} "
             f"| {_interval(near.kl, 5)} | {_interval(near.top1_agreement, 4)} |"
         )
+    sys.stdout.flush()
+
+
+def _print_greedy(found: dict[str, Agreement]) -> None:
+    tokens = next(iter(found.values())).tokens
+    print(f"\ngreedy text of the first, {tokens} tokens\n")
+    print("| | same choice, given the text | goes along with each text for |")
+    print("| --- | --- | --- |")
+    for told, each in found.items():
+        lengths = ", ".join(map(str, each.along))
+        print(f"| {told or 'exact'} | {each.same:.4f} | {lengths} tokens |")
     sys.stdout.flush()
 
 
@@ -112,17 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     setting = open_setting(args.model, args.prompt)
     scored: dict[str, Stored] = {}
+    along: dict[str, Agreement] = {}
     speeds: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="precision.") as scratch:
         folder = Path(scratch)
         for budget_bytes in args.vram:
             plans = {told: plan_with(told, args, budget_bytes, folder) for told in args.plan}
-            folders = pack_for(setting.checkpoint, plans, folder)
+            folders = pack_for(setting.checkpoint, plans, folder, setting.calibration)
             if not scored and not args.no_eval:
                 for told, plan in plans.items():
                     packed = folders[plan.layout.digest]
                     scored[told] = stored(setting, plan, packed, folder, args.score)
                 _print_quality(scored)
+                along = compare_greedy(plans, folders, setting.prompts, args.greedy)
+                _print_greedy(along)
             found = race(plans, folders, setting.prompts, args.new, args.rounds)
             _print_speed(budget_bytes, plans, found)
             for told, runs in found.items():
@@ -144,7 +178,8 @@ def _run(args: argparse.Namespace) -> int:
         }
         for told, (size_bytes, quality) in scored.items()
     }
-    print(json.dumps(described(args) | {"quality": rows, "speed": speeds}))
+    greedy = {told: each._asdict() for told, each in along.items()}
+    print(json.dumps(described(args) | {"quality": rows, "greedy": greedy, "speed": speeds}))
     return 0
 
 
@@ -160,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--score", type=int, metavar="TOKENS", help="of each text; default: all that may be"
+    )
+    parser.add_argument(
+        "--greedy", type=int, default=256, metavar="TOKENS", help="of greedy text after each prompt"
     )
     parser.add_argument("--no-eval", action="store_true", help="measure speed alone")
     add_options(parser)

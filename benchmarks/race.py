@@ -18,6 +18,7 @@ from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_packed
 from moepack_runtime.stats import RunStats
 
+from moepack.calibration import Calibration
 from moepack.checkpoint import Checkpoint
 from moepack.formats import PackedModel
 from moepack.measuring import average, draw, warm_up
@@ -31,14 +32,22 @@ TURN_TOKENS = 32
 Rounds = dict[str, list[RunStats]]
 
 
-def pack_for(checkpoint: Checkpoint, plans: Mapping[str, Plan], folder: Path) -> dict[str, Path]:
-    """A packed folder for every layout among the plans, by the layout's digest."""
+def pack_for(
+    checkpoint: Checkpoint,
+    plans: Mapping[str, Plan],
+    folder: Path,
+    calibration: Calibration | None = None,
+) -> dict[str, Path]:
+    """A packed folder for every layout among the plans, by the layout's digest.
+
+    ``calibration``: of the model's profile, for layouts that are rounded by it.
+    """
     folders: dict[str, Path] = {}
     for plan in plans.values():
         digest = plan.layout.digest
         out = folder / digest
         if digest not in folders and not out.exists():
-            pack(checkpoint, plan, out)
+            pack(checkpoint, plan, out, calibration=calibration)
         folders[digest] = out
     return folders
 

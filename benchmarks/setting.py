@@ -13,6 +13,7 @@ from moepack_runtime.capabilities import CAPABILITIES
 from moepack_runtime.tokenizer import Tokenizer
 
 from moepack import machine
+from moepack.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from moepack.checkpoint import Checkpoint
 from moepack.cli.models import open_source
 from moepack.cli.options import link, size
@@ -36,6 +37,8 @@ class Setting(NamedTuple):
     ----------
     prompts : list of list of int
         Those of ``moepack bench``.
+    calibration : Calibration or None
+        What its experts are rounded by; None where that was not measured.
     """
 
     spec: ModelSpec
@@ -44,6 +47,7 @@ class Setting(NamedTuple):
     compute: ComputeProfile
     routing: RoutingProfile
     prompts: list[list[int]]
+    calibration: Calibration | None
 
     def request(
         self, args: argparse.Namespace, fast_budget_bytes: int, throttle: Throttle | None = None
@@ -81,6 +85,7 @@ def open_setting(model: str, prompt_tokens: int) -> Setting:
     if folder is None or not folder.compute_path.exists():
         raise WorkspaceError(f"{model} has no profile here; run moepack profile {model}")
     assert source.checkpoint.folder is not None
+    calibrated = (folder.folder / CALIBRATION_FILE).exists()
     return Setting(
         spec=source.spec,
         checkpoint=source.checkpoint,
@@ -88,6 +93,7 @@ def open_setting(model: str, prompt_tokens: int) -> Setting:
         compute=load_compute(folder.compute_path),
         routing=load_routing(folder.routing_path),
         prompts=shipped_prompts(Tokenizer.load(Path(source.checkpoint.folder)), prompt_tokens),
+        calibration=load_calibration(folder.folder) if calibrated else None,
     )
 
 
