@@ -191,10 +191,14 @@ class AnyDecoding(ABC, Generic[C]):
     def _pass(self, now: C, tokens: Columns, layers: Columns) -> Done[C]:
         """One layer over one token in every lane; each lane has its own."""
 
+    def run(self) -> tuple[Seen, float]:
+        """What every pass did, and the seconds of all tokens."""
+        return self._in_lanes() if self._passes.ahead_s.any() else self._at_once()
+
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
         tokens, layers = self._tokens, self._layers
-        seen, seconds = self._in_lanes() if self._passes.ahead_s.any() else self._at_once()
+        seen, seconds = self.run()
         found, parts = self._found, self._parts
         ready = found.valid.copy()
         for part in range(parts):

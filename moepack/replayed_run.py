@@ -99,7 +99,7 @@ def replay_run(
         sources=(),
         layers=tuple(shapes),
     )
-    replayer = _RunReplayer(spec, compute, link, disk, layout, placement, RoutingTables(profile))
+    replayer = RunReplayer(spec, compute, link, disk, layout, placement, RoutingTables(profile))
     found = []
     for number in np.unique(run.sequence):
         rows = np.flatnonzero(run.sequence == number)
@@ -118,7 +118,7 @@ def mean_of(replays: Sequence[Replayed]) -> Replayed:
     return mean._replace(events=sum(each.events for each in replays))
 
 
-class _RunReplayer:
+class RunReplayer:
     """Replays generations of one run under one placement, in their order."""
 
     def __init__(
@@ -158,6 +158,12 @@ class _RunReplayer:
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
         first_s = float(prefill(passes, fixed, segments, frames=frames)[0])
         self.caches.step(prompt)
+        return self.decoding(decoded).replayed(first_s)
+
+    def decoding(self, decoded: npt.NDArray[np.intp]) -> Decoding | TierDecoding:
+        """Tokens that are decoded one after the other, with the link idle before the first."""
+        tables, segments, frames = self._tables, self._segments, self._placement.staging_experts
+        guessed = guessed_layers(self._placement, segments, tables.layers)
         found = activations(tables, decoded)
         held, held_ahead = self.caches.decode(decoded)
         held = np.take_along_axis(held, found.order[..., None], axis=2)
@@ -167,7 +173,7 @@ class _RunReplayer:
         named = tables.trace.predicted[decoded] != NO_PREDICTION
         work = passes_with(found, named, self._placement, segments, held, held_ahead, lost)
         decoding = Decoding if work.read_s is None else TierDecoding
-        run = decoding(
+        return decoding(
             work,
             found,
             fixed_times(self._spec, self._compute, (1,), guessed),
@@ -175,4 +181,3 @@ class _RunReplayer:
             as_ready=True,
             frames=frames,
         )
-        return run.replayed(first_s)

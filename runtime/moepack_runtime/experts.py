@@ -28,7 +28,7 @@ from moepack.segments import BASE, LOW, Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.frames import Fetch, Frames
-from moepack_runtime.observers import Timeline
+from moepack_runtime.observers import PassFound, Timeline
 from moepack_runtime.pass_report import PassReport
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
@@ -187,6 +187,9 @@ class LayerPass:
         self._access: dict[Part, Access] = {
             part: slots.cache.step(tokens, self._fates) for part, slots in layer.slots.items()
         }
+        brought = [fetch.tickets.values() for fetch in claim.fetches.values()]
+        self._begun = [ticket.segment for tickets in (*brought, claim.wasted) for ticket in tickets]
+        self._demanded: list[SegmentId] = []
         self._wasted_bytes = sum(ticket.stored_bytes for ticket in claim.wasted)
         self._used_bytes = self._demand_bytes = 0
         self._wait_s = 0.0
@@ -243,6 +246,11 @@ class LayerPass:
         """The needed experts whose cached part was resident when the pass began."""
         return self._access[self._layer.key_part].resident.keys()
 
+    def found(self) -> PassFound:
+        """What the pass found, and what crossed the link for it, once it has been handed out."""
+        ready = [expert for expert in self._needed if expert not in self._unready]
+        return PassFound(self.hits, ready, self._demanded, self._begun)
+
     def fetch_ahead(self) -> None:
         """Let the next layer's prefetches go, as far as this one leaves them frames."""
         if not self._missing:
@@ -294,6 +302,7 @@ class LayerPass:
                 room = layer.room(fetch.frame, expert, part, variant)
                 fetch.tickets[part] = self._transfer.start(segment, room)
                 fetch.demanded.add(part)
+                self._demanded.append(segment)
 
     def _variant(self, expert: int) -> str:
         """Which variant of an expert comes, as far as it is missing."""
@@ -336,6 +345,7 @@ class LayerPass:
 
     def _next_arrival(self) -> int:
         """An expert that has arrived, or else the one that was asked for first."""
+        self._end_slice()
         while not self._fetches:
             # Every frame is still being written to for nobody.
             came = self._frames.wait()
@@ -349,6 +359,7 @@ class LayerPass:
     def _make_room(self, expert: int) -> None:
         """See to it that the next expert of the order is fetched: the frames hold later ones."""
         assert self._missing[0] == expert, "what is missing is fetched in the order of summation"
+        self._end_slice()
         while expert not in self._fetches:
             if not self._frames.wait():
                 last = max(self._fetches)

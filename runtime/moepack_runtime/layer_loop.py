@@ -173,7 +173,7 @@ class LayerLoop:
         if self.watching.live is not None:
             self.watching.live.record(number, tokens)
         if self.watching.passes is not None:
-            self.watching.passes.passed(number, tokens, layer_pass.hits)
+            self.watching.passes.passed(number, tokens, layer_pass.found())
 
 
 class _Slices:

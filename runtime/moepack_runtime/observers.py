@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -26,19 +26,32 @@ class Observer(Protocol):
         """
 
 
+class PassFound(NamedTuple):
+    """What one pass over a layer found in the fast tier, and what crossed the link for it.
+
+    Attributes
+    ----------
+    hits : collection of int
+        Its experts whose cached part (the top, or the whole expert) was resident.
+    ready : collection of int
+        Those that were whole in the fast tier when the routing was known, fetched ahead or not.
+    demanded : sequence of SegmentId
+        Asked for once the routing was known.
+    ahead : sequence of SegmentId
+        Begun before that, needed or not.
+    """
+
+    hits: Collection[int]
+    ready: Collection[int]
+    demanded: Sequence[SegmentId]
+    ahead: Sequence[SegmentId]
+
+
 class PassObserver(Protocol):
     """Sees what each pass over a layer finds in the fast tier."""
 
-    def passed(self, layer: int, tokens: Sequence[Sequence[int]], hits: Collection[int]) -> None:
-        """One pass over one layer.
-
-        Parameters
-        ----------
-        tokens
-            Of every token of the pass, in order, the ids of its experts.
-        hits
-            Those of them whose cached part (the top, or the whole expert) was resident.
-        """
+    def passed(self, layer: int, tokens: Sequence[Sequence[int]], found: PassFound) -> None:
+        """One pass over one layer; ``tokens``: of every token, in order, the ids of its experts."""
 
 
 class Timeline(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from random import Random
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from moepack_runtime.engine import Engine
 from moepack_runtime.live_routing import LiveRouting, RoutingWindow
+from moepack_runtime.observers import PassFound
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.store import CheckMode, CheckpointStore
 from moepack_runtime.transfer import HostileTransfer
@@ -253,8 +254,8 @@ class Seen:
     def __init__(self) -> None:
         self.tokens: dict[int, list[Sequence[int]]] = {}
 
-    def passed(self, layer: int, tokens: Sequence[Sequence[int]], hits: Collection[int]) -> None:
-        assert {*hits} <= {expert for token in tokens for expert in token}
+    def passed(self, layer: int, tokens: Sequence[Sequence[int]], found: PassFound) -> None:
+        assert {*found.hits} <= {expert for token in tokens for expert in token}
         self.tokens.setdefault(layer, []).extend(tokens)
 
 

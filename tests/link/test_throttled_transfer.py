@@ -9,36 +9,21 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from moepack_runtime.transfer import HostTransfer, Priority, ThrottledTransfer, Ticket, throttled
+from moepack_runtime.transfer import HostTransfer, Priority, ThrottledTransfer, Ticket
 
 from moepack.errors import TransferError
 from moepack.segments import SegmentId
 from tests.link.support import STORED_BYTES, PatternStore, segment
+from tests.support.simulated_time import Clock, simulated_clock
 
 RATE_BYTES_PER_S = STORED_BYTES / 0.008
 LATENCY_S = 0.002
 SERVICE_S = 0.010
 
 
-class Clock:
-    """Stands still unless somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def read(self) -> float:
-        return self.now_s
-
-    def sleep_until(self, deadline_s: float) -> None:
-        self.now_s = max(self.now_s, deadline_s)
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(throttled, "perf_counter", clock.read)
-    monkeypatch.setattr(throttled, "_sleep_until", clock.sleep_until)
-    return clock
+    return simulated_clock(monkeypatch)
 
 
 @pytest.fixture

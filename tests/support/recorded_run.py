@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from moepack_runtime.engine import Engine
+from moepack_runtime.observers import PassFound
 from moepack_runtime.sampling import Sampler, SamplingParams
 from moepack_runtime.stats import RunStats
 
@@ -44,9 +45,9 @@ class _Recorder:
         self.ids: dict[int, list[Sequence[Sequence[int]]]] = {layer: [] for layer in layers}
         self.hits: dict[int, list[list[list[bool]]]] = {layer: [] for layer in layers}
 
-    def passed(self, layer: int, tokens: Sequence[Sequence[int]], hits: Collection[int]) -> None:
+    def passed(self, layer: int, tokens: Sequence[Sequence[int]], found: PassFound) -> None:
         self.ids[layer].append(tokens)
-        self.hits[layer].append([[expert in hits for expert in token] for token in tokens])
+        self.hits[layer].append([[expert in found.hits for expert in token] for token in tokens])
 
 
 def record_run(engine: Engine, prompt: Sequence[int], new_tokens: int) -> RecordedRun:
