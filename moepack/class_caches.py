@@ -6,7 +6,7 @@ is known beforehand; only tokens that use the class are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,47 +21,50 @@ _NUMBER = (1 << _NUMBER_BITS) - 1
 
 
 def stepped_classes(
-    trace: ClassTrace, policy: Policy, slots: Sequence[int], half_lives: Sequence[float]
-) -> tuple[Flags, Flags]:
+    trace: ClassTrace, policy: Policy, slots: Sequence[Sequence[int]], half_lives: Sequence[float]
+) -> Iterator[tuple[int, int, tuple[Flags, Flags]]]:
     """Which activated, and which predicted, experts such caches hold when a token arrives.
 
     Parameters
     ----------
     slots
-        Of each class: 1 or more.
+        Of each class those of its caches, each 1 or more.
     half_lives
         Of each class, in tokens, where the policy is ``lfu_decay``.
 
-    Returns
-    -------
-    activated : bool [T, V, K]
-    predicted : bool [T, V, R]
+    Yields
+    ------
+    int, int, (bool [T, K], bool [T, R])
+        A class, by its place, and a number of slots; what is held of its own experts.
     """
-    activated = np.zeros(trace.ids.shape, dtype=np.bool_)
-    predicted = np.zeros(trace.predicted.shape, dtype=np.bool_)
     order = trace.order(policy, half_lives)
     by_id = np.argsort(trace.ids, axis=2, kind="stable")
     worths = order.after.astype(np.int64) << _NUMBER_BITS | trace.ids
     worths = np.take_along_axis(worths, by_id, axis=2)
-    for place, capacity in enumerate(slots):
+    for place, capacities in enumerate(slots):
         ids, guesses = trace.ids[:, place], trace.predicted[:, place]
         counts = (ids != trace.nobody).sum(axis=1)
         events = np.flatnonzero(counts)
-        tokens = worths[events, place].tolist()
-        used = [token[:count] for token, count in zip(tokens, counts[events].tolist(), strict=True)]
+        tokens = [
+            token[:count]
+            for token, count in zip(
+                worths[events, place].tolist(), counts[events].tolist(), strict=True
+            )
+        ]
         start = [
-            int(code) << _NUMBER_BITS | number
+            code << _NUMBER_BITS | number
             for number, code in enumerate(order.start[place, : trace.nobody].tolist())
         ]
-        first = [start[number] for number in trace.hot[place, :capacity].tolist()]
-        contents, at = _walked(used, first, capacity)
-        # What is held when a token arrives is what the last one left that used the class.
-        known = np.append(at, len(contents) - 1)
-        held = contents[known[np.searchsorted(events, np.arange(len(ids)))]]  # [T, slots]
-        for column in held.T:
-            activated[:, place] |= ids == column[:, None]
-            predicted[:, place] |= guesses == column[:, None]
-    return activated, predicted
+        # What a token finds is what the last one left that used the class.
+        last = np.searchsorted(events, np.arange(len(ids)))
+        for capacity in capacities:
+            first = [start[number] for number in trace.hot[place, :capacity].tolist()]
+            contents, at = _walked(tokens, first, capacity)
+            held = contents[np.append(at, len(contents) - 1)[last]]  # [T, slots]
+            hits, ahead = (
+                (asked[:, :, None] == held[:, None, :]).any(axis=2) for asked in (ids, guesses)
+            )
+            yield place, capacity, (hits, ahead)
 
 
 def _walked(
@@ -88,40 +91,42 @@ def _walked(
     contents, at = [tuple(held)], []
     for token in tokens:
         at.append(len(contents) - 1)
-        missing = [worth for worth in token if (worth & _NUMBER) not in held]
-        if not missing:
-            for worth in token:
+        missing = 0
+        for worth in token:
+            if worth & _NUMBER in held:
                 held[worth & _NUMBER] = worth
+            else:
+                missing += 1
+        if not missing:
             continue
-        numbers = {worth & _NUMBER for worth in token}
-        others = sorted(worth for number, worth in held.items() if number not in numbers)
-        if len(token) <= capacity:
-            staying = others[len(others) - (capacity - len(token)) :]
-            held = {worth & _NUMBER: worth for worth in (*token, *staying)}
+        if len(token) == 1:
+            del held[min(held.values()) & _NUMBER]
+            held[token[0] & _NUMBER] = token[0]
         else:
-            held = _crowded(token, held, others, capacity)
+            held = _after(token, held, capacity)
         contents.append(tuple(held))
     return np.array(contents, dtype=np.uint16), np.array(at, dtype=np.intp)
 
 
-def _crowded(
-    token: Sequence[int], held: dict[int, int], others: list[int], capacity: int
-) -> dict[int, int]:
-    """What is held after a token that uses more than there are slots.
+def _after(token: Sequence[int], held: dict[int, int], capacity: int) -> dict[int, int]:
+    """What is held after a token of which something is missing.
 
-    ``others`` is what the token does not use of what is held, ascending.
+    ``held`` has what its hits are worth from then on.
     """
+    used = {worth & _NUMBER: worth for worth in token}
+    others = sorted((worth for number, worth in held.items() if number not in used), reverse=True)
+    if len(token) <= capacity:
+        staying = others[: capacity - len(token)]
+        return used | {worth & _NUMBER: worth for worth in staying}
+    # What is not wanted gives way once it is consumed, the worst first.
     wanted = {*sorted(token)[-capacity:]}
-    hits = {worth & _NUMBER for worth in token} & held.keys()
-    victims = others[::-1]  # the last goes first
-    found = {worth & _NUMBER: worth for worth in others}
-    found |= {worth & _NUMBER: worth for worth in token if worth & _NUMBER in hits}
-    for worth in token:
-        if worth & _NUMBER in hits:
+    found, victims = dict(held), others
+    for number, worth in used.items():
+        if number in held:
             if worth not in wanted:
                 victims.append(worth)
                 victims.sort(reverse=True)
         elif worth in wanted and victims:
             del found[victims.pop() & _NUMBER]
-            found[worth & _NUMBER] = worth
+            found[number] = worth
     return found

@@ -6,7 +6,7 @@ the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from moepack.budget import class_slots
 from moepack.class_caches import stepped_classes
 from moepack.class_ranks import ClassRanks, ClassTrace
 from moepack.cost import Array
-from moepack.plan import LayerLayout, LayerPlacement, Policy
+from moepack.plan import POLICIES, LayerLayout, LayerPlacement, Policy
 from moepack.timeline import Flags
 from moepack.trace import ROUTING_PARTS, LayerShape, Trace, hot_rankings
 
@@ -113,19 +113,49 @@ class ClassTables:
         mapping of int to (bool [T, K], bool [T, R])
             By the layer's place among those with experts. Of what does not exist: False.
         """
-        places = [placed[row] for row in self.rows]
-        slots = [class_slots(cut, place) for cut, place in zip(self._cuts, places, strict=True)]
-        keys = [
-            (index, place.policy, place.half_life_tokens, counts)
-            for index, (place, counts) in enumerate(zip(places, slots, strict=True))
+        self.step([placed])
+        found = {}
+        for index, (row, place, slots) in enumerate(self._placed(placed)):
+            key = index, place.policy, place.half_life_tokens, slots
+            if key not in self._held:
+                self._held[key] = self._one(index, place, slots)
+            found[row] = self._held[key]
+        return found
+
+    def step(self, placements: Iterable[Sequence[LayerPlacement]]) -> None:
+        """Make :meth:`held` ready for many placements at once.
+
+        Caches that cannot hold what a token may use are stepped: the order of experts, which that
+        begins with, is found once for all of them.
+        """
+        missing: dict[_Stepped, None] = {}
+        for placed in placements:
+            mine = self._placed(placed)
+            self._rank_decaying([place.half_life_tokens for _, place, _ in mine])
+            for index, (_, place, slots) in enumerate(mine):
+                missing |= dict.fromkeys(self._small(index, place, slots))
+        for policy in dict.fromkeys(each.policy for each in missing):
+            alike = [each for each in missing if each.policy == policy]
+            # A class of some half-life has one order, whatever its slots.
+            orders = list(dict.fromkeys((each.place, each.half_life_tokens) for each in alike))
+            some = self._classes.some([place for place, _ in orders])
+            lives = [half_life for _, half_life in orders if half_life is not None]
+            stacked = [
+                [each.slots for each in alike if (each.place, each.half_life_tokens) == order]
+                for order in orders
+            ]
+            for number, count, found in stepped_classes(some, policy, stacked, lives):
+                at, half_life = orders[number]
+                self._stepped[_Stepped(at, policy, count, half_life)] = found
+
+    def _placed(
+        self, placed: Sequence[LayerPlacement]
+    ) -> list[tuple[int, LayerPlacement, tuple[int, ...]]]:
+        """Of each mixed layer its place among all, its placement, and the slots of its classes."""
+        return [
+            (row, placed[row], class_slots(cut, placed[row]))
+            for row, cut in zip(self.rows, self._cuts, strict=True)
         ]
-        missing = [index for index, key in enumerate(keys) if key not in self._held]
-        if missing:
-            self._rank_decaying([places[index].half_life_tokens for index in missing], missing)
-            self._step(self._small(missing, places, slots))
-        for index in missing:
-            self._held[keys[index]] = self._one(index, places[index], slots[index])
-        return {row: self._held[key] for row, key in zip(self.rows, keys, strict=True)}
 
     def prepare(self, policies: Iterable[Policy]) -> None:
         """Rank the trace under some policies at once: several take little longer than one."""
@@ -142,6 +172,7 @@ class ClassTables:
         """
         index = self.rows.index(row)
         if (index, policy) not in self._curves:
+            self.prepare(POLICIES)
             self._curves[index, policy] = self._scored(index, policy)
         return self._curves[index, policy]
 
@@ -167,12 +198,10 @@ class ClassTables:
             )
             self._ranks[policy, half_lives if policy == "lfu_decay" else ()] = found
 
-    def _rank_decaying(self, half_lives: Sequence[float | None], indices: Sequence[int]) -> None:
+    def _rank_decaying(self, half_lives: Sequence[float | None]) -> None:
         """Rank what decays otherwise than has been ranked: all of it at once."""
         asked = {
-            index: half_life
-            for index, half_life in zip(indices, half_lives, strict=True)
-            if half_life is not None
+            index: half_life for index, half_life in enumerate(half_lives) if half_life is not None
         }
         if any(self._decaying(index, half_life) is None for index, half_life in asked.items()):
             some = next(iter(asked.values()))
@@ -208,30 +237,13 @@ class ClassTables:
                 predicted = np.where(of_predicted == its, ahead, predicted)
         return activated, predicted
 
-    def _small(
-        self,
-        indices: Sequence[int],
-        places: Sequence[LayerPlacement],
-        slots: Sequence[Sequence[int]],
-    ) -> list[_Stepped]:
-        """The caches of these layers that no ranks hold for."""
-        found = []
-        for index in indices:
-            policy, half_life = places[index].policy, places[index].half_life_tokens
-            for its, count in enumerate(slots[index]):
-                place = self._places[index, its]
-                if policy != "pinned" and 0 < count < self._most_used[place]:
-                    found.append(_Stepped(place, policy, count, half_life))
-        return [each for each in dict.fromkeys(found) if each not in self._stepped]
-
-    def _step(self, missing: Sequence[_Stepped]) -> None:
-        for policy in dict.fromkeys(each.policy for each in missing):
-            mine = [each for each in missing if each.policy == policy]
-            lives = [each.half_life_tokens for each in mine if each.half_life_tokens is not None]
-            some = self._classes.some([each.place for each in mine])
-            hits, ahead = stepped_classes(some, policy, [each.slots for each in mine], lives)
-            for place, each in enumerate(mine):
-                self._stepped[each] = hits[:, place], ahead[:, place]
+    def _small(self, index: int, place: LayerPlacement, slots: Sequence[int]) -> Iterator[_Stepped]:
+        """The caches of a layer that no ranks hold for, and that have not been stepped."""
+        for its, count in enumerate(slots):
+            key = _Stepped(self._places[index, its], place.policy, count, place.half_life_tokens)
+            small = place.policy != "pinned" and 0 < count < self._most_used[key.place]
+            if small and key not in self._stepped:
+                yield key
 
     def _scored(self, index: int, policy: Policy) -> tuple[ClassCurves, ...]:
         trace, shape = self._trace, self._layers[index]

@@ -59,6 +59,7 @@ def hit_panels(plan: Plan, tables: RoutingTables, bands: Sequence[range]) -> tup
     test = tables.trace.part == ROUTING_PARTS.index("test")
     curves[BELADY] = rank_curves(tables.future[test], tables.layers)
     pairs = list(zip(plan.layout.layers, plan.placement.layers, strict=True))
+    mixed = _mixed(plan, tables)
     panels = []
     for band in bands:
         experts = tables.layers[band[0]].num_experts
@@ -74,14 +75,33 @@ def hit_panels(plan: Plan, tables: RoutingTables, bands: Sequence[range]) -> tup
                 },
                 chosen=()
                 if plan.placement.pool is not None
-                else tuple(_chosen(*pairs[row], curves, row) for row in band),
+                else tuple(_chosen(*pairs[row], curves, row, mixed.get(row)) for row in band),
             )
         )
     return tuple(panels)
 
 
-def _chosen(cut: LayerLayout, place: LayerPlacement, curves: dict[str, Curves], row: int) -> Chosen:
+def _mixed(plan: Plan, tables: RoutingTables) -> dict[int, float]:
+    """Of layers whose experts are stored in several encodings the hit rate, by place."""
+    cuts = plan.layout.layers
+    if not any(cut.encodings for cut in cuts):
+        return {}
+    test = tables.trace.part == ROUTING_PARTS.index("test")
+    held = tables.classes(cuts).held(plan.placement.layers)
+    return {
+        row: float(activated[test, : tables.layers[row].top_k].mean())
+        for row, (activated, _) in held.items()
+    }
+
+
+def _chosen(
+    cut: LayerLayout,
+    place: LayerPlacement,
+    curves: dict[str, Curves],
+    row: int,
+    hit_rate: float | None,
+) -> Chosen:
     slots = place.top_slots if cut.split else place.bottom_slots
-    hit_rate = float(curves[place.policy][row, slots])
+    found = float(curves[place.policy][row, slots]) if hit_rate is None else hit_rate
     share = slots / len(place.hot)
-    return Chosen(place.layer, share, hit_rate, place.policy, place.half_life_tokens)
+    return Chosen(place.layer, share, found, place.policy, place.half_life_tokens)

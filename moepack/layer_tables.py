@@ -40,6 +40,8 @@ class Choice(NamedTuple):
         What its slots take.
     seconds : float
         Its share of the objective: time to the first token, and ``new - 1`` tokens after it.
+    classes : tuple of int
+        Where experts are stored in several encodings: the slots of each.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class Choice(NamedTuple):
     depth: int
     budget_bytes: int
     seconds: float
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +78,15 @@ class LayerTable:
     policy: tuple[Policy, ...]
 
     @property
+    def frame_bytes(self) -> int:
+        """What an expert takes, under the cut under which it takes most."""
+        cuts = self.problem.cuts
+        return int((cuts.top_bytes + cuts.bottom_bytes).max())
+
+    @property
     def full_bytes(self) -> int:
         """More than this buys nothing: every expert is whole under every cut."""
-        cuts = self.problem.cuts
-        return int((cuts.top_bytes + cuts.bottom_bytes).max()) * self.problem.num_experts
+        return self.frame_bytes * self.problem.num_experts
 
     @cached_property
     def frontier(self) -> Frontier:
@@ -156,14 +164,14 @@ def tabulate_all(problems: Sequence[LayerProblem]) -> list[LayerTable]:
     problem = problems[-1]
     policies = [policy for policy in problem.hits if policy in problem.engine.policies]
     curves = np.array([problem.hits[policy] for policy in policies])  # [P, N + 1]
-    leader = _smoothed(curves, problem.num_experts // 8).argmax(axis=0)
+    leader = smoothed(curves, problem.num_experts // 8).argmax(axis=0)
     hits = np.maximum.accumulate(np.take_along_axis(curves, leader[None], axis=0)[0])
     hits[-1] = 1.0
     pricer = _Pricer(
         problem, hits, _predicted_held(problem, policies, leader), _reads(problem, policies, leader)
     )
-    every = tuple(_variants(problem))
-    asked = [tuple(_variants(each)) for each in problems]
+    every = tuple(variants_of(problem))
+    asked = [tuple(variants_of(each)) for each in problems]
     places = [[every.index(variant) for variant in variants] for variants in asked]
     experts, count = problem.num_experts, len(problem.cuts.splits)
     shape = 2 * experts + 1, count
@@ -189,7 +197,7 @@ def tabulate_all(problems: Sequence[LayerProblem]) -> list[LayerTable]:
     ]
 
 
-def _smoothed(curves: Array, reach: int) -> Array:
+def smoothed(curves: Array, reach: int) -> Array:
     """Each value's mean with so many on either side, ends repeated, [P, N + 1]."""
     padded = np.pad(curves, ((0, 0), (reach, reach)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=1)
@@ -209,17 +217,17 @@ def _predicted_held(
     return found
 
 
-def _ranks(problem: LayerProblem) -> int:
+def ranks_ahead(problem: LayerProblem) -> int:
     """How deep can be fetched ahead."""
     return min(len(problem.accuracy), problem.engine.max_prefetch_depth, problem.staging_experts)
 
 
-def _variants(problem: LayerProblem) -> Iterator[Variant]:
+def variants_of(problem: LayerProblem) -> Iterator[Variant]:
     """No prefetching, then every mode to every depth."""
     yield Variant("off", 0)
     for mode in problem.engine.prefetch:
         if mode != "off":
-            yield from (Variant(mode, depth) for depth in range(1, _ranks(problem) + 1))
+            yield from (Variant(mode, depth) for depth in range(1, ranks_ahead(problem) + 1))
 
 
 def _reads(
@@ -255,7 +263,7 @@ class _Pricer:
         self._reads = reads
         self._hits = hits
         self._predicted_held = predicted_held
-        self._ranks = _ranks(problem)
+        self._ranks = ranks_ahead(problem)
         self._missing = missing_after(problem.used)
         cuts, interior = problem.cuts, problem.cuts.interior
         self._transfers: tuple[Array, ...] = _part_seconds(cuts, problem.link)

@@ -10,6 +10,9 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, Layout
 from moepack.segments import cuts, granularity
 
+#: What the experts of a layer are stored in: all of them, or each by its id.
+Stored = str | tuple[str, ...]
+
 #: Length of a prefill block; part of every layout, since it decides the bits of the result.
 PREFILL_BLOCK_TOKENS = 512
 
@@ -72,9 +75,9 @@ def uniform_layout(
     spec: ModelSpec,
     ratio: float,
     block_tokens: int = PREFILL_BLOCK_TOKENS,
-    encodings: tuple[str, ...] | None = None,
+    encodings: tuple[Stored, ...] | None = None,
 ) -> Layout:
-    """Every layer cut near the same ratio.
+    """Every layer cut near the same ratio; those whose experts differ stay whole.
 
     Parameters
     ----------
@@ -84,7 +87,9 @@ def uniform_layout(
     numbers = spec.moe_layers
     stored = encodings or (spec.dtype,) * len(numbers)
     layers = tuple(
-        layer_layout(spec, number, ratio, name)
-        for number, name in zip(numbers, stored, strict=True)
+        layer_layout(spec, number, ratio, names)
+        if isinstance(names, str)
+        else mixed_layout(spec, number, names)
+        for number, names in zip(numbers, stored, strict=True)
     )
     return Layout(spec.digest, layers, block_tokens)

@@ -45,7 +45,7 @@ def without_low_copies(request: PlanRequest) -> PlanRequest:
         )
     if not request.low:
         return request
-    layout = kept or request.even_layout(1.0)
+    layout = kept or request.whole_layout
     require_low_copies(request.spec, replace(layout, low=request.low))
     bare = replace(layout, low="")
     with_low, without = (

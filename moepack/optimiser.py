@@ -21,6 +21,7 @@ from moepack.allocation import exact, exchange, total_cost
 from moepack.byte_division import Frontier, divide
 from moepack.cost import Array
 from moepack.layer_tables import Choice, LayerTable
+from moepack.mixed_tables import MixedTable
 
 #: A quantum is this share of the budget, or this share of a layer's even part, if that is less.
 QUANTA = 100
@@ -83,13 +84,14 @@ class Optimum:
         return InQuanta(exchange_s, min(exchange_s, exact_s), tuple(best.tolist()))
 
 
-def optimise(tables: Sequence[LayerTable], budget_bytes: int) -> Optimum:
+def optimise(tables: Sequence[LayerTable | MixedTable], budget_bytes: int) -> Optimum:
     """Divide a budget among layers.
 
     Parameters
     ----------
     tables
-        One for each layer with experts, from :func:`moepack.layer_tables.tabulate`.
+        One for each layer with experts, from :func:`moepack.layer_tables.tabulate`; of a mixed one
+        from :func:`moepack.mixed_tables.tabulate_mixed`.
     budget_bytes
         For the slots of all layers.
     """

@@ -42,9 +42,27 @@ def place_layer(
     policy: Policy,
     prefetch: PrefetchMode = "off",
     depth: int = 0,
+    classes: tuple[int, ...] = (),
 ) -> LayerPlacement:
-    """Spend one layer's budget: tops first, bottoms once every top is kept."""
+    """Spend one layer's budget: tops first, bottoms once every top is kept.
+
+    ``classes``: of a mixed layer the slots of each of its encodings, within the budget; none where
+    nothing is said.
+    """
     experts = len(hot)
+    if cut.encodings:
+        slots = sum(classes)
+        return LayerPlacement(
+            layer=cut.layer,
+            budget_bytes=budget_bytes,
+            top_slots=slots if cut.split else 0,
+            bottom_slots=0 if cut.split else slots,
+            policy=policy,
+            hot=hot,
+            prefetch=prefetch if depth else "off",
+            prefetch_depth=depth,
+            class_slots=classes or (0,) * len(cut.classes),
+        )
     top_bytes, bottom_bytes = (stored_bytes(request.spec, cut, part) for part in PARTS)
     tops = min(experts, budget_bytes // top_bytes) if top_bytes else 0
     bottoms = 0
@@ -112,5 +130,10 @@ def _host(
 
 
 def _mean_segment_bytes(request: PlanRequest, layout: Layout) -> float:
-    sizes = [stored_bytes(request.spec, cut, part) for cut in layout.layers for part in PARTS]
+    sizes = [
+        stored_bytes(request.spec, cut, part, name)
+        for cut in layout.layers
+        for part in PARTS
+        for name in cut.classes
+    ]
     return statistics.fmean(size for size in sizes if size)

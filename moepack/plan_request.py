@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from moepack.budget import fixed_bytes, staging_bytes
 from moepack.compute import ComputeProfile
 from moepack.encodings import encoding
-from moepack.errors import BudgetTooSmallError, PlanMismatchError
+from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.hardware import HardwareProfile
-from moepack.layouts import uniform_layout
+from moepack.layouts import Stored, uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, EngineCapabilities, Layout, OnMiss, Placement
 from moepack.routing import RoutingProfile
@@ -45,6 +45,9 @@ class PlanRequest:
     encoding : str or None
         What all routed experts are stored in (:mod:`moepack.encodings`); None: in the model's
         dtype. A layout that is kept has its own.
+    by_expert : tuple of tuple of str
+        Instead of that, of every layer with experts, of every expert by its id. Empty where all are
+        stored in ``encoding``.
     low : str
         What a low copy of each is stored in; empty for none. Those of a layout that is kept.
     on_miss : OnMiss or None
@@ -70,16 +73,30 @@ class PlanRequest:
     assumed_engine: bool = False
     keep_layout: Layout | None = None
     encoding: str | None = None
+    by_expert: tuple[tuple[str, ...], ...] = ()
     low: str = ""
     on_miss: OnMiss | None = None
     calibration: str = ""
 
     @property
-    def encodings(self) -> tuple[str, ...]:
+    def stored(self) -> tuple[Stored, ...]:
         """What the routed experts of each layer that has some are stored in."""
         if self.keep_layout is not None:
-            return tuple(cut.encoding for cut in self.keep_layout.layers)
+            return tuple(cut.encodings or cut.encoding for cut in self.keep_layout.layers)
+        if self.by_expert:
+            return tuple(names if len(set(names)) > 1 else names[0] for names in self.by_expert)
         return (self.encoding or self.spec.dtype,) * len(self.spec.moe_layers)
+
+    @property
+    def encodings(self) -> frozenset[str]:
+        """All that any routed expert is stored in."""
+        each = ((names,) if isinstance(names, str) else names for names in self.stored)
+        return frozenset(name for names in each for name in names)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether experts of a layer are stored in several encodings."""
+        return any(not isinstance(names, str) for names in self.stored)
 
     @property
     def is_rounded(self) -> bool:
@@ -87,14 +104,19 @@ class PlanRequest:
         return bool(self.low) or any(encoding(name).quantised for name in self.encodings)
 
     def even_layout(self, ratio: float) -> Layout:
-        """Every layer cut near the same ratio, in its encoding.
+        """Every layer cut near the same ratio, in its encoding; mixed layers stay whole.
 
         Raises
         ------
         UnknownEncodingError, GroupMismatchError
             When the experts cannot be stored so.
         """
-        return uniform_layout(self.spec, ratio, encodings=self.encodings)
+        return uniform_layout(self.spec, ratio, encodings=self.stored)
+
+    @property
+    def whole_layout(self) -> Layout:
+        """No layer cut."""
+        return self.even_layout(1.0)
 
 
 def with_calibration(request: PlanRequest, layout: Layout) -> Layout:
@@ -134,7 +156,7 @@ def max_context_tokens(request: PlanRequest) -> int:
 
 def _least_bytes(request: PlanRequest) -> int:
     """Bytes of the smallest placement: everything fixed, and one expert in flight."""
-    layout = request.keep_layout or request.even_layout(1.0)
+    layout = request.keep_layout or request.whole_layout
     low = {request.low} if request.low else set()
     return fixed_bytes(
         request.spec,
@@ -152,12 +174,19 @@ def require_matching(request: PlanRequest) -> None:
     ------
     PlanMismatchError
         Naming what is whose, or what there is.
+    CapabilityError
+        When experts of a layer differ and the engine cannot do that.
     """
-    strange = set(request.encodings).difference(request.engine.encodings)
+    strange = request.encodings.difference(request.engine.encodings)
     if strange:
         raise PlanMismatchError(
             f"experts in {', '.join(sorted(strange))}; this engine computes with "
             f"{', '.join(request.engine.encodings)}: choose one of these"
+        )
+    if request.is_mixed and not request.engine.mixed_layers:
+        raise CapabilityError(
+            "experts of one layer in several encodings; this engine wants those of a layer alike: "
+            "choose one encoding with --quality"
         )
     digest = request.spec.digest
     owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]

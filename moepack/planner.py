@@ -142,6 +142,9 @@ class Planner:
         # Of equals the first: the resident one before those that hold everything as well.
         able = [each for each in (*reversed(strategies), *optimised, *below) if not each.why_not]
         able = _within_ram(able) or able
+        if request.is_mixed:
+            mixed = self.tables.classes(request.whole_layout.layers)
+            mixed.step(each.placement.layers for each in able)
         progress.start("replay what could be planned", len(able), "items")
         try:
             for contender in able:

@@ -23,7 +23,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moepack.allocation import exact
-from moepack.budget import stored_bytes
+from moepack.budget import layer_bytes, stored_bytes
+from moepack.byte_division import divide
+from moepack.class_division import layer_divisions
 from moepack.encodings import ENCODINGS
 from moepack.passes import Oracle
 from moepack.placements import free_bytes, place_layer, placement
@@ -40,6 +42,7 @@ FULL_ENGINE = EngineCapabilities(
     shared_pool=True,
     as_ready=True,
     encodings=tuple(ENCODINGS),
+    mixed_layers=True,
 )
 
 #: Experts that Mixtral-Offloading guesses of the next layer.
@@ -78,7 +81,7 @@ class Strategies:
         self._engine = request.engine
         spec = request.spec
         self._top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
-        self._whole = request.even_layout(1.0)
+        self._whole = request.whole_layout
 
     def all(self) -> Iterator[Contender]:
         """Every strategy that fits the budget; of one name there may be several."""
@@ -97,7 +100,8 @@ class Strategies:
         yield from self._even("lru_prefetch", whole, "lru", depth=top_k)
         yield from self._even("lcp_prefetch", whole, "lcp", depth=top_k)
         half_depth = top_k if "all" in self._engine.prefetch else 0
-        yield from self._even("uniform_half", half, "lcp", depth=half_depth)
+        if not self._request.is_mixed:  # such layers are not cut
+            yield from self._even("uniform_half", half, "lcp", depth=half_depth)
         yield from self._even("mixtral_offloading", whole, "lru", depth=min(_GUESSES, top_k))
         yield from self._even("moe_infinity", whole, "lfu", depth=top_k)
         yield from self._even(
@@ -160,6 +164,9 @@ class Strategies:
     def _divided(self, name: str, policy: Policy, *, depth: int) -> Iterator[Contender]:
         """Whole experts, slots divided so that the fewest experts are missed on *fit*."""
         layout = self._whole
+        if self._request.is_mixed:
+            yield from self._divided_by_class(name, policy, depth=depth)
+            return
         curves = self._tables.fit_curves(policy)
         # What each layer misses with 0, 1 ... slots, in activations.
         misses = [
@@ -173,6 +180,22 @@ class Strategies:
                 continue
             slots = exact(misses, spare_bytes // slot_bytes)
             budgets = (slots * slot_bytes).tolist()
+            yield self._contender(name, layout, budgets, policy, depth, staging)
+
+    def _divided_by_class(self, name: str, policy: Policy, *, depth: int) -> Iterator[Contender]:
+        """The same where slots differ in size: so that the fewest bytes are missed."""
+        layout, rows = self._whole, range(len(self._whole.layers))
+        known = [
+            layer_divisions(self._request.spec, self._tables, layout.layers, row, policy)
+            for row in rows
+        ]
+        frontiers = [each.frontier for each in known]
+        for staging in self.staging(depth):
+            spare_bytes = free_bytes(self._request, layout, staging)
+            if spare_bytes < 0:
+                continue
+            places = divide(frontiers, spare_bytes).places
+            budgets = [int(known[row].bytes[places[row]]) for row in rows]
             yield self._contender(name, layout, budgets, policy, depth, staging)
 
     def _contender(
@@ -191,17 +214,27 @@ class Strategies:
             place_layer(
                 self._request,
                 cut,
-                hot,
+                self._tables.hot[row],
                 budget_bytes,
                 policy=policy,
                 prefetch="all" if depth else "off",
                 depth=depth,
+                classes=self._classes(layout, row, policy, budget_bytes),
             )
-            for cut, hot, budget_bytes in zip(layout.layers, self._tables.hot, budgets, strict=True)
+            for row, (cut, budget_bytes) in enumerate(zip(layout.layers, budgets, strict=True))
         ]
         made = placement(self._request, layout, layers, staging_experts=staging)
         missing = why_not or self.why_not(layout, made)
         return Contender(name, layout, made, self._engine.as_ready, oracle, missing)
+
+    def _classes(
+        self, layout: Layout, row: int, policy: Policy, budget_bytes: int
+    ) -> tuple[int, ...]:
+        """Slots of a mixed layer's encodings, so that the fewest bytes are missed on *fit*."""
+        if not layout.layers[row].encodings:
+            return ()
+        spec, tables = self._request.spec, self._tables
+        return layer_divisions(spec, tables, layout.layers, row, policy).within(budget_bytes)
 
     def why_not(self, layout: Layout, made: Placement) -> str:
         """What keeps this engine from running a placement; empty where nothing does."""
@@ -226,6 +259,8 @@ class Strategies:
         budgets would choose on *fit*, and the staging is the least that overlaps.
         """
         request, layout = self._request, self._whole
+        if self._request.is_mixed:
+            return
         sizes = {stored_bytes(request.spec, cut, "top") for cut in layout.layers}
         experts = {shape.num_experts for shape in self._tables.layers}
         if len(sizes) > 1 or len(experts) > 1:
@@ -270,18 +305,16 @@ class Strategies:
     def _bounds(self) -> Iterator[Contender]:
         """What no cache and no prediction can beat, and what no memory can."""
         layout, top_k = self._whole, self._top_k
-        yield from self._even(
-            "belady",
-            layout,
-            "lru",
-            depth=top_k,
-            oracle="future",
-            why_not="it knows the future",
-        )
-        budgets = [
-            stored_bytes(self._request.spec, cut, "top") * shape.num_experts
-            for cut, shape in zip(layout.layers, self._tables.layers, strict=True)
-        ]
+        if not self._request.is_mixed:  # what it would hold of several sizes is not known
+            yield from self._even(
+                "belady",
+                layout,
+                "lru",
+                depth=top_k,
+                oracle="future",
+                why_not="it knows the future",
+            )
+        budgets = [layer_bytes(self._request.spec, cut) for cut in layout.layers]
         found = self._contender("resident", layout, budgets, "lru", 0, 1)
         needed = found.placement.memory.total_bytes
         if not found.why_not and needed > self._request.fast_budget_bytes:

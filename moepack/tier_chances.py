@@ -31,7 +31,7 @@ class TierChances:
 
     def __init__(self, request: PlanRequest, tables: RoutingTables) -> None:
         self._tables = tables
-        layout = request.keep_layout or request.even_layout(1.0)
+        layout = request.keep_layout or request.whole_layout
         layers = [
             place_layer(request, cut, hot, 0, policy="lru")
             for cut, hot in zip(layout.layers, tables.hot, strict=True)

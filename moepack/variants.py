@@ -9,13 +9,12 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
-from moepack.budget import stored_bytes
+from moepack.budget import slow_bytes
 from moepack.compute import ComputeProfile, Curve, LayerCompute
 from moepack.placements import free_bytes
 from moepack.plan import Plan
 from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest
 from moepack.rates import LinkCurve
-from moepack.segments import PARTS
 from moepack.strategies import Contender
 
 
@@ -39,13 +38,9 @@ def is_resident(plan: Plan) -> bool:
 
 def resident_bytes(request: PlanRequest) -> int:
     """What the fast tier would hold with every expert resident: no plan gains from more."""
-    layout = request.keep_layout or request.even_layout(1.0)
+    layout = request.keep_layout or request.whole_layout
     fixed = -free_bytes(replace(request, fast_budget_bytes=0), layout, 1)
-    return fixed + sum(
-        request.spec.moe(cut.layer).num_experts * stored_bytes(request.spec, cut, part)
-        for cut in layout.layers
-        for part in PARTS
-    )
+    return fixed + slow_bytes(request.spec, layout)
 
 
 def with_memory(request: PlanRequest, fast_bytes: int) -> PlanRequest:

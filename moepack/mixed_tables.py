@@ -1,0 +1,352 @@
+"""The inner solve of a mixed layer: the best price of every division of its slots that counts.
+
+Its experts are whole, so an option is a division (:mod:`moepack.class_division`), a policy, and a
+mode and depth of prefetching. It is priced by the closed form of :mod:`moepack.cost` as a layer
+that is stored alike, whose experts take what those of this layer take on average: to transfer, over
+what its slots miss; to compute, over how often each is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moepack.byte_division import Frontier
+from moepack.class_division import Divisions, divisions
+from moepack.class_tables import ClassCurves
+from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
+from moepack.decode_cost import decode_ahead_s, decode_layer_s
+from moepack.layer_problem import Integers, LayerProblem
+from moepack.layer_tables import Choice, Variant, ranks_ahead, smoothed, variants_of
+from moepack.plan import Policy
+from moepack.prefetching import Ahead
+
+# Divisions that are priced at once: of as many by as many results the diagonal is what counts.
+_AT_ONCE = 16
+
+# Budgets at which policies are compared.
+_COMPARED = 65
+
+
+@dataclass(frozen=True, eq=False)
+class MixedProblem:
+    """A layer whose experts are stored in several encodings.
+
+    Attributes
+    ----------
+    layer : LayerProblem
+        The layer as a whole; its one cut is of its largest experts, its hit rates are not used.
+    in_top : bool
+        Whether its whole experts are tops.
+    slot_bytes : tuple of int
+        Of each class.
+    curves : mapping of str to tuple of ClassCurves
+        Of each policy that may be chosen.
+    used : tuple of float64 [n]
+        Of each class, how likely the prompt needs its experts, hottest first.
+    """
+
+    layer: LayerProblem
+    in_top: bool
+    slot_bytes: tuple[int, ...]
+    curves: Mapping[Policy, tuple[ClassCurves, ...]]
+    used: tuple[Array, ...]
+
+
+class _States(NamedTuple):
+    """Divisions and their policies, by ascending bytes.
+
+    ``slots`` [P, classes], ``bytes`` [P].
+    """
+
+    slots: Integers
+    bytes: Integers
+    policy: tuple[Policy, ...]
+
+
+class _Rates(NamedTuple):
+    """What is known of every state, each [P], as the closed form wants it.
+
+    Attributes
+    ----------
+    hits
+        Of a token's experts.
+    miss_s, miss_read_s
+        Seconds of the link, and of the disk, for what is missed on average.
+    lacking
+        Experts of a prompt that have to be fetched.
+    lacking_s, lacking_read_s
+        Seconds of one of those on average.
+    predicted : [R, P]
+        How likely the expert predicted at each rank is held.
+    reads, predicted_reads : [P], [R, P], or None
+        Shares of what is missing that RAM lacks too.
+    """
+
+    hits: Array
+    miss_s: Array
+    miss_read_s: Array
+    lacking: Array
+    lacking_s: Array
+    lacking_read_s: Array
+    predicted: Array
+    reads: Array | None
+    predicted_reads: Array | None
+
+    def some(self, places: slice) -> _Rates:
+        """Of some states."""
+        reads, predicted_reads = self.reads, self.predicted_reads
+        return _Rates(
+            self.hits[places],
+            self.miss_s[places],
+            self.miss_read_s[places],
+            self.lacking[places],
+            self.lacking_s[places],
+            self.lacking_read_s[places],
+            self.predicted[:, places],
+            None if reads is None else reads[places],
+            None if predicted_reads is None else predicted_reads[:, places],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MixedTable:
+    """Seconds of one mixed layer by state, and how they are reached; as a LayerTable is used.
+
+    Attributes
+    ----------
+    seconds : float64 [P]
+    variant : uint8 [P]
+        Index into ``variants``.
+    """
+
+    problem: MixedProblem
+    states: _States
+    seconds: Array
+    variant: npt.NDArray[np.uint8]
+    variants: tuple[Variant, ...]
+
+    @property
+    def frame_bytes(self) -> int:
+        """What its largest expert takes."""
+        return max(self.problem.slot_bytes)
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The states that no other undercuts."""
+        order = np.lexsort((self.seconds, self.states.bytes))
+        lowest = np.minimum.accumulate(self.seconds[order])
+        kept = order[np.concatenate([[True], lowest[1:] < lowest[:-1]])]
+        return Frontier(
+            self.states.bytes[kept], self.seconds[kept], kept, np.zeros(len(kept), dtype=np.intp)
+        )
+
+    def choice(self, state: int, cut: int) -> Choice:
+        """A state in words; there is one cut."""
+        del cut
+        problem = self.problem
+        classes = tuple(int(count) for count in self.states.slots[state])
+        slots, variant = sum(classes), self.variants[self.variant[state]]
+        width = problem.layer.cuts.width
+        return Choice(
+            layer=problem.layer.layer,
+            split=width if problem.in_top else 0,
+            tops=slots if problem.in_top else 0,
+            bottoms=0 if problem.in_top else slots,
+            policy=self.states.policy[state],
+            prefetch=variant.prefetch,
+            depth=variant.depth,
+            budget_bytes=int(self.states.bytes[state]),
+            seconds=float(self.seconds[state]),
+            classes=classes,
+        )
+
+
+def tabulate_mixed(problems: Sequence[MixedProblem]) -> list[MixedTable]:
+    """Price every state of a layer for several amounts of staging.
+
+    As in :func:`moepack.layer_tables.tabulate_all`: what is fetched deepest comes last, and what
+    else depends on staging is alike.
+    """
+    problem = problems[-1]
+    states = _states(problem)
+    rates = _rates(problem, states)
+    every = tuple(variants_of(problem.layer))
+    prices = np.concatenate(
+        [
+            _prices(problem.layer, every, rates.some(slice(begin, begin + _AT_ONCE)))
+            for begin in range(0, len(states.bytes), _AT_ONCE)
+        ],
+        axis=1,
+    )
+    tables = []
+    for each in problems:
+        mine = tuple(variants_of(each.layer))
+        some = prices[[every.index(variant) for variant in mine]]
+        best = some.min(axis=0)
+        variant = (some <= best * (1.0 + 1e-9)).argmax(axis=0).astype(np.uint8)
+        tables.append(MixedTable(each, states, best, variant, mine))
+    return tables
+
+
+def _states(problem: MixedProblem) -> _States:
+    """Of every policy its divisions, where it misses least on average over a range around them.
+
+    As in :func:`moepack.layer_tables.tabulate`: the best of several at one budget would be the
+    luckiest.
+    """
+    link = problem.layer.link
+    weights = [link(size) for size in problem.slot_bytes]
+    policies = [policy for policy in problem.curves if policy in problem.layer.engine.policies]
+    known = [divisions(problem.curves[each], problem.slot_bytes, weights) for each in policies]
+    budgets = np.linspace(0, int(known[0].bytes[-1]), _COMPARED)
+    curves = np.array([_missed_within(each, budgets) for each in known])
+    leader = smoothed(-curves, _COMPARED // 8).argmax(axis=0)
+    leader[-1] = leader[0]  # where all or nothing is kept they do alike
+    slots, sizes, names = [], [], []
+    for place, (policy, each) in enumerate(zip(policies, known, strict=True)):
+        nearest = np.rint(each.bytes / max(1, int(each.bytes[-1])) * (_COMPARED - 1))
+        mine = leader[nearest.astype(np.intp)] == place
+        slots.append(each.slots[mine])
+        sizes.append(each.bytes[mine])
+        names += [policy] * int(mine.sum())
+    taken = np.concatenate(sizes)
+    order = np.argsort(taken, kind="stable")
+    return _States(
+        np.concatenate(slots)[order], taken[order], tuple(names[place] for place in order)
+    )
+
+
+def _missed_within(found: Divisions, budgets: Array) -> Array:
+    return found.missed[np.searchsorted(found.bytes, budgets, side="right") - 1]
+
+
+def _rates(problem: MixedProblem, states: _States) -> _Rates:
+    layer, disk = problem.layer, problem.layer.disk
+    link_s = np.array([layer.link(size) for size in problem.slot_bytes])
+    read_s = np.array([0.0 if disk is None else disk.link(size) for size in problem.slot_bytes])
+    count, ranks = len(states.bytes), len(layer.accuracy)
+    missed = np.empty((count, len(link_s)))  # activations a token
+    lacking = np.empty_like(missed)
+    predicted = np.zeros((ranks, count))
+    for its, used in enumerate(problem.used):
+        slots = states.slots[:, its]
+        lacking[:, its] = missing_after(used)[slots]
+        for policy, curves in problem.curves.items():
+            mine = np.flatnonzero([each == policy for each in states.policy])
+            curve = curves[its]
+            missed[mine, its] = curve.activations - curve.hits[slots[mine]]
+            predicted[:, mine] += curve.predicted[:ranks, slots[mine]]
+    everything = states.slots.sum(axis=1) == layer.num_experts
+    predicted[:, everything] = 1.0
+    all_missed, all_lacking = missed.sum(axis=1), lacking.sum(axis=1)
+    reads, predicted_reads = _reads(problem, states) if disk is not None else (None, None)
+    return _Rates(
+        hits=np.clip(1.0 - all_missed / layer.top_k, 0.0, 1.0),
+        miss_s=_mean(missed, link_s),
+        miss_read_s=_mean(missed, read_s),
+        lacking=all_lacking,
+        lacking_s=_mean(lacking, link_s),
+        lacking_read_s=_mean(lacking, read_s),
+        predicted=np.minimum(predicted, 1.0),
+        reads=reads,
+        predicted_reads=predicted_reads,
+    )
+
+
+def _mean(counts: Array, seconds: Array) -> Array:
+    """Of [P, classes]; where there is nothing, of all alike."""
+    totals = counts.sum(axis=1)
+    weighted = counts @ seconds
+    plain = np.full(len(counts), float(seconds.mean()))
+    np.divide(weighted, totals, out=plain, where=totals > 1e-12)
+    return plain
+
+
+def _reads(problem: MixedProblem, states: _States) -> tuple[Array, Array]:
+    """Shares that RAM lacks too, as if the slots were the hottest experts', whatever they take."""
+    disk = problem.layer.disk
+    assert disk is not None, "RAM holds everything"
+    slots = states.slots.sum(axis=1)
+    pairs = list(zip(states.policy, slots, strict=True))
+    ranks = len(problem.layer.accuracy)
+    activated = np.array([disk.shares[policy][count] for policy, count in pairs])
+    predicted = np.array(
+        [disk.predicted_shares[policy][:ranks, count] for policy, count in pairs]
+    ).reshape(len(pairs), ranks)
+    return activated, np.asarray(predicted.T)
+
+
+def _prices(problem: LayerProblem, variants: Sequence[Variant], rates: _Rates) -> Array:
+    """Seconds of some states under every variant, [variants, P]."""
+    frames, as_ready = problem.staging_experts, problem.engine.as_ready
+    later, disk = max(0, problem.new_tokens - 1), problem.disk
+    bounces = 2 if disk is None else disk.bounces
+    none = np.zeros_like(rates.hits)
+    parts = Parts(none, rates.miss_s, none, none, rates.miss_read_s, bounces)
+    token = problem.token._replace(expert_s=problem.token.expert_s + none)
+    held = _held(rates.hits, rates.reads)
+    found = np.full((len(variants), len(rates.hits)), np.inf)
+    for mode in ("off", "all"):  # whole experts: what lacks a bottom lacks all
+        wanted = [place for place, variant in enumerate(variants) if variant.prefetch == mode]
+        if not wanted:
+            continue
+        first_s = _prefill_s(problem, rates, bounces, ahead=mode != "off")
+        if mode == "off":
+            tokens_s = decode_layer_s(
+                token,
+                problem.top_k,
+                parts,
+                held,
+                staging_experts=frames,
+                as_ready=as_ready,
+            )[None]
+        else:
+            ranks = _held(rates.predicted, rates.predicted_reads)
+            ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
+            tokens_s = decode_ahead_s(
+                token,
+                problem.top_k,
+                parts,
+                held,
+                ahead,
+                ranks_ahead(problem),
+                staging_experts=frames,
+                as_ready=as_ready,
+            )
+        own_s = np.diagonal(tokens_s, axis1=1, axis2=2)
+        found[wanted] = first_s + later * own_s
+    return found
+
+
+def _held(curve: Array, reads: Array | None) -> Held:
+    """Experts that are whole bottoms, of which some are held."""
+    held = Held(np.ones_like(curve), curve)
+    if reads is None:
+        return held
+    lacked = (1.0 - curve) * reads
+    return held._replace(bottom_disk=lacked, both_disk=np.zeros_like(lacked))
+
+
+def _prefill_s(problem: LayerProblem, rates: _Rates, bounces: int, *, ahead: bool) -> Array:
+    read = None
+    if problem.disk is not None:
+        behind = missing_after(problem.used)[problem.disk.held]
+        read = (0.0, np.minimum(rates.lacking, behind))
+    seconds = prefill_layer_s(
+        problem.prompt.other_s,
+        problem.prompt.experts_s,
+        problem.token.transfer_s,
+        problem.token.burst_s,
+        Parts(0.0, rates.lacking_s, 0.0, 0.0, rates.lacking_read_s, bounces),
+        (0.0, rates.lacking),
+        staging_experts=problem.staging_experts,
+        ahead=ahead,
+        missing_disk=read,
+    )
+    return np.asarray(np.diagonal(seconds))
