@@ -14,6 +14,7 @@ any change at all comes to, the floor, nothing is expected: it is as often for t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +124,25 @@ def uniform_precision(spec: ModelSpec, damage: DamageProfile, name: str) -> Mixe
     counts = [spec.moe(number).num_experts for number in spec.moe_layers]
     columns = [names.index(name) for names in table.names]
     return _precision(spec, table, np.repeat(np.array(columns, np.intp), counts))
+
+
+def precision_of_layers(
+    spec: ModelSpec, damage: DamageProfile, layers: Sequence[LayerLayout]
+) -> MixedPrecision:
+    """What a layout's experts are stored in, and what that is predicted to do.
+
+    Raises
+    ------
+    PlanMismatchError
+        When damage was measured on another model.
+    """
+    table = _table(spec, damage)
+    columns = [
+        names.index(cut.encoding_of(expert))
+        for cut, names in zip(layers, table.names, strict=True)
+        for expert in range(spec.moe(cut.layer).num_experts)
+    ]
+    return _precision(spec, table, np.array(columns, np.intp))
 
 
 def sample_choices(

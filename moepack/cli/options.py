@@ -31,7 +31,7 @@ class SizeRange(NamedTuple):
     high_bytes: int
 
 
-def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
+def usage(parse: Callable[[str], T]) -> Callable[[str], T]:
     """A parser whose ``ValueError`` is the user's: exit 2, with its message."""
 
     @wraps(parse)
@@ -45,10 +45,10 @@ def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 #: Bytes of ``24G``.
-size = _usage(units.parse_size)
+size = usage(units.parse_size)
 
 
-@_usage
+@usage
 def size_range(text: str) -> SizeRange:
     """Bytes of both ends of ``4G:24G``."""
     low, colon, high = text.partition(":")
@@ -60,7 +60,7 @@ def size_range(text: str) -> SizeRange:
     return SizeRange(*ends)
 
 
-@_usage
+@usage
 def link(text: str) -> Link:
     """Bytes per second and seconds of ``2G``, of ``2G,50us``, of a preset or of a file.
 

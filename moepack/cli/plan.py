@@ -23,19 +23,18 @@ from moepack.cli.planning import (
     NoCalibrationOption,
     OnMissOption,
     PromptOption,
-    QualityOption,
     RoutingOption,
-    asked_encoding,
     asked_low,
     asked_thresholds,
     kept_layout,
     open_case,
     with_asked_calibration,
 )
+from moepack.cli.precision import BitsOption, QualityOption, asked_precision, measured_damage
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
-    from moepack.plan import Plan
+    from moepack.plan import LayerLayout, LayerPlacement, Plan
 
 
 def plan(
@@ -68,6 +67,7 @@ def plan(
     new: NewOption = None,
     link: LinkOption = None,
     quality: QualityOption = None,
+    bits: BitsOption = None,
     on_miss: OnMissOption = None,
     miss_thresholds: MissThresholdsOption = None,
     no_calibration: NoCalibrationOption = False,
@@ -125,18 +125,20 @@ def plan(
     case = open_case(workspace, model, conditions)
     kept = kept_layout(case) if keep_layout else None
     low = asked_low(case, on_miss, kept)
+    precision = asked_precision(case, quality, bits, kept, low=on_miss is not None)
     request = dataclasses.replace(
         case.request,
         fast_budget_bytes=asked.most_bytes,
         ram_budget_bytes=ram,
         keep_layout=kept,
-        encoding=asked_encoding(case, quality, kept),
+        encoding=precision.encoding,
+        by_expert=precision.by_expert,
         low=low,
         on_miss=asked_thresholds(case, on_miss, miss_thresholds, low),
     )
     request = with_asked_calibration(case, request, ignored=no_calibration)
     _note_source(case.source)
-    answer = find_answer(Planner(request), asked)
+    answer = find_answer(Planner(request), asked, measured_damage(case))
     document = answer_document(answer)
     document["source"] = records.to_data(case.source.checkpoint.source_size)
     if answer.plan is not None:
@@ -195,6 +197,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
                     "layer": place.layer,
                     "budget_bytes": place.budget_bytes,
                     "encoding": cut.encoding,
+                    **_classes_document(cut, place),
                     "split_ratio": cut.split_ratio,
                     "cached_tops": place.top_slots,
                     "cached_bottoms": place.bottom_slots,
@@ -212,6 +215,18 @@ def plan_document(plan: Plan) -> dict[str, object]:
         "planner": _without_nulls(records.to_data(plan.planner)),
         "context": placement.context_tokens,
         "max_context": plan.max_context_tokens,
+    }
+
+
+def _classes_document(cut: LayerLayout, place: LayerPlacement) -> dict[str, object]:
+    """Where experts of a layer differ: how many have each encoding, and the slots of these."""
+    if not cut.encodings:
+        return {}
+    from moepack.budget import class_slots
+
+    return {
+        "experts_by_encoding": cut.class_sizes(len(cut.encodings)),
+        "class_slots": dict(zip(cut.classes, class_slots(cut, place), strict=True)),
     }
 
 

@@ -11,10 +11,12 @@ from moepack.cli.progress import TerminalProgress
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from moepack.damage import DamageProfile
     from moepack.explain import Explanation
     from moepack.plan import Plan
     from moepack.planner import Planner
     from moepack.precision import Precision
+    from moepack.predicted_quality import PredictedQuality
     from moepack.sweep import Sweep
 
 
@@ -49,6 +51,8 @@ class Answer(NamedTuple):
         The plan that was asked for, or one of the sweep's: what is explained.
     precision : Precision
         Of that plan's experts.
+    quality : PredictedQuality or None
+        What that is predicted to do; None where nothing is rounded, or it has not been measured.
     """
 
     plan: Plan | None
@@ -56,12 +60,17 @@ class Answer(NamedTuple):
     explanation: Explanation | None
     shown: Plan
     precision: Precision
+    quality: PredictedQuality | None = None
 
 
-def find_answer(planner: Planner, asked: Asked) -> Answer:
-    """Plan, sweep and explain; writes the page."""
+def find_answer(planner: Planner, asked: Asked, damage: DamageProfile | None = None) -> Answer:
+    """Plan, sweep and explain; writes the page.
+
+    ``damage``: what was measured of the model's experts, to say what rounding them will do.
+    """
     from moepack.explain import explain
     from moepack.precision import precision_of
+    from moepack.predicted_quality import predicted_quality
     from moepack.sweep import shown_plan, sweep
 
     progress = TerminalProgress()
@@ -78,8 +87,12 @@ def find_answer(planner: Planner, asked: Asked) -> Answer:
     explanation = None
     if asked.explain or asked.page is not None:
         explanation = explain(planner, shown, progress)
-    precision = precision_of(planner.request.spec, shown.layout)
-    answer = Answer(plan, swept, explanation, shown, precision)
+    spec = planner.request.spec
+    precision = precision_of(spec, shown.layout)
+    quality = None
+    if damage is not None and precision.quality != "exact":
+        quality = predicted_quality(spec, damage, shown.layout)
+    answer = Answer(plan, swept, explanation, shown, precision, quality)
     if asked.page is not None:
         _write_page(planner, answer, asked.page)
     return answer
@@ -88,6 +101,8 @@ def find_answer(planner: Planner, asked: Asked) -> Answer:
 def answer_document(answer: Answer) -> dict[str, Any]:
     """The keys that an explanation, a sweep and either's precision add to a plan's document."""
     found: dict[str, Any] = answer.precision._asdict()
+    if answer.quality is not None:
+        found["predicted_quality"] = records.to_data(answer.quality)
     if answer.explanation is not None:
         found["explanation"] = records.to_data(answer.explanation)
         if answer.plan is None:
@@ -110,7 +125,7 @@ def answer_view(answer: Answer) -> RenderableType:
 
     parts: list[RenderableType] = []
     if answer.plan is not None:
-        parts.append(plan_view(answer.plan, answer.precision))
+        parts.append(plan_view(answer.plan, answer.precision, answer.quality))
     if answer.swept is not None:
         parts += [""] * bool(parts) + [sweep_view(answer.swept, answer.precision, answer.plan)]
     if answer.explanation is not None:

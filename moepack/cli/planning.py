@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from moepack.hardware import HardwareProfile
     from moepack.plan import Layout, OnMiss
     from moepack.plan_request import PlanRequest
-    from moepack.precision import QualityName
     from moepack.routing import RoutingProfile
 
 
@@ -82,18 +81,6 @@ AssumeEngineOption = Annotated[
     typer.Option(
         "--assume-engine",
         help="Plan for an engine that also fetches ahead; moepack run refuses such a plan.",
-        show_default=False,
-    ),
-]
-
-
-QualityOption = Annotated[
-    # As QualityName in moepack.precision, which takes numpy to load.
-    Literal["exact", "int8", "int4"] | None,
-    typer.Option(
-        "--quality",
-        help="In what routed experts are stored: exact is the model's own dtype, the others round "
-        "them. Default: exact; with --keep-layout, what the pack has.",
         show_default=False,
     ),
 ]
@@ -249,28 +236,6 @@ def _routing(source: Source, folder: ModelFolder | None, name: str | None) -> Ro
     if name is None and folder is not None and folder.routing_path.exists():
         return load_routing(folder.routing_path)
     return find_routing(name or UNIFORM, source.spec)
-
-
-def asked_encoding(case: Case, quality: QualityName | None, kept: Layout | None) -> str | None:
-    """What the experts are to be stored in; None: as in the layout that is kept, or the model.
-
-    Raises
-    ------
-    GroupMismatchError
-        When the model's experts cannot be stored so.
-    """
-    from moepack.precision import encoding_of, precision_of
-
-    if quality is None:
-        return None
-    if kept is not None:
-        has = precision_of(case.source.spec, kept).quality
-        if has != quality:
-            raise typer.BadParameter(
-                f"the pack whose layout is kept is {has}; leave out one of the two",
-                param_hint="'--quality'",
-            )
-    return encoding_of(case.source.spec, quality)
 
 
 def asked_low(case: Case, on_miss: str | None, kept: Layout | None) -> str:

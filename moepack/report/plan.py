@@ -7,20 +7,25 @@ from rich.table import Table
 
 from moepack.plan import MemoryBreakdown, Plan, PlannerReport, Prediction
 from moepack.precision import Precision
+from moepack.predicted_quality import PredictedQuality
+from moepack.report.classes import classes_view, quality_rows
 from moepack.report.layers import layers_view
 from moepack.report.strategies import strategies_view
 from moepack.report.tables import columns, facts, figure
 from moepack.units import format_duration, format_size
 
 
-def plan_view(plan: Plan, precision: Precision) -> RenderableType:
-    """What a plan decides and what it expects."""
+def plan_view(
+    plan: Plan, precision: Precision, quality: PredictedQuality | None = None
+) -> RenderableType:
+    """What a plan decides and what it expects; ``quality``: of what is rounded, if known."""
     placement = plan.placement
     forecast = plan.prediction
     overview = facts(
         [
             ("model", plan.model_name),
-            ("experts", precision_words(precision) + _rounding_words(plan)),
+            ("experts", experts_words(plan, precision) + _rounding_words(plan)),
+            *(() if quality is None else quality_rows(quality)),
             ("hardware", plan.provenance.hardware),
             ("device", placement.device),
             (
@@ -56,6 +61,7 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
         memory_view(placement.memory),
         "",
         layers_view(plan),
+        *(["", classes_view(plan)] if any(cut.encodings for cut in plan.layout.layers) else []),
         "",
         expected,
     ]
@@ -69,6 +75,13 @@ def plan_view(plan: Plan, precision: Precision) -> RenderableType:
 def precision_words(precision: Precision) -> str:
     """What experts are stored in."""
     return f"{precision.quality}, {precision.mean_bits:.3g} bits a weight"
+
+
+def experts_words(plan: Plan, precision: Precision) -> str:
+    """The same of a plan, which may take something else for what is missing."""
+    if plan.placement.on_miss is None or precision.quality != "exact":
+        return precision_words(precision)
+    return f"{precision.mean_bits:.3g} bits a weight, of missing ones fewer or none"
 
 
 def _rounding_words(plan: Plan) -> str:

@@ -1,0 +1,98 @@
+"""What rounding is predicted to do to a plan's model, beside what uniform precision would do.
+
+From the damage that was measured (:mod:`moepack.damage`); how good a model really is, says
+``moepack eval``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moepack.damage import DamageProfile
+from moepack.encodings import ENCODINGS, fitting
+from moepack.mixed_precision import MixedPrecision, precision_of_layers, uniform_precision
+from moepack.model_spec import ModelSpec
+from moepack.plan import Layout
+from moepack.records import record
+
+
+@record
+class UniformQuality:
+    """The same model with every expert in one encoding."""
+
+    encoding: str
+    mean_bits: float
+    divergence: float
+    perplexity_ratio: float
+
+
+@record
+class PredictedQuality:
+    """What a layout's experts are predicted to do.
+
+    Attributes
+    ----------
+    mean_bits : float
+        Of a routed weight, its share of scales included.
+    divergence : float
+        From the exact model, in nats a token.
+    perplexity_ratio : float
+        By what factor perplexity grows.
+    at_random_divergence : float
+        With as many bytes, had the experts that get more bits been drawn: what lies on the line
+        between the uniform precisions of fewer and of more bytes.
+    uniform : tuple of UniformQuality
+        By ascending bits. The model's own dtype is the last.
+    """
+
+    mean_bits: float
+    divergence: float
+    perplexity_ratio: float
+    at_random_divergence: float
+    uniform: tuple[UniformQuality, ...]
+
+
+def predicted_quality(
+    spec: ModelSpec, damage: DamageProfile, layout: Layout
+) -> PredictedQuality | None:
+    """What a layout is predicted to do; None where it has encodings that were not measured.
+
+    Raises
+    ------
+    PlanMismatchError
+        When damage was measured on another model.
+    """
+    names = [
+        fitting(spec.hidden_size, spec.moe(number).intermediate_size) for number in spec.moe_layers
+    ]
+    if any(
+        not {*cut.classes} <= {spec.dtype, *fits}
+        for cut, fits in zip(layout.layers, names, strict=True)
+    ):
+        return None
+    found = precision_of_layers(spec, damage, layout.layers)
+    shared = [name for name in ENCODINGS if all(name in {*fits, spec.dtype} for fits in names)]
+    uniform = sorted(
+        (_uniform(name, uniform_precision(spec, damage, name)) for name in shared),
+        key=lambda each: each.mean_bits,
+    )
+    return PredictedQuality(
+        mean_bits=found.mean_bits,
+        divergence=found.divergence,
+        perplexity_ratio=found.perplexity_ratio,
+        at_random_divergence=_at_random(found, damage.floor, uniform),
+        uniform=tuple(uniform),
+    )
+
+
+def _uniform(name: str, found: MixedPrecision) -> UniformQuality:
+    return UniformQuality(name, found.mean_bits, found.divergence, found.perplexity_ratio)
+
+
+def _at_random(found: MixedPrecision, floor: float, uniform: list[UniformQuality]) -> float:
+    """Damage of a mean adds up as bytes do; the floor is there once, if anything is rounded."""
+    if not found.divergence:
+        return 0.0
+    above = [max(0.0, each.divergence - floor) for each in uniform]
+    bits = [each.mean_bits for each in uniform]
+    return floor + float(np.interp(found.mean_bits, bits, above))
