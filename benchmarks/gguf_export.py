@@ -1,30 +1,37 @@
 """A GGUF of the very weights of a checkpoint, for llama.cpp and those that came from it.
 
     python -m benchmarks.gguf_export MODEL OUT.gguf
+    python -m benchmarks.gguf_export MODEL OUT.gguf --kind Q4_K --llama-quantize PATH
 
 Matrices keep their bfloat16 bits; norms, biases and routers become float32, as llama.cpp's own
-conversion does. The vocabulary is artificial: token ``i`` is the one character ``U+10000 + i``, so
-that a text gives exactly the prompt's tokens, and what is printed says which tokens were drawn.
-Such a file is for measuring and for nothing else. OLMoE, Qwen2-MoE and Qwen3-MoE.
+conversion does. Of another kind than BF16 the routed experts are rounded and nothing else is, as in
+a moepack pack: Q8_0 and Q4_0 by gguf's own writer, Q4_K by llama.cpp's ``llama-quantize`` from the
+file in BF16 (``--source``, or one that is made and removed).
+
+The vocabulary is artificial: token ``i`` is the one character ``U+10000 + i``, so that a text gives
+exactly the prompt's tokens, and what is printed says which tokens were drawn. Such a file is for
+measuring and for nothing else. OLMoE, Qwen2-MoE and Qwen3-MoE.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
+from benchmarks.gguf_kinds import BF16, KINDS, Kind
+from benchmarks.gguf_tensors import PROJECTIONS, Tensor, architecture, stored, tensors
 from benchmarks.gguf_text import FIRST_CHARACTER, VOCABULARY
+from benchmarks.setting import named
 from moepack.atomic import sync_folder
 from moepack.checkpoint import Checkpoint
 from moepack.errors import CheckpointError, MoepackError
-from moepack.model_spec import ModelSpec
 from moepack.segments import align_up
 
 #: Where the file says that its vocabulary is this one, and of which weights it is.
@@ -33,63 +40,20 @@ WEIGHTS_KEY = "moepack.weights_digest"
 
 _FILE_ALIGNMENT = 4096  # so that a block device over the file has no ragged end
 
-_BF16 = gguf.GGMLQuantizationType.BF16
-_F32 = gguf.GGMLQuantizationType.F32
+#: What llama-quantize is told, so that it rounds the routed experts alone.
+_EXPERTS_ALONE = (
+    "--pure",  # without which some matrices get more bits than the kind has
+    *("--token-embedding-type", "bf16", "--output-tensor-type", "bf16"),
+    *("--tensor-type", "attn=bf16", "--tensor-type", "shexp=bf16"),
+)
 
 
-class _Family(NamedTuple):
-    """What llama.cpp's graph of an architecture takes for granted."""
-
-    architecture: str
-    normalises: bool
+class QuantiserError(MoepackError):
+    """llama-quantize is not there, or did not go through."""
 
 
-_FAMILIES = {
-    "olmoe": _Family("olmoe", normalises=False),
-    "qwen2_moe": _Family("qwen2moe", normalises=False),
-    "qwen3_moe": _Family("qwen3moe", normalises=True),
-}
-
-#: Our module of a layer -> its name in a GGUF.
-_MODULES = {
-    "attn_norm": "attn_norm",
-    "attn.q": "attn_q",
-    "attn.k": "attn_k",
-    "attn.v": "attn_v",
-    "attn.o": "attn_output",
-    "attn.q_norm": "attn_q_norm",
-    "attn.k_norm": "attn_k_norm",
-    "mlp_norm": "ffn_norm",
-    "router": "ffn_gate_inp",
-    "shared.gate": "ffn_gate_shexp",
-    "shared.up": "ffn_up_shexp",
-    "shared.down": "ffn_down_shexp",
-    "shared_gate": "ffn_gate_inp_shexp",
-}
-_TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
-_FLOAT32_MODULES = ("router", "shared_gate")
-_PROJECTIONS = ("gate", "up", "down")
-
-
-class _Tensor(NamedTuple):
-    """One tensor of the file: read when it is written.
-
-    ``experts`` is the (layer, projection) of one that is stacked of all experts, else None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    source: str
-    experts: tuple[int, str] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        return int(np.prod(self.shape)) * (2 if self.kind is _BF16 else 4)
-
-
-def export(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the GGUF. Peak memory: the largest tensor of the trunk, or an expert.
+def export(checkpoint: Checkpoint, out: Path, kind: Kind = BF16) -> None:
+    """Write the GGUF. Peak memory: the largest tensor of the trunk, or three times an expert.
 
     It appears whole or not at all.
 
@@ -97,25 +61,67 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
     ------
     CheckpointError
         When llama.cpp's graph of the architecture cannot compute this variant of it.
+    GroupMismatchError
+        When the experts do not divide into the kind's blocks.
     """
+    assert kind.ours, f"{kind.name} is for llama-quantize to write"
     spec = checkpoint.spec
-    _require_known(spec)
+    graph = architecture(spec)
+    wanted = list(tensors(spec, kind))
     partial = out.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, _FAMILIES[spec.family].architecture)
-    _describe(writer, checkpoint)
-    tensors = list(_tensors(spec))
-    for tensor in tensors:
-        dtype = np.dtype(np.uint16 if tensor.kind is _BF16 else np.float32)
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size_bytes, tensor.kind)
+    writer = gguf.GGUFWriter(partial, graph)
+    _describe(writer, checkpoint, kind)
+    for tensor in wanted:
+        # The shape is in weights whatever they are stored in, which it is not for bytes.
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, tensor.kind
+        )
     try:
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    _write_tensors(checkpoint, tensors, partial, writer.data_alignment)
+    _write_tensors(checkpoint, wanted, partial, writer.data_alignment)
     partial.replace(out)
     sync_folder(out.parent)
+
+
+def requantise(quantiser: Path | None, source: Path, out: Path, kind: Kind) -> None:
+    """Have llama-quantize round the experts of a file in BF16. It appears whole or not at all.
+
+    Where a matrix does not divide into the kind's blocks llama-quantize takes another one that it
+    does divide into; :func:`expert_types` says which.
+
+    Raises
+    ------
+    QuantiserError
+        When it is not there, or says why not.
+    """
+    if quantiser is None:
+        raise QuantiserError(f"{kind.name} needs llama-quantize; give llama.cpp's folder")
+    partial = out.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    command = [str(quantiser), *_EXPERTS_ALONE, str(source), str(partial), kind.file]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+    if done.returncode or not partial.exists():
+        said = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+        raise QuantiserError(f"{quantiser}: exit code {done.returncode}: {said[-1]}")
+    with partial.open("r+b") as file:
+        file.truncate(align_up(partial.stat().st_size, _FILE_ALIGNMENT))
+    partial.replace(out)
+    sync_folder(out.parent)
+
+
+def expert_types(path: Path) -> Counter[str]:
+    """What the routed experts of a file are really stored in: weights of each type."""
+    found: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        if "_exps." in tensor.name:
+            found[tensor.tensor_type.name] += int(tensor.n_elements)
+    return found
 
 
 def require_ours(path: Path, checkpoint: Checkpoint) -> None:
@@ -136,45 +142,15 @@ def require_ours(path: Path, checkpoint: Checkpoint) -> None:
             )
 
 
-def _require_known(spec: ModelSpec) -> None:
-    """Refuse what llama.cpp's graphs leave out."""
-    family = _FAMILIES.get(spec.family)
-    if family is None:
-        raise CheckpointError(
-            f"{spec.name} is {spec.family}; a GGUF can be written for {', '.join(_FAMILIES)}"
-        )
-    for number, layer in enumerate(spec.layers):
-        reasons = {
-            "has no routed experts": layer.moe is None,
-            "has a sliding window": layer.attention.window is not None,
-            "clamps its queries": layer.attention.clip is not None,
-            "has an output bias": layer.attention.output_bias,
-        }
-        if layer.moe is not None:
-            router = layer.moe.router
-            reasons["normalises its weights otherwise"] = router.normalise != family.normalises
-        for reason, holds in reasons.items():
-            if holds:
-                raise CheckpointError(
-                    f"{spec.name}: layer {number} {reason}, which llama.cpp does not compute for "
-                    f"{family.architecture}; measure a model without that"
-                )
-    if spec.rope.kind != "default":
-        raise CheckpointError(
-            f"{spec.name}: rotary embedding of kind {spec.rope.kind}; only the default is written"
-        )
-    if spec.dtype != "BF16":
-        raise CheckpointError(f"{spec.name} is stored in {spec.dtype}, expected BF16")
-
-
-def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: Kind) -> None:
     """Hyperparameters and vocabulary."""
     spec = checkpoint.spec
     attention, moe = spec.layers[0].attention, spec.moe(0)
     writer.add_name(spec.name)
     writer.add_string(VOCABULARY_KEY, VOCABULARY)
     writer.add_string(WEIGHTS_KEY, checkpoint.weights_digest)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.file}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(spec.context_length)
     writer.add_embedding_length(spec.hidden_size)
     writer.add_block_count(len(spec.layers))
@@ -205,39 +181,8 @@ def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _tensors(spec: ModelSpec) -> Iterator[_Tensor]:
-    """Everything in the order of the layers, as the model is walked through."""
-    hidden = spec.hidden_size
-    for info in spec.trunk:
-        module, leaf = info.name.rsplit(".", 1)
-        if module in _TOP:
-            yield _tensor(f"{_TOP[module]}.{leaf}", info.shape, info.name, module)
-            continue
-        _, number, inner = module.split(".", 2)
-        shape = info.shape[1:] if inner == "shared_gate" else info.shape
-        yield _tensor(f"blk.{number}.{_MODULES[inner]}.{leaf}", shape, info.name, inner)
-        if inner != "router":
-            continue
-        moe = spec.moe(int(number))
-        experts, width = moe.num_experts, moe.intermediate_size
-        for projection in _PROJECTIONS:
-            matrix = (hidden, width) if projection == "down" else (width, hidden)
-            yield _Tensor(
-                f"blk.{number}.ffn_{projection}_exps.weight",
-                (experts, *matrix),
-                _BF16,
-                info.name,
-                (int(number), projection),
-            )
-
-
-def _tensor(name: str, shape: tuple[int, ...], source: str, module: str) -> _Tensor:
-    plain = len(shape) == 1 or module in _FLOAT32_MODULES
-    return _Tensor(name, shape, _F32 if plain else _BF16, source)
-
-
 def _write_tensors(
-    checkpoint: Checkpoint, tensors: Sequence[_Tensor], path: Path, alignment: int
+    checkpoint: Checkpoint, wanted: Sequence[Tensor], path: Path, alignment: int
 ) -> None:
     """The data behind the header, each tensor on its boundary, the experts of a layer in passing.
 
@@ -246,39 +191,57 @@ def _write_tensors(
     end = align_up(path.stat().st_size, alignment)
     with path.open("r+b") as file:
         stacked: dict[str, int] = {}
-        for tensor in tensors:
+        for tensor in wanted:
             offset, end = end, align_up(end + tensor.size_bytes, alignment)
             if tensor.experts is None:
-                found = checkpoint.trunk_tensor(tensor.source)
-                data = _as_float32(found) if tensor.kind is _F32 else _as_bf16(found)
                 file.seek(offset)
-                data.tofile(file)
+                stored(checkpoint.trunk_tensor(tensor.source), tensor.kind).tofile(file)
                 continue
             layer, projection = tensor.experts
             stacked[projection] = offset
-            if len(stacked) < len(_PROJECTIONS):
+            if len(stacked) < len(PROJECTIONS):
                 continue
             for expert in range(tensor.shape[0]):
                 weights = checkpoint.expert(layer, expert)
                 for projection, start in stacked.items():
-                    data = _as_bf16(weights[f"{projection}.weight"])
+                    data = stored(weights[f"{projection}.weight"], tensor.kind)
                     file.seek(start + expert * data.nbytes)
                     data.tofile(file)
             stacked.clear()
         file.truncate(align_up(end, _FILE_ALIGNMENT))
 
 
-def _as_bf16(bits: npt.NDArray[np.generic]) -> npt.NDArray[np.uint16]:
-    if bits.dtype != np.uint16:
-        raise CheckpointError(f"a matrix is stored in {bits.dtype}, expected bfloat16")
-    return bits.astype(np.uint16, copy=False)
+def write(
+    checkpoint: Checkpoint,
+    out: Path,
+    kind: Kind,
+    *,
+    quantiser: Path | None = None,
+    source: Path | None = None,
+) -> None:
+    """Write a GGUF of any kind.
 
+    Parameters
+    ----------
+    source
+        The same weights in BF16, where llama-quantize is to round them; None: made, and removed.
 
-def _as_float32(bits: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    """A bfloat16 is the upper half of a float32."""
-    if bits.dtype == np.uint16:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.astype(np.float32)
+    Raises
+    ------
+    CheckpointError, GroupMismatchError, QuantiserError
+        When it cannot be written.
+    """
+    if kind.ours:
+        export(checkpoint, out, kind)
+    elif source is not None or quantiser is None:
+        requantise(quantiser, source or out, out, kind)
+    else:
+        made = out.with_suffix(".BF16")
+        try:
+            export(checkpoint, made)
+            requantise(quantiser, made, out, kind)
+        finally:
+            made.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,12 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a checkpoint's folder")
     parser.add_argument("out", type=Path)
-    args = parser.parse_args(arguments)
-    try:
-        export(Checkpoint.open(args.model), args.out)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    parser.add_argument("--kind", choices=KINDS, default="BF16", help="of the routed experts")
+    parser.add_argument("--llama-quantize", type=Path, metavar="PATH", help="for Q4_K")
+    parser.add_argument("--source", type=Path, metavar="PATH", help="for Q4_K: a file in BF16")
+    return named(_run, parser.parse_args(arguments))
+
+
+def _run(args: argparse.Namespace) -> int:
+    checkpoint, kind = Checkpoint.open(args.model), KINDS[args.kind]
+    write(checkpoint, args.out, kind, quantiser=args.llama_quantize, source=args.source)
     return 0
 
 

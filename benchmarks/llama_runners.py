@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -103,40 +103,77 @@ def find_binary(path: Path | None, names: Sequence[str]) -> Path | None:
     return None
 
 
+def find_sibling(path: Path | None, name: str) -> Path | None:
+    """Another program of the folder that was named, or in which the named program is."""
+    folder = path.parent if path is not None and path.is_file() else path
+    return find_binary(folder, (name,))
+
+
 def llama_runners(
-    name: str, binary: Path | None, gguf: Path, device: Path | str, threads: tuple[int, ...]
+    name: str,
+    binary: Path | None,
+    gguf: Path | str,
+    device: Path | str,
+    threads: tuple[int, ...],
+    kind: str = "BF16",
 ) -> list[Runner]:
     """The variants of llama.cpp, or of what came from it, that this binary can run.
 
     Parameters
     ----------
+    gguf
+        The file, or why there is none.
     device
         A block device over the GGUF that reads little ahead, or why there is none.
+    kind
+        What the experts in the file are stored in.
     """
+    if kind != "BF16":
+        name = f"{name} {kind}"
     if binary is None:
-        return [LlamaRunner(name, threads, "no binary was given, or it is not there")]
+        absent = "no binary was given, or it is not there"
+        return [LlamaRunner(name, threads, absent, kind)]
+    if isinstance(gguf, str):
+        return [LlamaRunner(name, threads, gguf, kind)]
     known = subprocess.run([str(binary), "--help"], capture_output=True, text=True, check=False)
-    options = known.stdout + known.stderr
-    common = [option for option in ("--no-repack", "-no-cnv") if option in options]
-    plain = LlamaRunner(f"{name}, mmap, as it is", threads, "", binary, gguf, tuple(common))
-    found: list[Runner] = [plain]
+    plain = LlamaRunner(name, threads, "", kind, binary, gguf)
+    return list(_variants(plain, known.stdout + known.stderr, device))
 
-    def variant(what: str, *extra: str, over: Path = gguf, absent: str = "") -> None:
-        made = replace(plain, name=f"{name}, {what}", absent=absent, gguf=over)
-        found.append(replace(made, extra=(*common, *extra)))
 
-    if isinstance(device, Path):
-        variant("mmap, 128 KiB ahead", over=device)
+def _variants(plain: LlamaRunner, options: str, device: Path | str) -> Iterator[Runner]:
+    """One program and one file in all ways that are worth trying.
+
+    Parameters
+    ----------
+    options
+        What the program says of its own.
+    """
+    common = ("-no-cnv",) if "-no-cnv" in options else ()
+    as_stored = ("--no-repack",) if "--no-repack" in options else ()
+    mapped = replace(plain, extra=(*common, *as_stored))
+
+    def variant(what: str, *extra: str, of: LlamaRunner = mapped, absent: str = "") -> Runner:
+        name = f"{plain.name}, {what}"
+        return replace(of, name=name, absent=absent, extra=(*of.extra, *extra))
+
+    yield variant("mmap, as it is")
+    near = replace(mapped, gguf=device) if isinstance(device, Path) else None
+    if near is None:
+        yield variant("mmap, 128 KiB ahead", absent=str(device))
     else:
-        variant("mmap, 128 KiB ahead", absent=device)
+        yield variant("mmap, 128 KiB ahead", of=near)
     if "--load-mode" in options and "dio" in options:
-        variant("direct I/O", "--load-mode", "dio")
+        yield variant("direct I/O", "--load-mode", "dio")
     elif "--direct-io" in options:
-        variant("direct I/O", "--direct-io", "--no-mmap")
+        yield variant("direct I/O", "--direct-io", "--no-mmap")
     else:
-        variant("direct I/O", absent="this version has none")
+        yield variant("direct I/O", absent="this version has none")
+    if plain.kind != "BF16":  # of which there is nothing to repack
+        if as_stored:
+            yield variant("repacked", of=replace(plain, extra=common))
+        elif "--run-time-repack" in options:
+            yield variant("repacked", "--run-time-repack")
     if "--prefetch-experts" in options:
-        variant("--prefetch-experts", "--prefetch-experts")
-        if isinstance(device, Path):
-            variant("--prefetch-experts, 128 KiB ahead", "--prefetch-experts", over=device)
-    return found
+        yield variant("--prefetch-experts", "--prefetch-experts")
+        if near is not None:
+            yield variant("--prefetch-experts, 128 KiB ahead", "--prefetch-experts", of=near)

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.accelerate_offload import INDEX_FILE
+from benchmarks.gguf_kinds import BF16, Kind
 from benchmarks.peer_runners import SPARE_BYTES
 from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.errors import MoepackError
 from moepack.hardware import load_hardware
 from moepack.layouts import uniform_layout
-from moepack.plan import load_plan
+from moepack.plan import LayerLayout, load_plan
+from moepack.precision import QualityName, encoding_of
 from moepack.workspace import ModelFolder, Workspace
 
 #: The process takes more than was measured of a bare one: modules that only a run needs.
@@ -58,14 +60,20 @@ class Bar(NamedTuple):
         return self.bandwidth_bytes_per_s / missed if missed else None
 
 
-class Prepared(NamedTuple):
-    """moepack, ready for one limit."""
+class Packed(NamedTuple):
+    """A plan, what ``moepack plan`` says of it, and the folder that was packed for it."""
 
     pack: Path
     plan: Path
+    document: dict[str, Any]
+
+
+class Prepared(NamedTuple):
+    """moepack, ready for one limit."""
+
+    packed: Packed
     threads: int
     bar: Bar
-    document: dict[str, Any]
 
 
 class PeerModel:
@@ -106,7 +114,23 @@ class PeerModel:
             named = [argument for text in texts for argument in ("--text", str(text))]
             self._moepack("profile", str(self.folder), *named)
 
-    def prepare(self, limit_bytes: int, *, prompt_tokens: int, new_tokens: int) -> Prepared:
+    def encoding(self, asked: QualityName) -> str:
+        """What the routed experts are stored in."""
+        return encoding_of(self.spec, asked)
+
+    def stored_bytes(self, asked: QualityName) -> int:
+        """Of all weights, the experts stored as asked."""
+        if asked == "exact":
+            return self.size_bytes
+        experts = sum(
+            self.spec.moe(cut.layer).num_experts * stored_bytes(self.spec, cut, "top")
+            for cut in self._whole(asked)
+        )
+        return experts + self.spec.trunk_bytes
+
+    def prepare(
+        self, limit_bytes: int, asked: QualityName, *, prompt_tokens: int, new_tokens: int
+    ) -> Prepared:
         """Plan for a control group of this size, and pack.
 
         Raises
@@ -124,15 +148,36 @@ class PeerModel:
         lengths = ("--prompt", str(prompt_tokens), "--new", str(new_tokens))
         context = ("--context", str(prompt_tokens + new_tokens))
         budgets = ("--vram", str(vram_bytes), "--ram", str(ram_bytes))
-        asked = (str(self.folder), *budgets, *lengths, *context, "--json")
-        document = json.loads(self._moepack("plan", *asked))
-        self._moepack("pack", str(self.folder))
-        known = self._known()
-        assert known is not None
-        plan = self._scratch / f"plan-{limit_bytes}.json"
-        shutil.copyfile(known.plan_path, plan)
-        threads = load_plan(plan).placement.threads
-        return Prepared(known.pack_folder(), plan, threads, self._bar(document), document)
+        name = f"{asked}-{limit_bytes}-{prompt_tokens}-{new_tokens}"
+        packed = self.packed(asked, (*budgets, *lengths, *context), self._scratch / "plans" / name)
+        threads = load_plan(packed.plan).placement.threads
+        return Prepared(packed, threads, self._bar(packed.document, asked))
+
+    def packed(self, asked: QualityName, options: Sequence[str], folder: Path) -> Packed:
+        """What ``moepack plan`` and ``moepack pack`` make of such options.
+
+        Plans are kept in ``folder`` and packs by their layout, so that a measurement need not wait
+        for what an earlier one has made. A plan older than the profiles is made again.
+
+        Raises
+        ------
+        NotPreparedError
+            With what moepack said.
+        """
+        plan, told = folder / "plan.json", folder / "told.json"
+        if not told.exists() or told.stat().st_mtime < self._profiled_s():
+            said = self._moepack("plan", str(self.folder), "--quality", asked, *options, "--json")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._known_folder().plan_path, plan)
+            told.write_text(said)
+        layout = load_plan(plan).layout
+        name = f"{self.checkpoint.weights_digest[:16]}-{layout.digest[:16]}"
+        pack = self._scratch / "packs" / name
+        if not pack.exists():
+            pack.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plan, self._known_folder().plan_path)
+            self._moepack("pack", str(self.folder), "--out", str(pack))
+        return Packed(pack, plan, json.loads(told.read_text()))
 
     def offload(self) -> Path:
         """The parameters as transformers takes them from disk, made where they are not there.
@@ -147,34 +192,69 @@ class PeerModel:
             _python("benchmarks.accelerate_offload", str(self.folder), str(folder))
         return folder
 
-    def gguf(self, given: Path | None) -> Path:
-        """The GGUF of these weights: the one that was given, or one made in the scratch folder.
+    def gguf(
+        self, kind: Kind, given: Sequence[Path] = (), *, quantiser: Path | None = None
+    ) -> Path:
+        """The GGUF of these weights: one that was given, or one made in the scratch folder.
+
+        Parameters
+        ----------
+        given
+            Files of any kind.
+        quantiser
+            llama-quantize, for the kinds that it alone can round to.
 
         Raises
         ------
-        CheckpointError
+        CheckpointError, GroupMismatchError, QuantiserError
             When the given one is another's, or none can be written.
         """
-        from benchmarks.gguf_export import export, require_ours
+        from benchmarks.gguf_export import expert_types, require_ours, write
 
-        path = given or self._scratch / f"{self.checkpoint.weights_digest[:16]}.gguf"
-        if given is None and not path.exists():
-            export(self.checkpoint, path)
+        for path in given:
+            if set(expert_types(path)) == {kind.name}:
+                require_ours(path, self.checkpoint)
+                return path
+        path = self._gguf_path(kind)
+        if not path.exists():
+            source = self._gguf_path(BF16)
+            kept = source if source.exists() else None
+            write(self.checkpoint, path, kind, quantiser=quantiser, source=kept)
         require_ours(path, self.checkpoint)
         return path
+
+    def _gguf_path(self, kind: Kind) -> Path:
+        suffix = "" if kind is BF16 else f"-{kind.name}"
+        return self._scratch / f"{self.checkpoint.weights_digest[:16]}{suffix}.gguf"
 
     def _known(self) -> ModelFolder | None:
         return self._workspace.find_source(str(self.folder.resolve()))
 
-    def _bar(self, document: dict[str, Any]) -> Bar:
+    def _known_folder(self) -> ModelFolder:
+        known = self._known()
+        assert known is not None, "moepack plan has remembered it"
+        return known
+
+    def _profiled_s(self) -> float:
+        """When what plans are made from was measured."""
+        known = self._known()
+        paths = [self._workspace.hardware_path]
+        paths += [known.compute_path, known.routing_path] if known else []
+        return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+    def _whole(self, asked: QualityName) -> tuple[LayerLayout, ...]:
+        """Whole experts, stored as asked."""
+        name = self.encoding(asked)
+        return uniform_layout(self.spec, 1.0, encodings=(name,) * len(self.spec.moe_layers)).layers
+
+    def _bar(self, document: dict[str, Any], asked: QualityName) -> Bar:
         missed = {
             name: float(baseline["link_bytes_per_token"])
             for name, baseline in document["baselines"].items()
             if name not in _BOUNDS
         }
         policy = min(missed, key=lambda name: missed[name])
-        cut = uniform_layout(self.spec, 1.0).layers[0]
-        expert_bytes = stored_bytes(self.spec, cut, "top")
+        expert_bytes = stored_bytes(self.spec, self._whole(asked)[0], "top")
         link = load_hardware(self._workspace.hardware_path).link_seconds
         return Bar(policy, missed[policy], expert_bytes / link(expert_bytes))
 

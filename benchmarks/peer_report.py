@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,11 @@ class Verdict(NamedTuple):
     decode_ratio: float | None
     prefill_ratio: float | None
     passed: bool
+
+
+def say(text: str) -> None:
+    """What is being done, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def best_threads(runs: Mapping[int, Sequence[Measured]]) -> int | None:

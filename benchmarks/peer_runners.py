@@ -23,6 +23,8 @@ SPARE_BYTES = 100 * MIB
 #: transformers reads every offloaded layer for every token, so a few of them tell its speed.
 SLOW_NEW_TOKENS = 6
 
+_ATTEMPTS = 3
+
 
 class Generation(NamedTuple):
     """What all of them do.
@@ -76,11 +78,19 @@ class Runner(ABC):
         Counts to be tried, of which the fastest counts; one that chooses itself has a single one.
     absent : str
         Why it cannot be measured here; empty where it can.
+    kind : str
+        What its routed experts are stored in (:mod:`benchmarks.gguf_kinds`).
     """
 
     name: str
     threads: tuple[int, ...]
     absent: str = ""
+    kind: str = "BF16"
+
+    @property
+    def program(self) -> str:
+        """Its name without what makes it this variant: that stands behind a comma."""
+        return self.name.partition(",")[0]
 
     @property
     @abstractmethod
@@ -114,21 +124,29 @@ class Runner(ABC):
         timeout_s: float,
         scratch: Path,
     ) -> Measured | str:
-        """Run once, from a cold page cache. Returns why where it does not go through."""
+        """Run once, from a cold page cache. Returns why where it does not go through.
+
+        One that ends well without saying how long it took is run again: llama.cpp now and then
+        loses the last lines of what it says.
+        """
         generation = generation._replace(new_tokens=self.new_tokens(generation.new_tokens))
         command = self.command(generation, threads, limit_bytes, scratch)
-        forget_files(self.files)
-        watched = run_watched(
-            command,
-            limit_bytes=limit_bytes,
-            messages=scratch / "messages.txt",
-            timeout_s=timeout_s,
-            count_tokens=self.count_tokens,
-            environment={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-        if watched.failure:
-            return watched.failure
-        return self.measured(generation, watched) or "it does not say how long it took"
+        for _ in range(_ATTEMPTS):
+            forget_files(self.files)
+            watched = run_watched(
+                command,
+                limit_bytes=limit_bytes,
+                messages=scratch / "messages.txt",
+                timeout_s=timeout_s,
+                count_tokens=self.count_tokens,
+                environment={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+            if watched.failure:
+                return watched.failure
+            measured = self.measured(generation, watched)
+            if measured is not None:
+                return measured
+        return "it does not say how long it took"
 
 
 @dataclass(frozen=True)

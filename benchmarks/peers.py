@@ -1,14 +1,20 @@
 """moepack against other programs: the same weights, prompt, memory and cold disk.
 
     python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --ik-llama-cpp PATH
+    python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --bits 8 4 --only-prepare
+    python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --bits 8 4
 
 For each share of the model's size every program runs in a memory control group of that size, the
 whole process inside, its files dropped from the page cache before; the programs take turns, in
 another order every round. transformers offloads to disk by accelerate, llama.cpp and ik_llama.cpp
-run a bfloat16 GGUF of the very same weights (:mod:`benchmarks.gguf_export`). Peers have their best
-settings: each number of threads is tried in the first round and the faster kept; a model is mapped
-over the file and over a loop device that reads no more than 128 KiB ahead; weights are not
-repacked. moepack is planned for the limit less 100 MiB.
+run a GGUF of the very same weights (:mod:`benchmarks.gguf_export`). Peers have their best settings:
+each number of threads and each variant is tried in the first round and the fastest kept; a model is
+mapped over the file and over a loop device that reads no more than 128 KiB ahead; weights are not
+repacked, and of the kinds with fewer bits also are. moepack is planned for the limit less 100 MiB.
+
+With fewer bits the routed experts are rounded on both sides and nothing else is; the size is that
+of what is then stored, the larger one of both. What that loses is measured apart, on the model that
+ships with moepack (:mod:`benchmarks.peer_quality`), and a pair counts where moepack loses no more.
 
 Printed are medians over the rounds. The bar for moepack is ``min(2.5 * the best peer, 0.9 * disk
 bandwidth / bytes missed by the best online policy in the plan's replay)`` in decoding, at shares
@@ -23,7 +29,6 @@ import json
 import signal
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,18 +37,22 @@ import numpy as np
 from moepack_runtime.tokenizer import Tokenizer
 
 from benchmarks.control_group import Interface
-from benchmarks.llama_runners import find_binary, llama_runners
+from benchmarks.gguf_kinds import KINDS, Kind
+from benchmarks.llama_runners import find_binary, find_sibling, llama_runners
 from benchmarks.loop_device import LoopDevice, NoLoopDeviceError
 from benchmarks.peer_model import Bar, NotPreparedError, PeerModel
-from benchmarks.peer_report import OWN, Row, best_threads, judge, row_of, sentence, table
+from benchmarks.peer_pairs import PRECISIONS, judge_pairs, pairs, told
+from benchmarks.peer_quality import kept_quality
+from benchmarks.peer_report import OWN, say, table
+from benchmarks.peer_rounds import compare
 from benchmarks.peer_runners import (
     Generation,
-    Measured,
     MoepackRunner,
     Runner,
     TransformersRunner,
     transformers_absent,
 )
+from benchmarks.setting import named
 from moepack.errors import MoepackError
 from moepack.measuring import shipped_prompts
 from moepack.units import format_size
@@ -51,98 +60,75 @@ from moepack.units import format_size
 TRANSFORMERS = "transformers + accelerate"
 
 
-def compare(
-    runners: Sequence[Runner],
-    generation: Generation,
-    *,
-    rounds: int,
-    limit_bytes: int,
-    timeout_s: float,
-    scratch: Path,
-) -> list[Row]:
-    """Run every program once a round, in turns; threads are chosen in the first round."""
-    found: dict[str, dict[int, list[Measured]]] = {each.name: {} for each in runners}
-    failures = {each.name: f"absent: {each.absent}" for each in runners if each.absent}
-    order = deque(each for each in runners if not each.absent)
-    for number in range(rounds):
-        for runner in order:
-            runs = found[runner.name]
-            counts = runner.threads if number == 0 else tuple(filter(None, [best_threads(runs)]))
-            for threads in counts:
-                _say(f"round {number + 1}: {runner.name}, {threads} threads")
-                outcome = runner.run(
-                    generation,
-                    threads,
-                    limit_bytes=limit_bytes,
-                    timeout_s=timeout_s,
-                    scratch=scratch,
-                )
-                if isinstance(outcome, str):
-                    failures[runner.name] = outcome
-                    _say(f"    {outcome}")
-                else:
-                    runs.setdefault(threads, []).append(outcome)
-                    _say(f"    {outcome.decode_tokens_per_s:.2f} tokens/s")
-        order.rotate(-1)
-    return [row_of(name, runs, failures.get(name, "")) for name, runs in found.items()]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table and a verdict for every share, and one line of JSON."""
+    """Print a table and verdicts for every share, and one line of JSON."""
     args = _parser().parse_args(arguments)
     # So that groups, devices and programs are taken down then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        print(json.dumps(_run(args)))
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
-    return 0
+    return named(_run, args)
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run(args: argparse.Namespace) -> int:
     Interface.find()  # before anything takes long
     args.scratch.mkdir(parents=True, exist_ok=True)
     model = PeerModel(args.model, args.scratch)
-    _say(f"{model.spec.name}: {format_size(model.size_bytes)}; profile, unless it is known")
+    say(f"{model.spec.name}: {format_size(model.size_bytes)}; profile, unless it is known")
     model.profile(args.text)
     generation = _generation(args, model)
-    shares = []
-    with (
-        tempfile.TemporaryDirectory(dir=args.scratch, prefix="run.") as own,
-        _peers(args, model) as peers,
-    ):
-        shares = [_share(args, model, generation, share, peers, Path(own)) for share in args.shares]
-    return {
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="run.") as own:
+        found = [_at_bits(args, model, generation, bits, Path(own)) for bits in args.bits]
+    document = {
         "model": str(args.model),
         "size_bytes": model.size_bytes,
         "prompt_tokens": args.prompt,
         "new_tokens": args.new,
         "temperature": args.temperature,
         "rounds": args.rounds,
-        "shares": shares,
+        "bits": found,
     }
+    print(json.dumps(document))
+    return 0
+
+
+def _at_bits(
+    args: argparse.Namespace, model: PeerModel, generation: Generation, bits: int, scratch: Path
+) -> dict[str, Any]:
+    """Measure at every share, with so many bits a weight."""
+    with _peers(args, model, bits) as peers:
+        stored = [model.stored_bytes(PRECISIONS[bits].asked)]
+        stored += [path.stat().st_size for each in peers for path in each.files if path.is_file()]
+        shares = [
+            _share(args, model, generation, bits, share, max(stored), peers, scratch)
+            for share in args.shares
+        ]
+    return {"bits": bits, "stored_bytes": max(stored), "shares": shares}
 
 
 def _share(
     args: argparse.Namespace,
     model: PeerModel,
     generation: Generation,
+    bits: int,
     share: float,
+    stored_bytes: int,
     peers: Sequence[Runner],
     scratch: Path,
 ) -> dict[str, Any]:
     """Measure at one share, and print it."""
-    limit_bytes = int(share * model.size_bytes)
-    _say(f"{share:.0%}, {format_size(limit_bytes)}: plan and pack")
+    asked = PRECISIONS[bits].asked
+    limit_bytes = int(share * stored_bytes)
+    say(f"{bits} bits, {share:.0%}, {format_size(limit_bytes)}: plan and pack, unless it is there")
     bar = Bar("", 0.0, 0.0)
-    document: dict[str, Any] = {}
+    prediction: Any = None
     try:
-        made = model.prepare(limit_bytes, prompt_tokens=args.prompt, new_tokens=args.new)
-        own = MoepackRunner(OWN, (made.threads,), pack=made.pack, plan=made.plan)
-        bar, document = made.bar, made.document
+        made = model.prepare(limit_bytes, asked, prompt_tokens=args.prompt, new_tokens=args.new)
+        own = MoepackRunner(OWN, (made.threads,), pack=made.packed.pack, plan=made.packed.plan)
+        bar, prediction = made.bar, made.packed.document["prediction"]
     except NotPreparedError as failure:
+        say(str(failure))
         own = MoepackRunner(OWN, (), absent=str(failure))
+    if args.only_prepare:
+        return {"share": share, "limit_bytes": limit_bytes, "prediction": prediction}
     rows = compare(
         [own, *peers],
         generation,
@@ -151,53 +137,67 @@ def _share(
         timeout_s=args.timeout,
         scratch=scratch,
     )
-    verdict = judge(rows, bar)
-    print(f"\n{share:.0%} of {format_size(model.size_bytes)}: {format_size(limit_bytes)}\n")
+    kinds = {each.name: each.kind for each in peers}
+    encoding = model.encoding(asked)
+    judged = judge_pairs(pairs(bits, encoding, kept_quality(args.scratch)), rows, kinds, bar)
+    print(
+        f"\n{bits} bits, {share:.0%} of {format_size(stored_bytes)}: {format_size(limit_bytes)}\n"
+    )
     print("\n".join(table(rows)))
-    print(f"\n{sentence(verdict, bar, rows, judged=share < 1)}", flush=True)
+    for each in judged:
+        print(f"\n{told(each, rows, kinds, bar, share)}", flush=True)
     return {
         "share": share,
         "limit_bytes": limit_bytes,
         "rows": [row.document() for row in rows],
         "bar": bar._asdict(),
-        "verdict": verdict._asdict(),
-        "prediction": document.get("prediction"),
+        "pairs": [each.document() for each in judged],
+        "prediction": prediction,
     }
 
 
 @contextlib.contextmanager
-def _peers(args: argparse.Namespace, model: PeerModel) -> Iterator[list[Runner]]:
+def _peers(args: argparse.Namespace, model: PeerModel, bits: int) -> Iterator[list[Runner]]:
     """Everybody but moepack. What is absent is among them, with the reason."""
     threads = tuple(args.threads)
     left_out = tuple(args.skip)
     runners: list[Runner] = []
-    if not left_out or not TRANSFORMERS.startswith(left_out):
+    if bits == 16 and not (left_out and TRANSFORMERS.startswith(left_out)):
         runners.append(_transformers(model, threads))
-    named = {
+    binaries = {
         "llama.cpp": find_binary(args.llama_cpp, ("llama-completion", "llama-cli")),
         "ik_llama.cpp": find_binary(args.ik_llama_cpp, ("llama-cli",)),
     }
-    gguf = Path()
-    if any(named.values()):
-        _say("the GGUF, unless it is there")
-        gguf = model.gguf(args.gguf)
     with contextlib.ExitStack() as stack:
-        device: Path | str = "there is no GGUF to map"
-        if any(named.values()):
-            try:
-                device = stack.enter_context(LoopDevice(gguf)).path
-            except NoLoopDeviceError as failure:
-                device = str(failure)
-        for name, binary in named.items():
-            runners += llama_runners(name, binary, gguf, device, threads)
+        for kind in (KINDS[name] for name in PRECISIONS[bits].kinds):
+            gguf: Path | str = "no binary was given, or it is not there"
+            device: Path | str = "there is no GGUF to map"
+            if any(binaries.values()):
+                gguf = _gguf(args, model, kind)
+            if isinstance(gguf, Path):
+                try:
+                    device = stack.enter_context(LoopDevice(gguf)).path
+                except NoLoopDeviceError as failure:
+                    device = str(failure)
+            for name, binary in binaries.items():
+                runners += llama_runners(name, binary, gguf, device, threads, kind.name)
         yield [each for each in runners if not left_out or not each.name.startswith(left_out)]
+
+
+def _gguf(args: argparse.Namespace, model: PeerModel, kind: Kind) -> Path | str:
+    """The file, or why there is none."""
+    say(f"the GGUF in {kind.name}, unless it is there")
+    try:
+        return model.gguf(kind, args.gguf, quantiser=find_sibling(args.llama_cpp, "llama-quantize"))
+    except MoepackError as failure:
+        return str(failure)
 
 
 def _transformers(model: PeerModel, threads: tuple[int, ...]) -> Runner:
     absent = transformers_absent()
     if absent:
         return TransformersRunner(TRANSFORMERS, threads, absent)
-    _say("what accelerate offloads, unless it is there")
+    say("what accelerate offloads, unless it is there")
     return TransformersRunner(
         TRANSFORMERS,
         threads,
@@ -225,13 +225,24 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="on the disk that is to be measured; profiles, packs and the GGUF stay there",
+        help="on the disk that is to be measured; profiles, plans, packs and GGUFs stay there",
     )
+    parser.add_argument("--bits", type=int, nargs="+", choices=PRECISIONS, default=[16])
     where = "the program, or a folder with it (build/bin is looked into)"
-    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help=f"llama-completion: {where}")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="PATH",
+        help=f"llama-completion, and llama-quantize for Q4_K: {where}",
+    )
     parser.add_argument("--ik-llama-cpp", type=Path, metavar="PATH", help=f"llama-cli: {where}")
     parser.add_argument(
-        "--gguf", type=Path, metavar="PATH", help="written by benchmarks.gguf_export"
+        "--gguf",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="written by benchmarks.gguf_export; others are made in the scratch folder",
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.3])
     parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS")
@@ -256,11 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="NAME", help="peers whose names begin so"
     )
+    parser.add_argument(
+        "--only-prepare", action="store_true", help="make plans, packs and GGUFs, measure nothing"
+    )
     return parser
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,23 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import transformers
 
 from benchmarks.control_group import ControlGroup, Interface, NoControlGroupError
 from benchmarks.gguf_text import text_of, tokens_of
-from benchmarks.llama_runners import find_binary, llama_runners, parse_timings
+from benchmarks.llama_runners import (
+    LlamaRunner,
+    find_binary,
+    find_sibling,
+    llama_runners,
+    parse_timings,
+)
 from benchmarks.peer_model import Bar
-from benchmarks.peer_process import run_watched
+from benchmarks.peer_process import Watched, run_watched
 from benchmarks.peer_report import Row, judge, row_of, sentence, table
-from benchmarks.peer_runners import Measured
-from moepack.checkpoint import Checkpoint
-from moepack.errors import CheckpointError
+from benchmarks.peer_rounds import chosen
+from benchmarks.peer_runners import Generation, Measured
 from moepack.units import MIB
-from tests.support.tiny_models import TINY_MODELS, TinyModel, randomise
 
 #: The end of what llama-completion printed here.
 LLAMA_CPP_SAYS = """
@@ -37,79 +38,6 @@ token,  2271.69 tokens per second)
 """
 
 MEASURED = Measured(1.0, 10.0, 4.0, 1000, 100.0, 5000, 4000)
-
-
-def saved(tiny: TinyModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
-    model = transformers.AutoModelForCausalLM.from_config(tiny.config(), dtype=torch.float32)
-    randomise(model, seed=3)
-    model.to(dtype).save_pretrained(folder)
-    return Checkpoint.open(folder)
-
-
-def tiny_of(family: str, **changes: object) -> TinyModel:
-    found = next(tiny for tiny in TINY_MODELS if tiny.key == f"{family}-plain")
-    return dataclasses.replace(found, changes={**found.changes, **changes})
-
-
-@pytest.mark.parametrize(
-    "tiny",
-    [tiny_of("olmoe"), tiny_of("qwen2_moe", mlp_only_layers=[]), tiny_of("qwen3_moe")],
-    ids=lambda tiny: tiny.family,
-)
-def test_a_gguf_holds_the_very_weights(tiny: TinyModel, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    from benchmarks.gguf_export import export, require_ours
-
-    checkpoint = saved(tiny, tmp_path / "model")
-    out = tmp_path / "model.gguf"
-    export(checkpoint, out)
-    reader = gguf.GGUFReader(out)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    assert out.stat().st_size % 4096 == 0
-    assert [path.name for path in tmp_path.glob("*.partial")] == []
-    elements = sum(int(np.prod(tensor.shape)) for tensor in reader.tensors)
-    assert elements == checkpoint.spec.total_parameters
-    for layer in checkpoint.spec.moe_layers:
-        for expert in range(checkpoint.spec.moe(layer).num_experts):
-            weights = checkpoint.expert(layer, expert)
-            for projection in ("gate", "up", "down"):
-                stacked = tensors[f"blk.{layer}.ffn_{projection}_exps.weight"].data
-                found = stacked[expert].view(np.uint16)
-                np.testing.assert_array_equal(found, weights[f"{projection}.weight"])
-    router = checkpoint.trunk_tensor("layers.1.router.weight").astype(np.uint32) << 16
-    np.testing.assert_array_equal(
-        tensors["blk.1.ffn_gate_inp.weight"].data, router.view(np.float32)
-    )
-    embedding = tensors["token_embd.weight"].data.view(np.uint16)
-    np.testing.assert_array_equal(embedding, checkpoint.trunk_tensor("embed.weight"))
-    words = reader.fields["tokenizer.ggml.tokens"].contents()
-    assert words[:3] == list(text_of([0, 1, 2]))
-    assert len(words) == checkpoint.spec.vocab_size
-    require_ours(out, checkpoint)
-    other = saved(tiny_of("olmoe", vocab_size=64), tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"weights_digest is .*, expected"):
-        require_ours(out, other)
-
-
-@pytest.mark.parametrize(
-    ("tiny", "reason"),
-    [
-        (tiny_of("qwen2_moe"), "layer 0 has no routed experts"),
-        (tiny_of("olmoe", clip_qkv=0.9), "layer 0 clamps its queries"),
-        (tiny_of("qwen3_moe", norm_topk_prob=False), "normalises its weights otherwise"),
-        (tiny_of("mixtral"), "is mixtral"),
-    ],
-    ids=["dense", "clamped", "normalised", "family"],
-)
-def test_a_graph_that_llama_cpp_lacks_is_refused(
-    tiny: TinyModel, reason: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("gguf")
-    from benchmarks.gguf_export import export
-
-    with pytest.raises(CheckpointError, match=reason):
-        export(saved(tiny, tmp_path / "model"), tmp_path / "model.gguf")
-    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_text_and_tokens_are_each_others_inverse() -> None:
@@ -132,6 +60,8 @@ def test_a_peer_that_is_absent_is_told_with_the_reason(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\necho '--prefetch-experts --no-repack'\n")
     program.chmod(0o755)
     assert find_binary(tmp_path, ("llama-cli",)) == program
+    assert find_sibling(program, "llama-cli") == find_sibling(tmp_path, "llama-cli") == program
+    assert find_sibling(program, "llama-quantize") is find_sibling(None, "llama-cli") is None
     (absent,) = llama_runners("ik", None, tmp_path, "no device", (1, 2))
     assert absent.absent
     there = {each.name: each for each in llama_runners("ik", program, tmp_path, "none", (1, 2))}
@@ -213,3 +143,78 @@ def test_the_bar_is_the_lower_of_two(
     assert len({line.count("|") for line in table(rows)}) == 1
     assert rows[2].document() == {"name": "another", "failure": "killed"}
     json.dumps([verdict._asdict(), *(row.document() for row in rows)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Said(LlamaRunner):
+    """A program that may say how long it took."""
+
+    def measured(self, generation: Generation, watched: Watched) -> Measured | None:
+        assert len(generation.prompt) == 2
+        return MEASURED if watched.output == "said" else None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [(["", "said"], MEASURED), (["", "", ""], "it does not say how long it took")],
+)
+def test_a_run_whose_last_words_are_lost_is_repeated(
+    outputs: list[str], expected: Measured | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(outputs)
+
+    def ended(*_arguments: object, **_options: object) -> Watched:
+        return Watched(None, None, 0, next(left), "", None, "")
+
+    monkeypatch.setattr("benchmarks.peer_runners.run_watched", ended)
+    runner = Said("peer", (1,), binary=tmp_path, gguf=tmp_path / "model.gguf")
+    runner.gguf.touch()
+    generation = Generation((1, 2), (1,), 4, 1.0)
+    found = runner.run(generation, 1, limit_bytes=1, timeout_s=1, scratch=tmp_path)
+    assert found == expected
+    assert next(left, None) is None
+
+
+def test_only_the_fastest_variants_go_on() -> None:
+    def runs(prefill: float, decode: float) -> dict[int, list[Measured]]:
+        return {1: [MEASURED._replace(prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)]}
+
+    found = {
+        "moepack": runs(1.0, 1.0),
+        "llama.cpp, mmap": runs(30.0, 2.0),
+        "llama.cpp, near": runs(20.0, 5.0),
+        "llama.cpp, direct I/O": {},
+        "llama.cpp, repacked": runs(25.0, 4.0),
+        "llama.cpp Q4_K, mmap": runs(3.0, 2.0),
+    }
+    runners = [LlamaRunner(name, (1,)) for name in found]
+    assert chosen(runners, found) == {
+        "moepack",
+        "llama.cpp, mmap",
+        "llama.cpp, near",
+        "llama.cpp Q4_K, mmap",
+    }
+
+
+def test_files_of_fewer_bits_are_tried_repacked_as_well(tmp_path: Path) -> None:
+    program = tmp_path / "llama-completion"
+    program.write_text("#!/bin/sh\necho '--no-repack -no-cnv --load-mode dio'\n")
+    program.chmod(0o755)
+    near = tmp_path / "device"
+    exact = llama_runners("l", program, tmp_path / "a.gguf", near, (1,))
+    assert [each.name for each in exact] == [
+        "l, mmap, as it is",
+        "l, mmap, 128 KiB ahead",
+        "l, direct I/O",
+    ]
+    generation = Generation((1, 2), (1,), 4, 1.0)
+    fewer = {
+        each.name: each.command(generation, 1, 1, tmp_path)
+        for each in llama_runners("l", program, tmp_path / "b.gguf", near, (1,), "Q4_0")
+    }
+    assert "--no-repack" not in fewer["l Q4_0, repacked"]
+    assert "--no-repack" in fewer["l Q4_0, mmap, 128 KiB ahead"]
+    assert str(near) in fewer["l Q4_0, mmap, 128 KiB ahead"]
+    assert fewer["l Q4_0, direct I/O"][-2:] == ["--load-mode", "dio"]
+    (missing,) = llama_runners("l", program, "it cannot be made", near, (1,), "Q4_K")
+    assert (missing.name, missing.absent, missing.kind) == ("l Q4_K", "it cannot be made", "Q4_K")
