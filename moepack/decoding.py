@@ -13,9 +13,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from moepack.activations import Activations
 from moepack.fixed_times import FixedTimes
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
-from moepack.passes import Activations, DecodePasses, Segments
+from moepack.passes import DecodePasses
+from moepack.segment_times import Segments
 from moepack.timeline import Clock, Columns, Flags, Outcome, Seconds, Work, advance, ahead_slots
 
 #: Lanes that run side by side, and passes that each runs beforehand to find where it begins.

@@ -15,8 +15,8 @@ import numpy as np
 from moepack.decoding import C, Done
 from moepack.fixed_times import FixedTimes
 from moepack.link_lanes import TierClock, TierWork
-from moepack.passes import Segments
 from moepack.prompts import PromptPasses
+from moepack.segment_times import Segments
 from moepack.tier_timeline import advance_tiers
 from moepack.timeline import Clock, Columns, Seconds, Work, advance, ahead_slots
 

@@ -11,16 +11,11 @@ import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
 from moepack.mixed_residency import starting
-from moepack.passes import (
-    Oracle,
-    Segments,
-    ahead_seconds,
-    disturbance_s,
-    read_seconds,
-)
+from moepack.passes import Oracle, ahead_seconds, disturbance_s, read_seconds
 from moepack.plan import Layout, Placement
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
+from moepack.segment_times import Segments
 from moepack.timeline import Seconds
 from moepack.trace import NO_PREDICTION, RoutingPart
 

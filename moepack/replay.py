@@ -21,28 +21,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moepack.activations import Activations, activations, perfect
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import (
-    Activations,
-    DecodePasses,
-    Oracle,
-    Segments,
-    activations,
-    behind_ram,
-    decode_passes,
-    guessed_layers,
-    passes_with,
-    perfect,
-    segments_of,
-)
+from moepack.passes import DecodePasses, Oracle, decode_passes, guessed_layers, passes_with
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
+from moepack.segment_times import Segments, behind_ram, segments_of
 from moepack.stepped_caches import SteppedCaches
 from moepack.tier_decoding import TierDecoding
 from moepack.trace import NO_PREDICTION, RoutingPart

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from moepack.activations import activations
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import activations, behind_ram, guessed_layers, passes_with, segments_of
+from moepack.passes import guessed_layers, passes_with
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
+from moepack.segment_times import behind_ram, segments_of
 from moepack.stepped_caches import SteppedCaches
 from moepack.tier_decoding import TierDecoding
 from moepack.trace import NO_PREDICTION, LayerShape, Trace

@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from moepack.mixed_residency import layer_cache
 from moepack.on_miss import EXACT, fates
-from moepack.passes import Segments
 from moepack.plan import LayerPlacement, Placement
 from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
+from moepack.segment_times import Segments
 from moepack.timeline import Flags
 
 

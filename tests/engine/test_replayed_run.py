@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from moepack_runtime.tokenizer import Tokenizer
 
+from moepack.activations import activations
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
-from moepack.passes import activations, decode_passes, segments_of
+from moepack.passes import decode_passes
 from moepack.plan import POLICIES, POOL_POLICIES, Layout, Placement, Policy, SharedPool
 from moepack.replay import Replayer
 from moepack.residency import ExpertCache
 from moepack.roofline import derive_compute
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
+from moepack.segment_times import segments_of
 from moepack.shipped import shipped_model, shipped_texts
 from moepack.stack_ranks import stack_ranks
 from moepack.trace import NO_PREDICTION, LayerShape, Trace

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepack.activations import activations
 from moepack.belady import belady_hits
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import FixedTimes
-from moepack.passes import Oracle, activations, decode_passes, segments_of
+from moepack.passes import Oracle, decode_passes
 from moepack.plan import (
     POLICIES,
     POOL_POLICIES,
@@ -24,6 +25,7 @@ from moepack.plan import (
 )
 from moepack.replay import Replayer
 from moepack.routing_tables import RoutingTables
+from moepack.segment_times import segments_of
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart, Trace
 from tests.support.caches import half_life_of, half_lives, random_trace, shapes
 from tests.support.routed import (
