@@ -33,18 +33,11 @@ from benchmarks.synthetic_folder import write_checkpoint
 from moepack.budget import memory_breakdown, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.errors import MoepackError, RunError
+from moepack.forecast import PlannerReport, Prediction, Provenance
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.pack import pack
-from moepack.plan import (
-    PLAN_VERSION,
-    LayerPlacement,
-    Placement,
-    Plan,
-    PlannerReport,
-    Prediction,
-    Provenance,
-)
+from moepack.plan import PLAN_VERSION, LayerPlacement, Placement, Plan
 from moepack.presets import preset_path
 from moepack.routing_model import load_routing_model
 from moepack.units import format_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moepack.plan import Prediction
+from moepack.forecast import Prediction
 
 #: The most of the fast tier that was taken: a contract, so no more than what was planned.
 PEAK = "peak_fast_bytes"

@@ -5,7 +5,8 @@ Everything here is told on *test*, which nothing was chosen by: a margin may be 
 
 from __future__ import annotations
 
-from moepack.plan import Baseline, Plan, Prediction
+from moepack.forecast import Baseline, Prediction
+from moepack.plan import Plan
 from moepack.records import record
 
 #: Strategies that keep whole experts and could be run as they are.

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from moepack.budget import fixed_bytes, memory_breakdown, slow_bytes, staging_bytes, stored_bytes
+from moepack.footprint import HostTier
 from moepack.plan import (
-    HostTier,
     LayerLayout,
     LayerPlacement,
     Layout,

@@ -13,6 +13,8 @@ from typing import Literal
 
 from moepack import records
 from moepack.errors import PlanError
+from moepack.footprint import HostTier, MemoryBreakdown
+from moepack.forecast import Baseline, PlannerReport, Prediction, Provenance
 from moepack.records import added, record
 
 PLAN_VERSION = 3
@@ -254,64 +256,6 @@ class SharedPool:
 
 
 @record
-class MemoryBreakdown:
-    """Every byte of the fast tier that a placement takes."""
-
-    trunk_bytes: int
-    kv_bytes: int
-    hidden_bytes: int
-    workspace_bytes: int
-    staging_bytes: int
-    slots_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum: what must not exceed the budget."""
-        return (
-            self.trunk_bytes
-            + self.kv_bytes
-            + self.hidden_bytes
-            + self.workspace_bytes
-            + self.staging_bytes
-            + self.slots_bytes
-        )
-
-
-@record
-class HostTier:
-    """What of a device's slow tier the host's RAM holds; see :mod:`moepack.ram_tier`.
-
-    Attributes
-    ----------
-    pinned_bytes : int
-        What may be pinned: the bound on host memory less the process.
-    held_bytes : int
-        Of segments that RAM holds. The others are read from the disk each time.
-    bounces, bounce_bytes : int
-        Pieces of pinned memory that those pass through, and the size of each; 0 where RAM holds
-        everything.
-    shares : tuple of float
-        By layer with experts, what share of its experts' bytes RAM holds.
-    """
-
-    pinned_bytes: int
-    held_bytes: int
-    bounces: int
-    bounce_bytes: int
-    shares: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        sizes = (self.pinned_bytes, self.held_bytes, self.bounces, self.bounce_bytes)
-        if min(sizes) < 0 or not all(0 <= share <= 1 for share in self.shares):
-            raise ValueError("what RAM holds is negative, or more than there is")
-
-    @property
-    def total_bytes(self) -> int:
-        """All that is pinned."""
-        return self.held_bytes + self.bounces * self.bounce_bytes
-
-
-@record
 class OnMiss:
     """What is fetched for an expert that is missing when a token is decoded, by what it counts.
 
@@ -419,80 +363,6 @@ class EngineCapabilities:
     encodings: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     mixed_layers: bool = False
     low_copies: tuple[DeviceKind, ...] = ()
-
-
-@record
-class Prediction:
-    """What a plan is expected to do, in the fields that a run measures.
-
-    ``band`` is the factor within which measured times are expected: [t / band, t * band].
-    ``slow_bytes`` are all experts', of which a device's host may hold some (:class:`HostTier`);
-    ``disk_bytes_per_token`` is what of the bytes over the link it has to read first.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    tokens_per_s: float
-    hit_rate: float
-    ready_rate: float
-    link_bytes_per_token: float
-    fast_bytes: int
-    slow_bytes: int
-    band: float
-    disk_bytes_per_token: float = 0.0
-
-
-@record
-class Baseline:
-    """The same model under a simpler strategy, or under a bound, in a prediction's fields.
-
-    ``eligible``: this engine could run it as it is, within the budget; else ``why_not`` says what
-    is in the way.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    hit_rate: float
-    link_bytes_per_token: float
-    eligible: bool
-    why_not: str = ""
-
-
-@record
-class PlannerReport:
-    """How a plan was found.
-
-    Attributes
-    ----------
-    seconds : float
-        That planning took.
-    chosen : str
-        What won: ``optimised``, or the baseline that is the plan.
-    gap_to_exact : float or None
-        (exchange - exact) / exact of the separable objective; None where a layout was kept or no
-        budget was left to divide.
-    replayed_events : int
-        (layer, token) events that were replayed to choose and to report.
-    """
-
-    seconds: float
-    chosen: str
-    gap_to_exact: float | None
-    replayed_events: int
-
-
-@record
-class Provenance:
-    """What a plan was made from.
-
-    ``assumptions`` names, in sentences, everything that was assumed rather than measured.
-    """
-
-    hardware: str
-    hardware_is_this_machine: bool
-    compute: str
-    routing: str
-    assumptions: tuple[str, ...] = ()
 
 
 @record

@@ -18,17 +18,11 @@ from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds, throttled
 from moepack.decoding import Replayed
 from moepack.errors import BudgetTooSmallError
+from moepack.forecast import Baseline, PlannerReport, Prediction, Provenance
 from moepack.low_copies import with_low_copies, without_low_copies
 from moepack.optimised import Optimised
 from moepack.optimiser import Optimum
-from moepack.plan import (
-    PLAN_VERSION,
-    Baseline,
-    Plan,
-    PlannerReport,
-    Prediction,
-    Provenance,
-)
+from moepack.plan import PLAN_VERSION, Plan
 from moepack.plan_request import (
     PlanRequest,
     max_context_tokens,

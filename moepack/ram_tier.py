@@ -11,9 +11,10 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from moepack.budget import layer_bytes, slow_bytes, stored_bytes
+from moepack.footprint import HostTier
 from moepack.mixed_residency import starting
 from moepack.model_spec import ModelSpec
-from moepack.plan import HostTier, LayerLayout, LayerPlacement, Layout
+from moepack.plan import LayerLayout, LayerPlacement, Layout
 from moepack.segments import PARTS, Part, SegmentId
 
 #: Copies from RAM to the device in flight at once: one crosses, the next is ready to.

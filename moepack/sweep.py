@@ -8,7 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from moepack.errors import BudgetTooSmallError
-from moepack.plan import Baseline, Plan
+from moepack.forecast import Baseline
+from moepack.plan import Plan
 from moepack.plan_request import require_budget, within_device
 from moepack.planner import Planner, rungs_below
 from moepack.progress import NO_PROGRESS, Progress

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moepack.drift import compare
-from moepack.plan import Prediction
+from moepack.forecast import Prediction
 
 PREDICTION = Prediction(
     ttft_s=2.0,

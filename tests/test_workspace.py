@@ -12,17 +12,9 @@ import pytest
 
 from moepack.atomic import require_writable, write_atomically, writing_atomically
 from moepack.errors import OutputError, PlanMismatchError, WorkspaceError
-from moepack.plan import (
-    PLAN_VERSION,
-    Layout,
-    MemoryBreakdown,
-    Placement,
-    Plan,
-    PlannerReport,
-    Prediction,
-    Provenance,
-    load_plan,
-)
+from moepack.footprint import MemoryBreakdown
+from moepack.forecast import PlannerReport, Prediction, Provenance
+from moepack.plan import PLAN_VERSION, Layout, Placement, Plan, load_plan
 from moepack.workspace import ModelRecord, Workspace
 
 ONE = ModelRecord("one", "/models/one", "1" * 64, "a" * 64)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moepack.plan import MemoryBreakdown, Plan, PlannerReport, Prediction
+from moepack.footprint import MemoryBreakdown
+from moepack.forecast import PlannerReport, Prediction
+from moepack.plan import Plan
 from moepack.precision import Precision
 from moepack.predicted_quality import PredictedQuality
 from moepack.report.classes import classes_view, quality_rows
@@ -93,10 +95,10 @@ def misses_sentence(plan: Plan) -> str:
     rule = plan.placement.on_miss
     if rule is None:
         return f"fetched exact; low copies in {plan.layout.low} are not used"
-    return (
-        f"exact up to {rule.exact_up_to:g} of a token's weights, up to {rule.low_up_to:g} low "
-        f"copies in {plan.layout.low}, left out beyond"
-    )
+    exact = f"exact up to {rule.exact_up_to:g} of a token's weights, "
+    if rule.low_up_to >= 1:
+        return f"{exact}low copies in {plan.layout.low} beyond"
+    return f"{exact}up to {rule.low_up_to:g} low copies in {plan.layout.low}, left out beyond"
 
 
 def host_sentence(plan: Plan) -> str:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from moepack.forecast import Baseline, Prediction
 from moepack.margin import BOUNDS, best_baseline, generation_s, margin
-from moepack.plan import Baseline, Plan, Prediction
+from moepack.plan import Plan
 from moepack.report.tables import columns
 from moepack.units import format_duration, format_size
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from moepack.forecast import Baseline, Prediction
 from moepack.margin import BOUNDS, generation_s
-from moepack.plan import Baseline, Plan, Prediction
+from moepack.plan import Plan
 from moepack.report.charts import Frame, Line, line_chart
 from moepack.report.markup import Element
 from moepack.report.scale import axis

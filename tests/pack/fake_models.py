@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moepack.footprint import MemoryBreakdown
+from moepack.forecast import PlannerReport, Prediction, Provenance
 from moepack.layouts import mixed_layout
 from moepack.model_spec import (
     DTYPE_BYTES,
@@ -19,18 +21,7 @@ from moepack.model_spec import (
     RouterSpec,
     TensorInfo,
 )
-from moepack.plan import (
-    PLAN_VERSION,
-    LayerLayout,
-    LayerPlacement,
-    Layout,
-    MemoryBreakdown,
-    Placement,
-    Plan,
-    PlannerReport,
-    Prediction,
-    Provenance,
-)
+from moepack.plan import PLAN_VERSION, LayerLayout, LayerPlacement, Layout, Placement, Plan
 from moepack.segments import Bits
 
 BITS: dict[str, type[np.generic]] = {

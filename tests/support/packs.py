@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
+from moepack.forecast import PlannerReport, Prediction, Provenance
 from moepack.model_spec import ModelSpec
-from moepack.plan import (
-    PLAN_VERSION,
-    Layout,
-    Placement,
-    Plan,
-    PlannerReport,
-    Prediction,
-    Provenance,
-)
+from moepack.plan import PLAN_VERSION, Layout, Placement, Plan
 
 
 def plan_for(spec: ModelSpec, layout: Layout, placement: Placement) -> Plan:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moepack.footprint import MemoryBreakdown
+from moepack.forecast import Baseline, PlannerReport, Prediction, Provenance
 from moepack.plan import (
     PLAN_VERSION,
-    Baseline,
     LayerLayout,
     LayerPlacement,
     Layout,
-    MemoryBreakdown,
     Placement,
     Plan,
-    PlannerReport,
     Policy,
-    Prediction,
-    Provenance,
     SharedPool,
 )
 from moepack.units import GIB, MIB
