@@ -49,11 +49,15 @@ _WIDTHS = {
 _FEWEST_HEADS = 4
 
 
-def shape_config(shape: str, layers: int | None = None, narrow: int = 1) -> dict[str, Any]:
-    """The config of a shape, cut to its first layers, and its widths divided by ``narrow``."""
+def shape_config(
+    shape: str, layers: int | None = None, narrow: int = 1, vocab: int | None = None
+) -> dict[str, Any]:
+    """The config of a shape, cut to its first layers and tokens, its widths over ``narrow``."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{shape}.json").read_text("utf-8"))
     if layers is not None:
         config["num_hidden_layers"] = layers
+    if vocab is not None:
+        config["vocab_size"] = vocab
     for name in _WIDTHS & config.keys():
         config[name] //= narrow
     keys, queries = config["num_key_value_heads"], config["num_attention_heads"]
@@ -79,11 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     write_checkpoint(
-        shape_config(asked.shape, asked.layers, asked.narrow),
+        shape_config(asked.shape, asked.layers, asked.narrow, asked.vocab),
         load_routing_model(resolve(asked.routing or SHAPES[asked.shape], "routing")),
         asked.out,
         seed=asked.seed,
-        recipe={"shape": asked.shape, "layers": asked.layers, "narrow": asked.narrow},
+        recipe={
+            "shape": asked.shape,
+            "layers": asked.layers,
+            "narrow": asked.narrow,
+            "vocab": asked.vocab,
+        },
         progress=TerminalProgress(sys.stderr),
     )
     print(json.dumps({"written": str(asked.out), "shape": asked.shape, "seed": asked.seed}))
@@ -96,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--check", type=Path, metavar="DIR", help="run the checkpoint that is there")
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-1b-7b")
     parser.add_argument("--layers", type=int, metavar="N", help="of them; all unless told")
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        metavar="TOKENS",
+        help="instead of the shape's: few layers with all embeddings are mostly embeddings",
+    )
     parser.add_argument(
         "--narrow", type=int, default=1, metavar="N", help="divide all widths, to check routing"
     )

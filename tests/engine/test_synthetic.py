@@ -54,6 +54,11 @@ def small(shape: str, **changes: Any) -> dict[str, Any]:
     return config | {key: value for key, value in sizes.items() if key in config} | changes
 
 
+def test_layers_and_vocabulary_are_cut_and_nothing_else() -> None:
+    whole, cut = shape_config("qwen1.5-moe-a2.7b"), shape_config("qwen1.5-moe-a2.7b", 3, 1, 19_000)
+    assert whole | {"num_hidden_layers": 3, "vocab_size": 19_000} == cut
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folders: dict[str, Path] = {}
