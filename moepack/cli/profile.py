@@ -145,12 +145,15 @@ def _view(profile: RenderableType, source: Source, damage: DamageProfile | None)
     """The profile, with what rounding does where that was measured."""
     from rich.console import Group
 
+    from moepack.miss_thresholds import fitted_rule
     from moepack.mixed_precision import sample_choices
     from moepack.report.damage import damage_view
 
     if damage is None:
         return profile
-    return Group(profile, "", damage_view(damage, sample_choices(source.spec, damage)))
+    spec = source.spec
+    rule = None if damage.misses is None else fitted_rule(spec, damage, damage.misses.encoding)
+    return Group(profile, "", damage_view(damage, sample_choices(spec, damage), rule))
 
 
 def _last_profile(workspace: Workspace) -> HardwareProfile | None:

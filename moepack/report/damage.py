@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 
 from moepack.damage import DamageProfile, LayerDamage
 from moepack.mixed_precision import MixedPrecision
+from moepack.plan import OnMiss
 from moepack.report.routing import bands_of
 from moepack.report.tables import columns, facts, figure
 
@@ -17,7 +18,9 @@ _WORST_OF = 8
 
 
 def damage_view(
-    damage: DamageProfile, choices: Sequence[tuple[str, MixedPrecision]]
+    damage: DamageProfile,
+    choices: Sequence[tuple[str, MixedPrecision]],
+    rule: OnMiss | None = None,
 ) -> RenderableType:
     """Two tables: every layer, or band of neighbours; and what some choices are predicted to do.
 
@@ -25,6 +28,8 @@ def damage_view(
     ----------
     choices
         Each under its name, by ascending bits.
+    rule
+        For missing experts, of those that were tried; None where none was.
     """
     bands = bands_of([(len(layer.errors[0]), layer.encodings) for layer in damage.layers])
     measured = columns(
@@ -50,10 +55,26 @@ def damage_view(
             ("KL", "of the whole model with only this layer rounded to that, nats a token"),
             ("slope", "how much KL grows for a unit of error"),
             ("floor", f"{figure(damage.floor)}: the KL that any change at all comes to"),
+            *(() if rule is None else [("misses", _misses(damage, rule))]),
             ("measured", f"on {damage.tokens} tokens, KL on {damage.divergence_tokens}"),
         ]
     )
     return Group(measured, "", chosen, "", told)
+
+
+def _misses(damage: DamageProfile, rule: OnMiss) -> str:
+    """What replacing missing experts by a rule does, if all are missing."""
+    assert damage.misses is not None, "a rule of none"
+    trial = next(
+        each
+        for each in damage.misses.trials
+        if (each.exact_up_to, each.low_up_to) == (rule.exact_up_to, rule.low_up_to)
+    )
+    pair = f"{rule.exact_up_to:g},{rule.low_up_to:g}"
+    return (
+        f"best replaced by T1,T2 of {pair} ({damage.misses.encoding}): with all experts missing "
+        f"{trial.saved:.0%} of their bytes saved, KL {figure(trial.divergence)}"
+    )
 
 
 def _names(damage: DamageProfile) -> tuple[str, ...]:

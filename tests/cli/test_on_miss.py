@@ -104,6 +104,9 @@ def test_thresholds_are_those_that_the_profile_has_fitted(
     told = ("--miss-thresholds", "0.4,0.7")
     asked = moepack("plan", model, *PLAN, "--on-miss", "low", *told, "--json").document
     assert asked["on_miss"] == {"exact_up_to": 0.4, "low_up_to": 0.7}
+    shown = moepack("plan", model, *PLAN, "--on-miss", "low", "--miss-thresholds", "0.5,1").out
+    words = "exact up to 0.5 of a token's weights, low copies in INT4_G32 beyond"
+    assert words in " ".join(shown.split())
 
 
 @pytest.mark.usefixtures("measured")

@@ -103,6 +103,7 @@ def test_what_rounding_does_is_measured_shown_and_kept(
     assert "worst 1/8" in shown
     assert "chosen by expert" in shown
     assert "nats a token" in shown
+    assert "best replaced by T1,T2 of" in shown
 
 
 def test_nothing_is_rounded_where_only_the_machine_is_measured(
