@@ -17,8 +17,9 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import LayerLayout, LayerPlacement, Layout
 from moepack.segments import PARTS, Part, SegmentId
 
-#: Copies from RAM to the device in flight at once: one crosses, the next is ready to.
-COPIERS = 2
+#: Copies from RAM to the device in flight before a prefetch joins them: one crosses, the next is
+#: ready to.
+COPIES_AHEAD = 2
 
 
 class RamTier(NamedTuple):

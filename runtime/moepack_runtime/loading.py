@@ -18,7 +18,7 @@ from moepack_runtime.capabilities import require_fit, require_own
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import forget_peak_resident, resident_bytes
 from moepack_runtime.progress import NO_PROGRESS, Progress
-from moepack_runtime.rebuilding import for_processor
+from moepack_runtime.rebuilding import for_device, for_processor
 from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
 from moepack_runtime.transfer.host import DEFAULT_READERS
@@ -160,6 +160,8 @@ def open_transfer(
     from moepack_runtime.transfer.cuda import CudaTransfer
     from moepack_runtime.transfer.pinned import PinnedSegments
 
+    place = torch.device(device)
+    store = for_device(store, spec, layout, place)
     disk = HostTransfer(store, check=check, readers=readers)
     if tier is None:
         tier = RamTier(_all_segments(spec, layout))
@@ -167,7 +169,7 @@ def open_transfer(
         disk, tier.held, bounces=tier.bounces, bounce_bytes=tier.bounce_bytes, progress=progress
     )
     try:
-        return CudaTransfer(pinned, torch.device(device))
+        return CudaTransfer(pinned, place)
     except BaseException:
         pinned.close()
         raise

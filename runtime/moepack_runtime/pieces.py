@@ -6,7 +6,8 @@ import torch
 
 from moepack.segments import SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
-from moepack_runtime.quantised import Int4Matrix, Int8Matrix
+from moepack_runtime.int4_fragments import SUFFIX
+from moepack_runtime.quantised import Int4Fragments, Int4Matrix, Int8Matrix, QuantisedMatrix
 from moepack_runtime.weights import TORCH_DTYPE
 
 
@@ -74,10 +75,15 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | Q
         assert found is not None, f"a segment without {first}"
         return found
 
-    if "down.codes" in places:
+    def int4(name: str) -> QuantisedMatrix:
+        if name + SUFFIX in places:
+            return Int4Fragments(tensor(name + SUFFIX), tensor(f"{name}.scales"))
+        return Int4Matrix(tensor(f"{name}.codes"), tensor(f"{name}.scales"))
+
+    if "down.scales" in places:
         return QuantisedFfn(
-            Int4Matrix(tensor("gate_up.codes"), tensor("gate_up.scales")),
-            Int4Matrix(tensor("down.codes"), tensor("down.scales")),
+            int4("gate_up"),
+            int4("down"),
             view("gate.bias", "up.bias"),
             view("down.bias", "down.bias"),
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from typing_extensions import override
 
 from moepack.budget import dequantised_rows
+from moepack_runtime.int4_fragments import INPUTS as FRAGMENT_INPUTS
+from moepack_runtime.int4_fragments import ROWS as FRAGMENT_ROWS
 from moepack_runtime.int4_tiles import memory_tile_rows, torch_tile_rows
 
 # The most tokens that the kernels multiply with. Beyond, dequantising is faster: by interleaved
@@ -248,6 +251,40 @@ class Int4Matrix(QuantisedMatrix):
         )
         torch.addcmul(offset, groups, scale, out=groups)
         return room.rounded(weights).T
+
+
+class Int4Fragments(QuantisedMatrix):
+    """The same weights in the order in which CUDA's kernel reads them; it takes any tokens.
+
+    Parameters
+    ----------
+    codes
+        uint8 [outputs, inputs / 2], contiguous: what
+        :func:`moepack_runtime.int4_fragments.fragments_of` makes.
+    scales
+        As of :class:`Int4Matrix`.
+    """
+
+    __slots__ = ("_fragments", "_group", "_scales")
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        self.outputs, self.inputs = codes.shape[0], 2 * codes.shape[1]
+        self._group = self.inputs // scales.shape[0]
+        self._scales = scales
+        tiles = self.outputs // FRAGMENT_ROWS, self.inputs // FRAGMENT_INPUTS
+        self._fragments = codes.view(torch.int32).view(*tiles, 32, 1)
+        self.kernel_tokens = sys.maxsize
+
+    @override
+    def by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _OPERATIONS._weight_int4pack_mm(
+            x, self._fragments, self._group, self._scales
+        )
+        return found
+
+    @override
+    def parts(self, room: Room) -> Iterator[tuple[Rows, torch.Tensor]]:
+        raise AssertionError("4-bit weights in fragments are for the kernel, which takes bfloat16")
 
 
 @functools.cache

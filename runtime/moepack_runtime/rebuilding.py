@@ -1,30 +1,53 @@
-"""Segments whose 4-bit codes are rearranged, on arrival, for torch's kernel on this processor."""
+"""Segments whose 4-bit codes are rearranged, on arrival in RAM, for torch's kernel that is here."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from typing_extensions import override
 
 from moepack.encodings import TILE_ROWS, encoding
+from moepack.model_spec import ModelSpec
 from moepack.plan import Layout
-from moepack.segments import SegmentId, SegmentShape
+from moepack.segments import SegmentId, SegmentShape, SegmentTensor
+from moepack_runtime import int4_fragments, int4_tiles
 from moepack_runtime.direct_io import Buffer
-from moepack_runtime.int4_tiles import memory_tile_rows, rebuild
+from moepack_runtime.int4_tiles import memory_tile_rows
 from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, SegmentStore
 
 _CPU = torch.device("cpu")
 
 
+#: Rearranges a matrix of codes where it lies; beside it, the number of its outputs.
+Rebuild = Callable[[npt.NDArray[np.uint8], int], None]
+
+
 class RebuildingStore(SegmentStore):
-    """Another store, whose codes arrive in the tiles that :mod:`int4_tiles` says for a processor.
+    """Another store, some of whose tensors of codes arrive as a kernel reads them.
 
     In the reader's thread, once a segment has been compared with its checksum, and where it was
     read to: it takes as many bytes as before.
+
+    Parameters
+    ----------
+    wanted
+        Of a segment's shape, the tensors that are rebuilt.
     """
 
-    def __init__(self, inner: SegmentStore) -> None:
+    def __init__(
+        self,
+        inner: SegmentStore,
+        rebuild: Rebuild,
+        wanted: Callable[[SegmentShape], Iterable[SegmentTensor]],
+    ) -> None:
         self._inner = inner
+        self._rebuild = rebuild
+        self._wanted = functools.cache(wanted)  # there are few shapes
 
     @override
     def shape(self, segment: SegmentId) -> SegmentShape:
@@ -33,10 +56,9 @@ class RebuildingStore(SegmentStore):
     @override
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
         self._inner.read_into(segment, destination, check)
-        for tensor in self.shape(segment).tensors:
-            if tensor.name.endswith(".codes"):
-                end_bytes = tensor.offset_bytes + tensor.size_bytes
-                rebuild(destination[tensor.offset_bytes : end_bytes], tensor.shape[0])
+        for tensor in self._wanted(self.shape(segment)):
+            end_bytes = tensor.offset_bytes + tensor.size_bytes
+            self._rebuild(destination[tensor.offset_bytes : end_bytes], tensor.shape[0])
 
     @override
     def load_trunk(
@@ -57,7 +79,28 @@ def for_processor(store: SegmentStore, layout: Layout) -> SegmentStore:
 
     What is found is logged once, by :func:`moepack_runtime.int4_tiles.torch_tile_rows`.
     """
-    has_codes = any(encoding(name).kind == "int4" for name in layout.encodings)
-    if has_codes and memory_tile_rows(_CPU) != TILE_ROWS:
-        return RebuildingStore(store)
+    if _has_codes(layout) and memory_tile_rows(_CPU) != TILE_ROWS:
+        return RebuildingStore(store, int4_tiles.rebuild, _codes)
     return store
+
+
+def for_device(
+    store: SegmentStore, spec: ModelSpec, layout: Layout, device: torch.device
+) -> SegmentStore:
+    """The same for a device's kernel, by :mod:`moepack_runtime.int4_fragments`."""
+    if not _has_codes(layout):
+        return store
+
+    def wanted(shape: SegmentShape) -> list[SegmentTensor]:
+        lying = int4_fragments.in_memory(shape, spec.dtype, device)
+        return [tensor for tensor in lying.tensors if tensor.name.endswith(int4_fragments.SUFFIX)]
+
+    return RebuildingStore(store, int4_fragments.rebuild, wanted)
+
+
+def _has_codes(layout: Layout) -> bool:
+    return any(encoding(name).kind == "int4" for name in layout.encodings)
+
+
+def _codes(shape: SegmentShape) -> list[SegmentTensor]:
+    return [tensor for tensor in shape.tensors if tensor.name.endswith(".codes")]

@@ -19,6 +19,7 @@ from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
 from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.segments import BASE, LOW, PARTS, Part, SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
+from moepack_runtime.int4_fragments import in_memory
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.transfer import Transfer
 
@@ -197,8 +198,10 @@ def allocate_slots(
         which layouts.
     """
     known: dict[SegmentShape, SegmentShape] = {}
-    shapes = [_shapes(spec, cut, known) for cut in layout.layers]
-    low_shapes = [_shapes(spec, cut, known) for cut in layout.low_layers] or [{}] * len(shapes)
+    device = transfer.allocate(0).device  # whose kernels read the slots
+    shapes = [_shapes(spec, cut, device, known) for cut in layout.layers]
+    low_shapes = [_shapes(spec, cut, device, known) for cut in layout.low_layers]
+    low_shapes = low_shapes or [{}] * len(shapes)
     if pool is not None:
         by_layer, allocated_bytes = _shared(shapes, placement, pool, transfer)
     else:
@@ -212,13 +215,16 @@ def allocate_slots(
 
 
 def _shapes(
-    spec: ModelSpec, layout: LayerLayout, known: dict[SegmentShape, SegmentShape]
+    spec: ModelSpec,
+    layout: LayerLayout,
+    device: torch.device,
+    known: dict[SegmentShape, SegmentShape],
 ) -> dict[Part, _Shapes]:
     """Of each part that the layer's experts have; one object for all that are alike."""
     found: dict[Part, _Shapes] = {}
     for part in PARTS:
         of_class = {
-            name: known.setdefault(shape, shape)
+            name: known.setdefault(shape, in_memory(shape, spec.dtype, device))
             for name in layout.classes
             if (shape := layer_segment(spec, layout, part, name)) is not None
         }

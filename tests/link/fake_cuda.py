@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from time import perf_counter, sleep
 from typing import ClassVar
 
 import pytest
@@ -28,7 +31,10 @@ class FakeRuntime:
 
 
 class FakeStream:
-    """Work on it has passed, unless a test holds it up; and it may have failed."""
+    """Work on it has passed, unless a test holds it up; and it may have failed.
+
+    Copies are made when they are handed over, so what they had to wait for is looked at then.
+    """
 
     made: ClassVar[list[FakeStream]] = []
 
@@ -38,33 +44,47 @@ class FakeStream:
         self.passing.set()
         self.failure = ""
         self.recorded = 0
+        self.behind: list[FakeEvent] = []
+        self.on_wait: Callable[[FakeEvent], None] = lambda _: None
         FakeStream.made.append(self)
 
     def wait_event(self, event: FakeEvent) -> None:
-        # Copies here are made by whoever hands them over, so that is who has to wait.
-        event.pass_by()
+        self.on_wait(event)
+        self.behind.append(event)
+
+    def has_passed(self) -> bool:
+        return self.passing.is_set() and all(event.query() for event in self.behind)
 
 
 class FakeEvent:
     """Has happened as soon as the stream passes that it was last recorded on."""
 
-    def __init__(self, *, blocking: bool = False) -> None:
+    def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
         self._blocking = blocking
-        self._stream: FakeStream | None = None
+        self._timed = enable_timing
+        self.stream: FakeStream | None = None
+        self._recorded_s = 0.0
 
     def record(self, stream: FakeStream) -> None:
         if stream.failure:
             raise RuntimeError(stream.failure)
         stream.recorded += 1
-        self._stream = stream
+        self.stream = stream
+        self._recorded_s = perf_counter()
+
+    def query(self) -> bool:
+        assert self.stream is not None
+        return self.stream.has_passed()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self._timed, "not an event that is timed"
+        return (end._recorded_s - self._recorded_s) * 1e3
 
     def synchronize(self) -> None:
         assert self._blocking, "spinning takes a core"
-        self.pass_by()
-
-    def pass_by(self) -> None:
-        assert self._stream is not None
-        self._stream.passing.wait(30.0)
+        deadline_s = perf_counter() + 30.0
+        while not self.query() and perf_counter() < deadline_s:
+            sleep(1e-4)
 
 
 class FakeDevice:
@@ -81,6 +101,7 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
         monkeypatch.setattr(torch.cuda, "set_stream", self._set_stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.consumer)
 
     def _set_stream(self, stream: FakeStream) -> None:

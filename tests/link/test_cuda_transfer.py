@@ -14,10 +14,10 @@ from moepack_runtime.transfer import CudaTransfer, HostTransfer, Priority, Ticke
 from moepack_runtime.transfer.pinned import PinnedSegments
 
 from moepack.errors import DeviceError, OutOfMemoryError, TransferError
-from moepack.ram_tier import COPIERS
+from moepack.ram_tier import COPIES_AHEAD
 from moepack.segments import SegmentId
 from tests.link import test_transfer_contract as contract
-from tests.link.fake_cuda import FakeDevice
+from tests.link.fake_cuda import FakeDevice, FakeEvent
 from tests.link.support import STORED_BYTES, PatternStore, content, segment
 
 CPU = torch.device("cpu")
@@ -97,12 +97,18 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def test_a_copy_waits_until_the_consumer_has_read_what_was_there(device: FakeDevice) -> None:
+    """The copy stream is told to wait for the consumer's before the copy is handed to it."""
     link = Link()
+    told = []
+
+    def look(event: FakeEvent) -> None:
+        told.append((event.stream, bool(link.places[1].any())))
+
     with link.transfer:
+        device.copies.on_wait = look
         device.consumer.passing.clear()
         ticket = link.start(1)
-        sleep(0.02)
-        assert not link.places[1].any()
+        assert told == [(device.consumer, False)]
         assert not link.transfer.is_ready(ticket)
         device.consumer.passing.set()
         link.transfer.wait(ticket)
@@ -123,26 +129,37 @@ def test_a_copy_is_there_when_the_device_says_so_and_not_before(device: FakeDevi
         assert link.transfer.statistics[:2] == (STORED_BYTES, 1)
 
 
-def test_two_copies_are_in_flight_and_the_rest_can_be_reordered_or_dropped(
-    device: FakeDevice,
-) -> None:
+def test_prefetches_wait_behind_two_copies_and_demands_do_not(device: FakeDevice) -> None:
     link = Link()
     with link.transfer:
         device.copies.passing.clear()
-        begun = [link.start(number) for number in range(COPIERS)]
-        assert eventually(lambda: device.copies.recorded == COPIERS)
+        begun = [link.start(number, Priority.PREFETCH) for number in range(COPIES_AHEAD)]
+        assert all(map(link.holds, range(COPIES_AHEAD)))
         early = [link.start(number, Priority.PREFETCH) for number in (10, 11, 12)]
         demand = link.start(13)
-        sleep(0.02)
-        assert device.copies.recorded == COPIERS
-        assert not any(map(link.transfer.cancel, begun))
+        assert link.holds(13)
+        assert not any(link.places[number].any() for number in (10, 11, 12))
+        assert not any(map(link.transfer.cancel, [*begun, demand]))
         assert link.transfer.cancel(early[1])
         device.copies.passing.set()
         for ticket in (*begun, early[0], early[2], demand):
             link.transfer.wait(ticket)
-        assert demand.begin_s <= early[0].begin_s <= early[2].begin_s
+        assert demand.end_s <= early[0].begin_s <= early[2].begin_s
         assert not link.places[11].any()
-        assert set(device.of_thread.values()) == {device.copies}
+        assert link.transfer.statistics[:2] == (5 * STORED_BYTES, 5)
+
+
+def test_a_prefetch_that_is_waited_for_becomes_a_demand(device: FakeDevice) -> None:
+    link = Link(stall_s=0.1)
+    with link.transfer:
+        device.copies.passing.clear()
+        tickets = [link.start(number, Priority.PREFETCH) for number in range(5)]
+        with pytest.raises(TransferError, match="no copy has finished"):
+            link.transfer.wait(tickets[4])
+        assert [link.places[number].any().item() for number in range(5)] == [1, 1, 0, 0, 1]
+        device.copies.passing.set()
+        for ticket in tickets:
+            link.transfer.wait(ticket)
 
 
 def test_closing_ends_the_copiers_and_unpins(device: FakeDevice) -> None:
@@ -226,6 +243,7 @@ def test_ram_may_hold_nothing(device: FakeDevice) -> None:
     with link.transfer:
         link.transfer.wait(link.start(5))
         assert link.holds(5)
+        assert set(device.of_thread.values()) == {device.copies}
 
 
 def test_a_read_that_fails_on_the_way_is_raised_where_it_is_waited_for(device: FakeDevice) -> None:

@@ -158,13 +158,17 @@ class QueuedTransfer(Transfer):
 
     def _enqueue(self, ticket: QueuedTicket) -> None:
         """Hand a new ticket to the carriers."""
+        self._enter(ticket)
+        ticket.lane.push(ticket)
+
+    def _enter(self, ticket: QueuedTicket) -> None:
+        """One segment more is outstanding."""
         if self._closed:
             raise TransferError(f"{ticket.segment}: the transfer is closed; open the engine again")
         self._settle()
         if self._outstanding == 0:
             self._busy_since_s = perf_counter()
         self._outstanding += 1
-        ticket.lane.push(ticket)
 
     @override
     def wait(self, ticket: Ticket) -> None:
@@ -188,11 +192,14 @@ class QueuedTransfer(Transfer):
             since_s = max(since_s, ticket.lane.last_end_s)
             patience_s = since_s + self._stall_s - perf_counter()
             if patience_s <= 0:
-                raise TransferError(
-                    f"{ticket.segment}: no {self._task} has finished for {self._stall_s:g} s; "
-                    f"check {self._suspect}"
-                )
+                raise self._stalled(ticket)
         ticket.arrived.release()  # for whoever else waits
+
+    def _stalled(self, ticket: QueuedTicket) -> TransferError:
+        return TransferError(
+            f"{ticket.segment}: no {self._task} has finished for {self._stall_s:g} s; check "
+            f"{self._suspect}"
+        )
 
     @override
     def is_ready(self, ticket: Ticket) -> bool:
