@@ -68,13 +68,34 @@ def model(tiny_folder: TinyFolder) -> Path:
     return tiny_folder("qwen3_moe", "plain")
 
 
+@pytest.fixture(scope="session")
+def _packed_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose current model is planned, so that some experts do not fit, and packed."""
+    home = tmp_path_factory.mktemp("packed") / "home"
+    home.mkdir()
+    shutil.copy(preset_path("cpu-nvme4"), home / "hardware.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEPACK_HOME", str(home))
+        assert main(["plan", str(model), "--vram", "4M", "--context", "256"]) == 0
+        assert main(["pack"]) == 0
+    return home
+
+
 @pytest.fixture
-def packed(measured: Path, model: Path, moepack: Moepack) -> Path:
-    """The packed folder of the current model, planned so that some experts do not fit."""
-    assert moepack("plan", model, "--vram", "4M", "--context", "256").code == 0
-    done = moepack("pack", "--json")
-    assert done.code == 0, done.err
-    return Path(done.document["folder"])
+def packed(_packed_once: Path, home: Path) -> Path:
+    """The packed folder of the current model, in a workspace that a test may change."""
+    shutil.copytree(_packed_once, home)
+    (record,) = home.glob("models/*/model.json")
+    record.write_text(record.read_text().replace(str(_packed_once), str(home)))
+    return record.parent / "pack"
+
+
+@pytest.fixture
+def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's compute is measured at the ends of a curve, by one walk of each kind."""
+    monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
+    monkeypatch.setattr("moepack.compute_probe._ROUNDS", 1)
+    monkeypatch.setattr("moepack.compute_probe.TOKENS", (1, 2, 512))
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ def test_profile_measures_what_the_plan_is_made_from(
     texts: list[Path],
     moepack: Moepack,
     monkeypatch: pytest.MonkeyPatch,
+    measured_briefly: None,
 ) -> None:
     machine = load_hardware(measured / "hardware.yaml")
     monkeypatch.setattr("moepack.probe.probe_hardware", lambda **_: machine)
-    monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
     profile = moepack("profile", model, "--json")
     assert profile.code == 0, profile.err
     assert profile.document.keys() >= {"hardware", "compute", "routing"}

@@ -165,7 +165,7 @@ def test_what_has_not_been_packed_is_named(measured: Path, moepack: Moepack, tex
     assert_named(moepack("eval", "--text", text), "WorkspaceError", "has not been packed")
 
 
-def test_ctrl_c_ends_it_cleanly(packed: Path, home: Path, text: Path) -> None:
+def test_ctrl_c_ends_it_cleanly(packed: Path, home: Path, text: Path, interruptible: None) -> None:
     text.write_text(WORDS * 4000)
     before = sorted(home.rglob("*"))
     command = [sys.executable, "-m", "moepack", "eval", "--text", str(text)]

@@ -25,7 +25,7 @@ def help_s(*command: str) -> float:
 
 @pytest.mark.parametrize("command", [(), ("plan",), ("run",), ("eval",), ("preset", "copy")])
 def test_help_answers_within_half_a_second(command: tuple[str, ...]) -> None:
-    assert statistics.median(help_s(*command) for _ in range(5)) < 0.5
+    assert statistics.median(help_s(*command) for _ in range(3)) < 0.5
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -56,7 +56,9 @@ def test_what_plans_and_packs_works_without_torch(
     assert done.returncode == 0, done.stderr
 
 
-def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(packed: Path) -> None:
+def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(
+    packed: Path, interruptible: None
+) -> None:
     command = [*MOEPACK, "run", "abc", "--max-new-tokens", "250", "--temperature", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -68,7 +70,9 @@ def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(packed: Path) 
     assert told == "interrupted\n"
 
 
-def test_ctrl_c_leaves_a_whole_trace_of_what_there_was(packed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_whole_trace_of_what_there_was(
+    packed: Path, tmp_path: Path, interruptible: None
+) -> None:
     path = tmp_path / "trace.json"
     command = [*MOEPACK, "run", "abc", "--max-new-tokens", "250", "--trace", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -17,11 +17,10 @@ MACHINE = dataclasses.replace(find_hardware("cpu-nvme4"), source="measured", sou
 
 
 @pytest.fixture
-def finds(monkeypatch: pytest.MonkeyPatch) -> list[HardwareProfile]:
+def finds(monkeypatch: pytest.MonkeyPatch, measured_briefly: None) -> list[HardwareProfile]:
     """What measuring the machine finds, one after the other."""
     found: list[HardwareProfile] = []
     monkeypatch.setattr("moepack.probe.probe_hardware", lambda **_: found.pop(0))
-    monkeypatch.setattr("moepack.compute_probe._LIMIT_S", 0.0)
     return found
 
 

@@ -141,6 +141,8 @@ def test_a_whole_profile_of_a_model_with_texts(
 
     measure = compute_probe._measure
     monkeypatch.setattr(compute_probe, "_measure", watch)
+    monkeypatch.setattr(compute_probe, "_LIMIT_S", 0.0)  # one walk of each counts
+    monkeypatch.setattr(compute_probe, "TOKENS", (1, 16))
     folder = tiny_folder("qwen3_moe", "plain")
     text = tmp_path / "words.txt"
     text.write_text("One word after another, and then some more of them. " * 20)

@@ -165,7 +165,9 @@ def test_a_long_queue_on_a_slow_disk_is_not_a_dead_disk() -> None:
         transfer.wait(tickets[-1])
 
 
-def test_ctrl_c_while_waiting_leaves_a_transfer_that_closes(gate: Gate) -> None:
+def test_ctrl_c_while_waiting_leaves_a_transfer_that_closes(
+    gate: Gate, interruptible: None
+) -> None:
     ticket = gate.start_and_enter(0)
     main = threading.main_thread().ident
     assert main is not None
