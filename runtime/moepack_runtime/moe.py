@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import MoeSpec
-from moepack_runtime.experts import LayerPass
 from moepack_runtime.ffn import gated_ffn, rows_for
 from moepack_runtime.grouped import experts_one_token
+from moepack_runtime.layer_pass import LayerPass
 from moepack_runtime.router import Routing
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from moepack_runtime import experts, stats
+from moepack_runtime import layer_pass, stats
 from moepack_runtime.observers import PassFound, Purpose
 from moepack_runtime.predict import Predictor
 from moepack_runtime.sampling import Sampler
@@ -36,7 +36,7 @@ class Clock:
 def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock for throttled links, and for what an engine measures."""
     clock = Clock()
-    for module in (throttled, experts, stats):
+    for module in (throttled, layer_pass, stats):
         monkeypatch.setattr(module, "perf_counter", clock.read)
     monkeypatch.setattr(throttled, "_sleep_until", clock.sleep_until)
     return clock
