@@ -20,7 +20,7 @@ from tests.support.plans import mixed_layout, placement
 from tests.support.recorded_run import RecordedRun, record_run
 
 PROMPT_TOKENS = 40
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 #: Experts of a token of the shipped model: fewer slots hold less than one token uses.
 TOP_K = 4

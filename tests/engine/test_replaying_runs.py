@@ -6,15 +6,20 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from moepack_runtime.direct_io import Buffer
+from moepack_runtime.store import CheckMode, CheckpointStore
 from moepack_runtime.tokenizer import Tokenizer
+from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
 from moepack.measuring import measure, shipped_prompts
-from moepack.plan import OnMiss, SharedPool
+from moepack.plan import Layout, OnMiss, SharedPool
 from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.roofline import derive_compute
+from moepack.segments import SegmentId
 from moepack.shipped import shipped_model
 from moepack.trace import Trace
 from tests.support.engines import open_engine
@@ -40,6 +45,32 @@ def checkpoint() -> Checkpoint:
 @functools.cache
 def prompts() -> list[list[int]]:
     return shipped_prompts(Tokenizer.load(shipped_model()), 40)
+
+
+class Kept(CheckpointStore):
+    """Cuts and rounds each segment once, whatever engines read it."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(checkpoint(), checkpoint().spec, layout)
+        self._kept: dict[SegmentId, bytes] = {}
+
+    @override
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+        if segment in self._kept:
+            destination[:] = np.frombuffer(self._kept[segment], np.uint8)
+            return
+        super().read_into(segment, destination, check)
+        self._kept[segment] = destination.tobytes()
+
+
+@functools.cache
+def with_low_copies(ratio: float) -> tuple[Layout, Kept]:
+    """A layout whose experts have copies in few bits, and its segments."""
+    spec = checkpoint().spec
+    cut = mixed_layout(spec, (ratio,), block_tokens=16, encodings=("INT4_G32",))
+    layers = tuple(replace(each, encoding=spec.dtype) for each in cut.layers)
+    layout = replace(cut, layers=layers, low="INT4_G32")
+    return layout, Kept(layout)
 
 
 @functools.cache
@@ -91,14 +122,12 @@ def test_what_a_run_replaced_and_left_out_is_found_again(
     Of plans that fetch nothing ahead: of others the replay expects fewer to be replaced.
     """
     spec = checkpoint().spec
-    cut = mixed_layout(spec, (ratio,), block_tokens=16, encodings=("INT4_G32",))
-    layers = tuple(replace(each, encoding=spec.dtype) for each in cut.layers)
-    layout = replace(cut, layers=layers, low="INT4_G32")
+    layout, store = with_low_copies(ratio)
     place = placement(spec, layout, staging=8, context=128, coldest_first=True, **options)
     place = replace(place, on_miss=OnMiss(0.5, 0.8))
-    with open_engine(checkpoint(), layout, place) as engine:
+    with open_engine(checkpoint(), layout, place, store=store) as engine:
         stats, _ = measure(engine, prompts(), NEW_TOKENS)
-    with open_engine(checkpoint(), layout, place) as engine:
+    with open_engine(checkpoint(), layout, place, store=store) as engine:
         run = record_run(engine, prompts(), NEW_TOKENS)
     hardware = find_hardware("cpu-nvme4")
     compute = derive_compute(spec, hardware)
