@@ -32,6 +32,9 @@ _AT_ONCE = 16
 # Budgets at which policies are compared.
 _COMPARED = 65
 
+# Divisions that are priced at most.
+_MOST_STATES = 160
+
 
 @dataclass(frozen=True, eq=False)
 class MixedProblem:
@@ -207,7 +210,6 @@ def _states(problem: MixedProblem) -> _States:
     budgets = np.linspace(0, int(known[0].bytes[-1]), _COMPARED)
     curves = np.array([_missed_within(each, budgets) for each in known])
     leader = smoothed(-curves, _COMPARED // 8).argmax(axis=0)
-    leader[-1] = leader[0]  # where all or nothing is kept they do alike
     slots, sizes, names = [], [], []
     for place, (policy, each) in enumerate(zip(policies, known, strict=True)):
         nearest = np.rint(each.bytes / max(1, int(each.bytes[-1])) * (_COMPARED - 1))
@@ -217,6 +219,8 @@ def _states(problem: MixedProblem) -> _States:
         names += [policy] * int(mine.sum())
     taken = np.concatenate(sizes)
     order = np.argsort(taken, kind="stable")
+    if len(order) > _MOST_STATES:
+        order = order[np.linspace(0, len(order) - 1, _MOST_STATES).round().astype(np.intp)]
     return _States(
         np.concatenate(slots)[order], taken[order], tuple(names[place] for place in order)
     )

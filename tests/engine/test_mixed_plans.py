@@ -12,7 +12,7 @@ import torch
 from moepack_runtime.capabilities import CAPABILITIES, require_fit
 from moepack_runtime.store import CheckpointStore, PackStore
 
-from moepack.budget import memory_breakdown, stored_bytes
+from moepack.budget import memory_breakdown, slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage
 from moepack.errors import BudgetTooSmallError, CapabilityError
@@ -23,8 +23,10 @@ from moepack.plan import Plan
 from moepack.plan_request import PlanRequest, require_budget
 from moepack.planner import Planner, rungs_below
 from moepack.predicted_quality import predicted_quality
+from moepack.ram_tier import ram_tier
+from moepack.roofline import derive_compute
 from moepack.routing import RoutingProfile
-from moepack.strategies import Strategies
+from moepack.strategies import FULL_ENGINE, Strategies
 from moepack.units import KIB
 from moepack.variants import contender_of
 from tests.conftest import TinyFolder
@@ -36,6 +38,7 @@ from tests.engine.test_mixed_layers import (
     held_bytes,
     resident,
 )
+from tests.planning.test_tier_plans import card, with_room
 from tests.support.engines import all_logits, open_engine
 from tests.support.mixed import encodings_drawn
 from tests.support.plan_requests import drawn_routing, plan_request
@@ -205,6 +208,41 @@ def test_a_shared_pool_and_one_cut_for_all_are_not_considered(
     assert made.placement.pool is None
     assert {"pooled", "uniform_half", "moepic", "belady"}.isdisjoint(made.baselines)
     assert {"on_demand", "lru", "resident"} <= made.baselines.keys()
+
+
+def test_ram_that_is_too_small_is_planned_for_with_every_experts_own_bytes(
+    asked: PlanRequest, planner: Planner
+) -> None:
+    """Behind a card with a slow bus and a slower disk, experts fetched ahead as well."""
+    hardware = card()
+    made = dataclasses.replace(
+        asked,
+        hardware=hardware,
+        device=hardware.device,
+        compute=derive_compute(asked.spec, hardware),
+        engine=FULL_ENGINE,
+    )
+    layout = made.whole_layout
+    everything_bytes = slow_bytes(made.spec, layout)
+    largest = max(stored_bytes(made.spec, cut, "top") for cut in layout.layers)
+    room = everything_bytes // 2 + hardware.disk.readers_for(largest) * largest
+    made = with_room(made, room)
+    budget_bytes = budget_of(made, everything_bytes // 4)
+    plan = Planner(made, planner.tables).plan(budget_bytes)
+    host = plan.placement.host
+    assert host is not None
+    assert host.bounces
+    assert hardware.process_base_bytes + host.total_bytes <= (made.ram_budget_bytes or 0)
+    tier = ram_tier(
+        made.spec,
+        plan.layout,
+        plan.placement.layers,
+        host.pinned_bytes,
+        readers=plan.placement.readers,
+    )
+    assert sum(tier.held.values()) == host.held_bytes
+    assert 0 < plan.prediction.disk_bytes_per_token < plan.prediction.link_bytes_per_token
+    assert plan.placement.memory.total_bytes <= budget_bytes
 
 
 def damage_of(checkpoint: Checkpoint) -> DamageProfile:
