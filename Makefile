@@ -22,10 +22,10 @@ demo: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
+# In the order of the files: the last ones are quick, so that no worker waits long for the other.
 test: lint
-	# In the order of the files: the last ones are quick, so that no worker waits for the other.
 	$(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 clean:
