@@ -96,7 +96,10 @@ def run_watched(
         How many new tokens a piece of its output shows.
     """
     began_s = time.monotonic()
-    with ControlGroup("peer", limit_bytes) as group, messages.open("w+") as errors:
+    with (
+        ControlGroup("peer", limit_bytes) as group,
+        messages.open("w+", encoding="utf-8", errors="replace") as errors,
+    ):
         child = subprocess.Popen(
             group.inside(command),
             stdin=subprocess.DEVNULL,
