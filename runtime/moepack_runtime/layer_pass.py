@@ -111,6 +111,11 @@ class LayerPass:
         )
 
     @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """For every token of the pass the ids of its experts, as the router ranks them."""
+        return self._tokens
+
+    @property
     def parts(self) -> Collection[Part]:
         """The parts that the layer's experts have, top first."""
         return self._access.keys()

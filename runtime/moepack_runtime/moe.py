@@ -98,7 +98,7 @@ def _rows_by_expert(
 def _add_one_token(moe: MoeSpec, block: Block, total: torch.Tensor, layer_pass: LayerPass) -> None:
     """The rows are weighted and added in the router's order, top before bottom, all in float32."""
     parts = layer_pass.parts
-    keys = list(itertools.product(block.routing.ids[0].tolist(), parts))
+    keys = list(itertools.product(layer_pass.tokens[0], parts))
     there = [number for number, key in enumerate(keys) if key not in layer_pass.left_out]
     place = {keys[number]: row for row, number in enumerate(there)}
     rows = [total] * len(place)  # each is replaced by one of [hidden]
