@@ -82,11 +82,11 @@ def _packed_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def packed(_packed_once: Path, home: Path) -> Path:
+def packed(_packed_once: Path, measured: Path) -> Path:
     """The packed folder of the current model, in a workspace that a test may change."""
-    shutil.copytree(_packed_once, home)
-    (record,) = home.glob("models/*/model.json")
-    record.write_text(record.read_text().replace(str(_packed_once), str(home)))
+    shutil.copytree(_packed_once, measured, dirs_exist_ok=True)
+    (record,) = measured.glob("models/*/model.json")
+    record.write_text(record.read_text().replace(str(_packed_once), str(measured)))
     return record.parent / "pack"
 
 
