@@ -1,25 +1,23 @@
 """The engine: load, prefill, decode.
 
-Prefill goes layer by layer over the whole prompt: every block of a layer is computed before the
-next layer begins, so each missing segment crosses the link once per prompt. The block length is
-the layout's, never the budget's, because the shape of a batch decides the bits of its result.
+How tokens go through the layers is in :mod:`moepack_runtime.forward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from moepack.errors import ContextLengthError, RunError
+from moepack.errors import RunError
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.experts import ExpertMemory
+from moepack_runtime.forward import Forward
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.layer_loop import Hidden, LayerLoop
 from moepack_runtime.live_routing import Replan, Replanning
@@ -82,12 +80,11 @@ class Engine:
     ) -> None:
         require_fit(spec, layout, placement)
         self.spec = spec
-        self._block_tokens = layout.prefill_block_tokens
         self._placement = placement
         self._transfer = transfer
         self._process_base_bytes = process_base_bytes
         self.device = torch.device(placement.device)
-        with self._refusals_named():
+        with refusals_named(self.device, placement.memory.total_bytes):
             recording = None
             if self.device.type == "cuda":
                 recording = prepare_device(self.device)
@@ -96,7 +93,7 @@ class Engine:
             self.kv = KvCache.allocate(
                 spec,
                 context_tokens=placement.context_tokens,
-                block_tokens=self._block_tokens,
+                block_tokens=layout.prefill_block_tokens,
                 device=self.device,
             )
             self.decoder = Decoder(spec, store.load_trunk(check, self.device, progress), self.kv)
@@ -119,10 +116,9 @@ class Engine:
         self._loop = LayerLoop(
             spec, self.decoder, self.kv, self._experts, look_ahead, meter, self.token_graphs
         )
+        self._forward = Forward(spec, layout, placement, self.decoder, self.kv, self._loop)
         self._replanning: Replanning | None = None
-        self._broken = False
-        self._tokens: list[int] = []  # what is in the cache
-        self._drawn: int | None = None  # behind that, drawn and not yet run
+        self._drawn: int | None = None  # behind what is in the cache: drawn, and not yet run
 
     def __enter__(self) -> Self:
         return self
@@ -138,9 +134,6 @@ class Engine:
     def close(self) -> None:
         """Stop the transfer's readers and let go of the files."""
         self._transfer.close()
-
-    def _refusals_named(self) -> AbstractContextManager[None]:
-        return refusals_named(self.device, self._placement.memory.total_bytes)
 
     def observe(self, observer: Observer | None) -> None:
         """Show every routing decision to ``observer`` from now on."""
@@ -189,11 +182,11 @@ class Engine:
         TransferError, DamagedSegmentError
             When a segment does not arrive whole; the engine must then be opened again.
         """
-        self._require_whole()
+        self._forward.require_whole()
         require_same_slots(self._placement, self._experts, layers)
-        self._broken = True  # until all has been loaded
+        self._forward.broken = True  # until all has been loaded
         moved_bytes = rearrange(self._experts, layers)
-        self._broken = False
+        self._forward.broken = False
         self._placement = replace(self._placement, layers=tuple(layers))
         self._loop.look_ahead = LookAhead(
             self.spec, self._placement, self._experts, self._predictor
@@ -222,8 +215,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the sequence; what is cached of the experts stays."""
-        self.kv.truncate(0)
-        self._tokens.clear()
+        self._forward.reset()
         self._drawn = None
 
     def stats(self) -> RunStats:
@@ -268,7 +260,7 @@ class Engine:
         TransferError, DamagedSegmentError
             When a segment does not arrive whole.
         """
-        self._require_room(len(prompt), max_new_tokens)
+        self._forward.require_room(len(prompt), max_new_tokens)
         self._plan_again()
         self.reset()
         meter = self._loop.meter = Meter(len(prompt), self._transfer.statistics)
@@ -297,7 +289,7 @@ class Engine:
         """
         if self._drawn is None:
             raise RunError("there is no generation to go on with; expected one before; generate")
-        self._require_room(self.kv.length + 1, max_new_tokens)
+        self._forward.require_room(self.kv.length + 1, max_new_tokens)
         yield from self._go_on(max_new_tokens, sampler, stop_ids)
 
     def _plan_again(self) -> None:
@@ -317,16 +309,6 @@ class Engine:
             yield token
             if token in stop_ids:
                 return
-
-    def _require_room(self, prompt_tokens: int, new_tokens: int) -> None:
-        context = self._placement.context_tokens
-        if prompt_tokens == 0:
-            raise ContextLengthError("the prompt has no tokens; expected at least one")
-        if prompt_tokens + new_tokens > context:
-            raise ContextLengthError(
-                f"prompt of {prompt_tokens} tokens and {new_tokens} new ones exceed the planned "
-                f"context of {context}; plan with --context {prompt_tokens + new_tokens} or more"
-            )
 
     def prefill(self, tokens: Sequence[int], progress: Progress = NO_PROGRESS) -> torch.Tensor:
         """Run tokens behind what is in the cache.
@@ -349,98 +331,20 @@ class Engine:
         all_logits: bool = False,
         progress: Progress = NO_PROGRESS,
     ) -> torch.Tensor:
-        """Run tokens behind what is in the cache, layer by layer.
-
-        Returns
-        -------
-        Tensor
-            float32 [1, vocab] for the last token, or [tokens, vocab] with ``all_logits``.
-        """
-        blocks = self._run_behind(tokens, progress)
-        with torch.inference_mode(), self._refusals_named():
-            if not all_logits:
-                return self._loop.logits(blocks[-1].hidden[-1:])
-            hidden = torch.cat([block.hidden for block in blocks])
-            return self._loop.logits(hidden[-len(tokens) :])
+        """Run tokens behind what is in the cache; see :meth:`Forward.forward`."""
+        return self._forward.forward(tokens, all_logits=all_logits, progress=progress)
 
     def last_state(self, tokens: Sequence[int]) -> torch.Tensor:
         """The same without the head: [1, hidden] of the last token, for :meth:`logits`."""
-        return self._run_behind(tokens, NO_PROGRESS)[-1].hidden[-1:].clone()
-
-    def _run_behind(self, tokens: Sequence[int], progress: Progress) -> list[Hidden]:
-        """All layers over tokens behind what is in the cache, which they join."""
-        start = self.kv.length
-        self._require_room(start + len(tokens), 0)
-        run: Sequence[int] = tokens
-        switch = self.spec.rope.switch_tokens
-        if switch is not None and 0 < start <= switch < start + len(tokens):
-            # Beyond this length every position has another angle, those in the cache included.
-            run, start = [*self._tokens, *tokens], 0
-            self.reset()
-        blocks = self._run([(start, run)], progress)
-        self.kv.advance(len(run))
-        self._tokens.extend(run)
-        return blocks
+        return self._forward.last_state(tokens)
 
     def survey(
         self, sequences: Sequence[Sequence[int]], progress: Progress = NO_PROGRESS
     ) -> list[Hidden]:
-        """Run many sequences at once, for what the observer sees of them, or for their logits.
-
-        Layer by layer over all of them, so that each expert is fetched once for the lot. Each
-        sequence begins at position 0 and must fit the planned context; the cache is empty
-        afterwards. The hidden states of all sequences are held: keep their number of tokens
-        within what the placement's ``hidden_bytes`` were planned for, or plan them apart. Where
-        the rotary embedding switches at a length, all must be on one side of it.
-
-        Returns
-        -------
-        list of Hidden
-            What the last layer leaves, for :meth:`logits`: each sequence's blocks in order, from
-            position 0 on. Of two tokens or more, a sequence's bits are the same whatever runs
-            beside it.
-        """
-        for tokens in sequences:
-            self._require_room(len(tokens), 0)
-        stream = self._run([(0, tokens) for tokens in sequences], progress)
-        self.reset()
-        return stream
+        """Run many sequences at once; see :meth:`Forward.survey`. The cache is empty afterwards."""
+        self._drawn = None
+        return self._forward.survey(sequences, progress)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What final norm and head make of [tokens, hidden]: float32 [tokens, vocab].
-
-        Memory: 4 bytes a logit, and once more what they take in the model's dtype meanwhile. The
-        plan holds room for one token's.
-        """
-        with torch.inference_mode(), self._refusals_named():
-            return self._loop.logits(hidden)
-
-    @torch.inference_mode()
-    def _run(
-        self, sequences: Sequence[tuple[int, Sequence[int]]], progress: Progress = NO_PROGRESS
-    ) -> list[Hidden]:
-        """All layers over all blocks of (first position, tokens); the residual stream of each."""
-        self._require_whole()
-        self._broken = True  # until the pass has gone through: an error leaves slots half-written
-        with self._refusals_named():
-            stream = self._loop.run(self._embed(sequences), progress)
-        self._broken = False
-        if self._replanning is not None:
-            self._replanning.window.advance(sum(len(tokens) for _, tokens in sequences))
-        return stream
-
-    def _require_whole(self) -> None:
-        if self._broken:
-            raise RunError("the engine failed in an earlier step; open it again")
-
-    def _embed(self, sequences: Sequence[tuple[int, Sequence[int]]]) -> list[Hidden]:
-        """The residual stream before the first layer, block by block."""
-        stream = []
-        for start, tokens in sequences:
-            embedded = self.decoder.embed(torch.tensor(tokens, device=self.device))
-            for offset in range(0, len(tokens), self._block_tokens):
-                # A copy: a view would keep the embeddings of the whole prompt.
-                block = embedded[offset : offset + self._block_tokens].clone()
-                stream.append(Hidden(start + offset, block))
-            del embedded
-        return stream
+        """What final norm and head make of [tokens, hidden]; see :meth:`Forward.logits`."""
+        return self._forward.logits(hidden)
