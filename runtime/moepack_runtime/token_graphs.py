@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from moepack.errors import DeviceError
 from moepack.model_spec import ModelSpec
 from moepack_runtime.attention import Here
 from moepack_runtime.kv_cache import KvCache
@@ -114,6 +115,10 @@ class TokenStep:
         return Reached(self._hidden, self._inputs, routing)
 
 
+#: What graphs that run one after the other may share for their temporaries; torch's own handle.
+_Pool = Any
+
+
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     reached: Reached
@@ -151,15 +156,27 @@ class TokenGraphs:
             for rows in self._lengths:
                 for number, layer in enumerate(layers):
                     if layer.is_recordable:
-                        self._token.reach(layer, rows)  # what is loaded at first use, is so now
-                        graph = torch.cuda.CUDAGraph()
-                        # Other threads may call CUDA meanwhile.
-                        graph.capture_begin(pool, capture_error_mode="thread_local")
-                        reached = self._token.reach(layer, rows)
-                        graph.capture_end()
-                        recorded[number, rows] = _Recorded(graph, reached)
+                        recorded[number, rows] = self._record_one(number, layer, rows, pool)
         stream.synchronize()
         return recorded
+
+    def _record_one(self, number: int, layer: DecoderLayer, rows: int, pool: _Pool) -> _Recorded:
+        self._token.reach(layer, rows)  # what is loaded at first use, is so now
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may call CUDA meanwhile.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            reached = self._token.reach(layer, rows)
+            graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            raise DeviceError(
+                f"CUDA does not record layer {number} over {rows} rows of the cache "
+                f"({str(failure).splitlines()[0]}); expected a graph; update torch and the driver, "
+                "or profile and plan with --device cpu"
+            ) from failure
+        return _Recorded(graph, reached)
 
     def move_to(self, start: int) -> None:
         """A token at position ``start`` comes: before its first layer."""
