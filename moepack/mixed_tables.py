@@ -19,15 +19,11 @@ import numpy.typing as npt
 from moepack.byte_division import Frontier
 from moepack.class_division import Divisions, divisions
 from moepack.class_tables import ClassCurves
-from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
-from moepack.decode_cost import decode_ahead_s, decode_layer_s
+from moepack.cost import Array, missing_after
 from moepack.layer_problem import Integers, LayerProblem
-from moepack.layer_tables import Choice, Variant, ranks_ahead, smoothed, variants_of
+from moepack.layer_tables import Choice, Variant, smoothed, variants_of
+from moepack.mixed_cost import Rates, state_prices
 from moepack.plan import Policy
-from moepack.prefetching import Ahead
-
-# Divisions that are priced at once: of as many by as many results the diagonal is what counts.
-_AT_ONCE = 16
 
 # Budgets at which policies are compared.
 _COMPARED = 65
@@ -70,51 +66,6 @@ class _States(NamedTuple):
     slots: Integers
     bytes: Integers
     policy: tuple[Policy, ...]
-
-
-class _Rates(NamedTuple):
-    """What is known of every state, each [P], as the closed form wants it.
-
-    Attributes
-    ----------
-    hits
-        Of a token's experts.
-    miss_s, miss_read_s
-        Seconds of the link, and of the disk, for what is missed on average.
-    lacking
-        Experts of a prompt that have to be fetched.
-    lacking_s, lacking_read_s
-        Seconds of one of those on average.
-    predicted : [R, P]
-        How likely the expert predicted at each rank is held.
-    reads, predicted_reads : [P], [R, P], or None
-        Shares of what is missing that RAM lacks too.
-    """
-
-    hits: Array
-    miss_s: Array
-    miss_read_s: Array
-    lacking: Array
-    lacking_s: Array
-    lacking_read_s: Array
-    predicted: Array
-    reads: Array | None
-    predicted_reads: Array | None
-
-    def some(self, places: slice) -> _Rates:
-        """Of some states."""
-        reads, predicted_reads = self.reads, self.predicted_reads
-        return _Rates(
-            self.hits[places],
-            self.miss_s[places],
-            self.miss_read_s[places],
-            self.lacking[places],
-            self.lacking_s[places],
-            self.lacking_read_s[places],
-            self.predicted[:, places],
-            None if reads is None else reads[places],
-            None if predicted_reads is None else predicted_reads[:, places],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,13 +131,7 @@ def tabulate_mixed(problems: Sequence[MixedProblem]) -> list[MixedTable]:
     states = _states(problem)
     rates = _rates(problem, states)
     every = tuple(variants_of(problem.layer))
-    prices = np.concatenate(
-        [
-            _prices(problem.layer, every, rates.some(slice(begin, begin + _AT_ONCE)))
-            for begin in range(0, len(states.bytes), _AT_ONCE)
-        ],
-        axis=1,
-    )
+    prices = state_prices(problem.layer, every, rates)
     tables = []
     for each in problems:
         mine = tuple(variants_of(each.layer))
@@ -230,7 +175,7 @@ def _missed_within(found: Divisions, budgets: Array) -> Array:
     return found.missed[np.searchsorted(found.bytes, budgets, side="right") - 1]
 
 
-def _rates(problem: MixedProblem, states: _States) -> _Rates:
+def _rates(problem: MixedProblem, states: _States) -> Rates:
     layer, disk = problem.layer, problem.layer.disk
     link_s = np.array([layer.link(size) for size in problem.slot_bytes])
     read_s = np.array([0.0 if disk is None else disk.link(size) for size in problem.slot_bytes])
@@ -250,7 +195,7 @@ def _rates(problem: MixedProblem, states: _States) -> _Rates:
     predicted[:, everything] = 1.0
     all_missed, all_lacking = missed.sum(axis=1), lacking.sum(axis=1)
     reads, predicted_reads = _reads(problem, states) if disk is not None else (None, None)
-    return _Rates(
+    return Rates(
         hits=np.clip(1.0 - all_missed / layer.top_k, 0.0, 1.0),
         miss_s=_mean(missed, link_s),
         miss_read_s=_mean(missed, read_s),
@@ -284,73 +229,3 @@ def _reads(problem: MixedProblem, states: _States) -> tuple[Array, Array]:
         [disk.predicted_shares[policy][:ranks, count] for policy, count in pairs]
     ).reshape(len(pairs), ranks)
     return activated, np.asarray(predicted.T)
-
-
-def _prices(problem: LayerProblem, variants: Sequence[Variant], rates: _Rates) -> Array:
-    """Seconds of some states under every variant, [variants, P]."""
-    frames, as_ready = problem.staging_experts, problem.engine.as_ready
-    later, disk = max(0, problem.new_tokens - 1), problem.disk
-    bounces = 2 if disk is None else disk.bounces
-    none = np.zeros_like(rates.hits)
-    parts = Parts(none, rates.miss_s, none, none, rates.miss_read_s, bounces)
-    token = problem.token._replace(expert_s=problem.token.expert_s + none)
-    held = _held(rates.hits, rates.reads)
-    found = np.full((len(variants), len(rates.hits)), np.inf)
-    for mode in ("off", "all"):  # whole experts: what lacks a bottom lacks all
-        wanted = [place for place, variant in enumerate(variants) if variant.prefetch == mode]
-        if not wanted:
-            continue
-        first_s = _prefill_s(problem, rates, bounces, ahead=mode != "off")
-        if mode == "off":
-            tokens_s = decode_layer_s(
-                token,
-                problem.top_k,
-                parts,
-                held,
-                staging_experts=frames,
-                as_ready=as_ready,
-            )[None]
-        else:
-            ranks = _held(rates.predicted, rates.predicted_reads)
-            ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
-            tokens_s = decode_ahead_s(
-                token,
-                problem.top_k,
-                parts,
-                held,
-                ahead,
-                ranks_ahead(problem),
-                staging_experts=frames,
-                as_ready=as_ready,
-            )
-        own_s = np.diagonal(tokens_s, axis1=1, axis2=2)
-        found[wanted] = first_s + later * own_s
-    return found
-
-
-def _held(curve: Array, reads: Array | None) -> Held:
-    """Experts that are whole bottoms, of which some are held."""
-    held = Held(np.ones_like(curve), curve)
-    if reads is None:
-        return held
-    lacked = (1.0 - curve) * reads
-    return held._replace(bottom_disk=lacked, both_disk=np.zeros_like(lacked))
-
-
-def _prefill_s(problem: LayerProblem, rates: _Rates, bounces: int, *, ahead: bool) -> Array:
-    read = None
-    if problem.disk is not None:
-        behind = missing_after(problem.used)[problem.disk.held]
-        read = (0.0, np.minimum(rates.lacking, behind))
-    seconds = prefill_layer_s(
-        problem.prompt.other_s,
-        problem.prompt.experts_s,
-        problem.token.transfer_s,
-        problem.token.burst_s,
-        Parts(0.0, rates.lacking_s, 0.0, 0.0, rates.lacking_read_s, bounces),
-        (0.0, rates.lacking),
-        staging_experts=problem.staging_experts,
-        ahead=ahead,
-        missing_disk=read,
-    )
-    return np.asarray(np.diagonal(seconds))

@@ -210,6 +210,11 @@ def _as_planned(request: PlanRequest, plan: Plan, conditions: Conditions) -> Pla
         link=conditions.link or plan.link,
         engine=FULL_ENGINE if assumed else request.engine,
         assumed_engine=assumed,
+        # The strategies in the precision of the plan that they stand beside.
+        by_expert=tuple(
+            tuple(map(cut.encoding_of, range(request.spec.moe(cut.layer).num_experts)))
+            for cut in plan.layout.layers
+        ),
     )
 
 

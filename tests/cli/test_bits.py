@@ -62,6 +62,11 @@ def test_every_command_works_on_experts_of_several_precisions(
         assert all(0 <= slots[name] <= count for name, count in experts.items())
         assert sum(slots.values()) == layer["cached_tops"] + layer["cached_bottoms"]
 
+    replayed = moepack("replay", "--json").document["strategies"]
+    assert replayed["plan"]["tpot_s"] == pytest.approx(plan["prediction"]["tpot_s"])
+    for name in ("on_demand", "lru"):  # in the same precision
+        expected = plan["baselines"][name]["link_bytes_per_token"]
+        assert replayed[name]["demand_bytes"] == pytest.approx(expected)
     done = moepack("pack", "--json")
     assert done.code == 0, done.err
     assert moepack("verify", "--json").document["damages"] == []
