@@ -25,7 +25,7 @@ from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
 from tests.support.tiny_models import build_tiny, byte_tokenizer
 
-PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(45)]
+PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(21)]
 FOLLOWING = [17, 99, 4, 250]
 CONTEXT = 96
 
