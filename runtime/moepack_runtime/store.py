@@ -42,7 +42,7 @@ from moepack_runtime.direct_io import Buffer, DirectFile, allocate
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.weights import TORCH_DTYPE
 
-# Of the memory through which the trunk is read.
+# Of the memory through which the trunk is read, at most.
 _TRUNK_STEP_BYTES = 8 * MIB
 
 _CPU = torch.device("cpu")
@@ -132,6 +132,12 @@ def _allocate_trunk(
         offset_bytes += align_up(info.size_bytes, TRUNK_ALIGNMENT_BYTES)
 
 
+def _trunk_step(spec: ModelSpec) -> torch.Tensor:
+    """Memory through which the trunk is read: no more than its largest tensor takes."""
+    largest_bytes = max(info.size_bytes for info in spec.trunk)
+    return allocate(align_up(min(_TRUNK_STEP_BYTES, largest_bytes)))
+
+
 def _loading_trunk(progress: Progress, spec: ModelSpec) -> AbstractContextManager[Progress]:
     return working(progress, "load the trunk", sum(info.size_bytes for info in spec.trunk))
 
@@ -210,7 +216,7 @@ class PackStore(SegmentStore):
         progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
-        step = allocate(_TRUNK_STEP_BYTES)
+        step = _trunk_step(self._packed.spec)
         with _loading_trunk(progress, self._packed.spec):
             for (info, flat, tensor), entry in zip(
                 _allocate_trunk(self._packed.spec, device), self._packed.trunk, strict=True
@@ -355,7 +361,7 @@ class CheckpointStore(SegmentStore):
         progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
-        step = allocate(_TRUNK_STEP_BYTES)
+        step = _trunk_step(self._spec)
         with _loading_trunk(progress, self._spec):
             for info, flat, tensor in _allocate_trunk(self._spec, device):
                 bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
