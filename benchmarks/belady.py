@@ -25,11 +25,11 @@ import numpy.typing as npt
 from moepack_runtime.loading import open_checkpoint
 from moepack_runtime.tokenizer import Tokenizer
 
+from benchmarks.setting import named
 from benchmarks.synthetic_check import load_recording
 from moepack.belady import belady_ranks
 from moepack.cache_curves import Curves, hit_curves, rank_curves
 from moepack.checkpoint import Checkpoint
-from moepack.errors import MoepackError
 from moepack.half_lives import fitted_half_lives
 from moepack.layouts import uniform_layout
 from moepack.plan import Policy
@@ -73,21 +73,20 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for every routing, then one JSON object."""
-    options = _parser().parse_args(arguments)
-    try:
-        found = {}
-        for routing in _routings(options):
-            half_lives = fitted_half_lives(routing.trace, routing.layers)
-            rows = compare(routing, half_lives)
-            _print_table(routing, half_lives, rows)
-            found[routing.name] = {
-                "tokens": len(routing.trace.ids),
-                "half_lives": half_lives,
-                "rows": [row._asdict() for row in rows],
-            }
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    return named(_run, _parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
+    found = {}
+    for routing in _routings(options):
+        half_lives = fitted_half_lives(routing.trace, routing.layers)
+        rows = compare(routing, half_lives)
+        _print_table(routing, half_lives, rows)
+        found[routing.name] = {
+            "tokens": len(routing.trace.ids),
+            "half_lives": half_lives,
+            "rows": [row._asdict() for row in rows],
+        }
     print(json.dumps(found))
     return 0
 

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.setting import described, link_option
+from benchmarks.setting import described, link_option, named
 from benchmarks.synthetic import shape_config
 from benchmarks.synthetic_folder import write_checkpoint
 from moepack.budget import memory_breakdown, stored_bytes
 from moepack.checkpoint import Checkpoint
-from moepack.errors import MoepackError, RunError
+from moepack.errors import RunError
 from moepack.forecast import PlannerReport, Prediction, Provenance
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
@@ -262,19 +262,13 @@ def growths(lines: dict[Case, Line]) -> Iterator[Growth]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print two tables, and as the last line one JSON object."""
-    asked = _parser().parse_args(arguments)
-    try:
-        if asked.run is not None:
-            print(json.dumps(run_case(asked.run)))
-        else:
-            _run(asked)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
-    return 0
+    return named(_run, _parser().parse_args(arguments))
 
 
-def _run(asked: argparse.Namespace) -> None:
+def _run(asked: argparse.Namespace) -> int:
+    if asked.run is not None:
+        print(json.dumps(run_case(asked.run)))
+        return 0
     cases = list(dict.fromkeys(case for axis in AXES.values() for case in axis))
     with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="scale.") as scratch:
         ready = []
@@ -305,6 +299,7 @@ def _run(asked: argparse.Namespace) -> None:
     found = [line.__dict__ | {"case": line.case._asdict()} for line in lines.values()]
     tried = [step._asdict() | {"holds": step.holds(asked.tolerance)} for step in steps]
     print(json.dumps({**described(asked), "cases": found, "growth": tried, "holds": holds}))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

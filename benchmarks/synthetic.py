@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.setting import named
 from benchmarks.synthetic_check import check
 from benchmarks.synthetic_folder import write_checkpoint
 from moepack.cli.progress import TerminalProgress
-from moepack.errors import MoepackError
 from moepack.presets import resolve
 from moepack.routing_model import load_routing_model
 
@@ -68,15 +68,14 @@ def shape_config(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a checkpoint, or check one."""
-    asked = _parser().parse_args(arguments)
-    try:
-        if asked.check is not None:
-            check(asked.check, asked.recording, draws=asked.draws, generate=not asked.no_drawn)
-        else:
-            _write(asked)
-    except MoepackError as failure:
-        print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
-        return 1
+    return named(_run, _parser().parse_args(arguments))
+
+
+def _run(asked: argparse.Namespace) -> int:
+    if asked.check is not None:
+        check(asked.check, asked.recording, draws=asked.draws, generate=not asked.no_drawn)
+    else:
+        _write(asked)
     return 0
 
 
