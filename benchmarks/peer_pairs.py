@@ -104,7 +104,7 @@ def told(
     """One line of it."""
     pair, verdict = judged
     its_rows = _rows_of(pair, rows, kinds)
-    said = sentence(verdict, bar, its_rows, judged=share < 1 and pair.counts)
+    said = sentence(verdict, bar, its_rows, judged=share < 1)
     verb = "counts" if pair.counts else "does not count"
     return f"{pair.kind} {verb} ({pair.why}). {said}"
 

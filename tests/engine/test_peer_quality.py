@@ -141,5 +141,7 @@ def test_a_pair_is_judged_by_its_own_programs() -> None:
     assert (second.verdict.best_peer, second.verdict.passed) == ("llama.cpp Q4_K", False)
     assert told(first, rows, kinds, bar, 0.5).endswith("pass")
     assert told(first, rows, kinds, bar, 1.0).endswith("No bar at this share.")
-    assert told(second, rows, kinds, bar, 0.5).startswith("Q4_K does not count (not so). ")
+    said = told(second, rows, kinds, bar, 0.5)
+    assert said.startswith("Q4_K does not count (not so). ")
+    assert said.endswith("FAIL")
     assert first.document()["verdict"]["passed"] is True
