@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args
 import typer
 
 from moepack.cli.options import usage
+from moepack.cli.output import note
 from moepack.errors import ProfileError
 
 if TYPE_CHECKING:
@@ -177,4 +178,9 @@ def _best(case: Case, quality: Quality | None, bits: float | None) -> MixedPreci
         return at_mean_bits(spec, damage, bits)
     assert quality is not None, "neither bits nor a bound"
     assert quality.percent is not None, "neither bits nor a bound"
-    return within_perplexity(spec, damage, quality.percent)
+    found = within_perplexity(spec, damage, quality.percent)
+    if all(name == spec.dtype for names in found.encodings for name in names):
+        note(
+            f"within {quality.percent:g}% no expert can be rounded: the plan is of the exact model"
+        )
+    return found
