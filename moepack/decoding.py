@@ -18,7 +18,18 @@ from moepack.fixed_times import FixedTimes
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.passes import DecodePasses
 from moepack.segment_times import Segments
-from moepack.timeline import Clock, Columns, Flags, Outcome, Seconds, Work, advance, ahead_slots
+from moepack.timeline import (
+    Clock,
+    Columns,
+    Flags,
+    Instead,
+    Outcome,
+    Seconds,
+    Work,
+    advance,
+    ahead_slots,
+    brought,
+)
 
 #: Lanes that run side by side, and passes that each runs beforehand to find where it begins.
 LANES = 1024
@@ -95,9 +106,18 @@ def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work
     )
 
 
-def advance_lanes(clock: Clock, work: Work, as_ready: bool, frames: int, parts: int) -> Outcome:
+def advance_lanes(
+    clock: Clock,
+    work: Work,
+    as_ready: bool,
+    frames: int,
+    parts: int,
+    instead: Instead | None = None,
+) -> Outcome:
     """See :func:`moepack.timeline.advance`."""
-    return advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
+    return advance(
+        clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts, instead=instead
+    )
 
 
 class _Standing(Protocol):
@@ -176,6 +196,7 @@ class AnyDecoding(ABC, Generic[C]):
         self._frames = frames
         self._tokens, self._layers, self._columns = passes.fetch_s.shape
         self._parts = segments.link_s.shape[1]
+        self._done: tuple[Seen, float] | None = None
 
     @abstractmethod
     def _idle(self, lanes: int) -> C:
@@ -195,17 +216,27 @@ class AnyDecoding(ABC, Generic[C]):
 
     def run(self) -> tuple[Seen, float]:
         """What every pass did, and the seconds of all tokens."""
-        return self._in_lanes() if self._passes.ahead_s.any() else self._at_once()
+        if self._done is None:
+            self._done = self._in_lanes() if self._passes.ahead_s.any() else self._at_once()
+        return self._done
+
+    def came(self) -> Flags:
+        """Activated experts of which something was begun ahead, [T, L, K] in the trace's order."""
+        seen, _ = self.run()
+        comes = self._brought(seen)
+        found = np.empty_like(comes)
+        np.put_along_axis(found, self._found.order, comes, axis=2)
+        return found
 
     def replayed(self, ttft_s: float) -> Replayed:
         """Run all tokens and sum up."""
         tokens, layers = self._tokens, self._layers
         seen, seconds = self.run()
+        fates = self.fates(seen)
         found, parts = self._found, self._parts
         ready = found.valid.copy()
         for part in range(parts):
             ready &= seen.ready[..., part::parts]
-        fates = self._passes.fates
         if fates is not None:
             ready &= fates == EXACT
         needed = np.repeat(found.right[:, :, : seen.begun.shape[2] // parts], parts, axis=2)
@@ -218,7 +249,7 @@ class AnyDecoding(ABC, Generic[C]):
         each = self._segments.classes or self._segments
         stored_bytes = each.stored_bytes
         disk_bytes, disk_s = self._from_disk(seen)
-        saved_bytes, saved_s = self._saved(seen)
+        saved_bytes, saved_s = self._saved(seen, fates)
         return Replayed(
             ttft_s=ttft_s,
             tpot_s=seconds / tokens,
@@ -236,9 +267,21 @@ class AnyDecoding(ABC, Generic[C]):
             skipped_rate=_share(fates, LEFT_OUT, activations),
         )
 
-    def _saved(self, seen: Seen) -> tuple[float, float]:
+    def fates(self, seen: Seen) -> npt.NDArray[np.int8] | None:
+        """What became of each activated expert, int8 [T, L, K]; see :mod:`moepack.on_miss`."""
+        fates = self._passes.fates
+        return None if fates is None else np.where(self._brought(seen), np.int8(EXACT), fates)
+
+    def _brought(self, seen: Seen) -> Flags:
+        """Experts of which something was begun ahead, [T, L, K]."""
+        if not seen.begun.size:
+            return np.zeros(self._found.order.shape, dtype=np.bool_)
+        comes = brought(seen.begun, self._passes.ahead_of)
+        return np.asarray(comes.reshape(*self._found.order.shape, self._parts).any(axis=3))
+
+    def _saved(self, seen: Seen, fates: npt.NDArray[np.int8] | None) -> tuple[float, float]:
         """Bytes and seconds of the link that low copies take less than their experts, a token."""
-        fates, segments = self._passes.fates, self._segments
+        segments = self._segments
         if fates is None or segments.low is None:
             return 0.0, 0.0
         lowered = np.repeat(fates == LOWERED, self._parts, axis=2)
@@ -340,7 +383,10 @@ class Decoding(AnyDecoding[Clock]):
         return Clock.start(lanes, ahead_slots(self._frames, experts, ahead))
 
     def _all(self) -> Outcome:
-        work = independent(self._fixed, self._passes.compute_s, self._passes.fetch_s)
+        passes = self._passes
+        # Nothing was begun ahead, so everything that may be replaced is.
+        compute_s, fetch_s = passes.instead or (passes.compute_s, passes.fetch_s)
+        work = independent(self._fixed, compute_s, fetch_s)
         clock = Clock.start(self._tokens * self._layers)
         return advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
 
@@ -356,4 +402,5 @@ class Decoding(AnyDecoding[Clock]):
             passes.ahead_of[tokens, layers],
             self._segments.transfer_s[layers],
         )
-        return advance_lanes(now, work, self._as_ready, self._frames, self._parts)
+        instead = passes.instead and Instead(*(v[tokens, layers] for v in passes.instead))
+        return advance_lanes(now, work, self._as_ready, self._frames, self._parts, instead)

@@ -18,7 +18,7 @@ from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import LayerPlacement, Placement
 from moepack.routing_tables import Cache, RoutingTables
 from moepack.segment_times import Segments
-from moepack.timeline import Columns, Flags, Seconds
+from moepack.timeline import Columns, Flags, Instead, Seconds
 from moepack.trace import NO_PREDICTION, LayerShape
 
 #: What a bound may know: the next layer's experts, or all that is to come.
@@ -39,7 +39,10 @@ class DecodePasses(NamedTuple):
     read_s, ahead_read_s
         Of the disk, before ``fetch_s`` and ``ahead_s``; None where RAM holds everything.
     fates : int8 [T, L, K]
-        What is not exact (:mod:`moepack.on_miss`); None where everything is.
+        What becomes of what is missing, unless something of it was begun ahead
+        (:mod:`moepack.on_miss`); None where everything is exact.
+    instead : Instead or None
+        The times of that, [T, L, K * G].
     """
 
     compute_s: Seconds
@@ -50,6 +53,7 @@ class DecodePasses(NamedTuple):
     read_s: Seconds | None = None
     ahead_read_s: Seconds | None = None
     fates: npt.NDArray[np.int8] | None = None
+    instead: Instead | None = None
 
 
 def decode_passes(
@@ -93,8 +97,8 @@ def passes_with(
     held_ahead : bool [T, L, R, G]
         Those of the predicted experts.
     fates : int8 [T, L, K]
-        What becomes of each activated expert that is missing and was not asked for ahead, in the
-        order of consumption (:mod:`moepack.on_miss`); None: it is fetched.
+        What becomes of each activated expert that is missing and of which nothing was begun ahead,
+        in the order of consumption (:mod:`moepack.on_miss`); None: it is fetched.
     """
     parts = segments.link_s.shape[1]
     valid = np.repeat(found.valid, parts, axis=2)  # [T, L, K * G]
@@ -117,13 +121,15 @@ def passes_with(
         comes = np.repeat(found.guess < depth, parts, axis=2) & (fetch_s > 0)
         comes &= np.take_along_axis(ahead_s, place, axis=2) > 0
         np.copyto(ahead_of, place, where=comes)
+    instead = None
     if fates is not None:
-        alone = (ahead_of == none).reshape(*found.valid.shape, parts).all(axis=3)
-        fates = np.where(found.valid & ~held.all(axis=3) & alone, fates, np.int8(EXACT))
-        _replace_missing(fetch_s, compute_s, np.repeat(fates, parts, axis=2), segments)
+        fates = np.where(found.valid & ~held.all(axis=3), fates, np.int8(EXACT))
+        instead = Instead(compute_s.copy(), fetch_s.copy())
+        _replace_missing(instead, np.repeat(fates, parts, axis=2), segments)
+        instead.compute_s[...] += disturbance_s(instead.fetch_s, segments)
     compute_s += disturbance_s(fetch_s, segments)
     hits = _cached_first(held, segments) & found.valid
-    made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits, fates=fates)
+    made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits, fates=fates, instead=instead)
     if segments.from_disk is None:
         return made
     layers = np.arange(len(segments.from_disk))[:, None]
@@ -135,11 +141,10 @@ def passes_with(
     )
 
 
-def _replace_missing(
-    fetch_s: Seconds, compute_s: Seconds, fates: npt.NDArray[np.int8], segments: Segments
-) -> None:
-    """Give what is missing the times of what stands for it, in place, each [T, L, K * G]."""
+def _replace_missing(instead: Instead, fates: npt.NDArray[np.int8], segments: Segments) -> None:
+    """Give what is missing the times of what stands for it, in place."""
     assert segments.low is not None, "low copies of nothing"
+    compute_s, fetch_s = instead
     missing, columns = fetch_s > 0.0, fetch_s.shape[2]
     for times, low in ((fetch_s, segments.low.link_s), (compute_s, segments.low.compute_s)):
         times[missing & (fates == LEFT_OUT)] = 0.0

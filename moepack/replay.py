@@ -21,21 +21,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepack.activations import Activations, activations, perfect
+from moepack.activations import activations, perfect
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import DecodePasses, Oracle, decode_passes, guessed_layers, passes_with
+from moepack.passes import Oracle, decode_passes, guessed_layers
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import Segments, behind_ram, segments_of
 from moepack.stepped_caches import SteppedCaches
+from moepack.stepped_decoding import stepped_decoding
 from moepack.tier_decoding import TierDecoding
-from moepack.trace import NO_PREDICTION, RoutingPart
+from moepack.trace import RoutingPart
 
 
 class Replayer:
@@ -100,11 +101,15 @@ class Replayer:
         guessed = guessed_layers(placement, segments, self._tables.layers)
         ttft_s = self._prefill_s(layout, placement, segments, guessed, oracle)
         found = self._found if oracle == "none" else perfect(self._found)
-        if placement.on_miss is None or oracle != "none":
-            passes = decode_passes(tables, found, placement, segments, oracle)
-        else:
-            passes = _stepped_passes(tables, found, placement, segments)
         fixed = fixed_times(self._spec, self._compute, (1,), guessed)
+        if placement.on_miss is not None and oracle == "none":
+            # Over the tokens of the part alone, from what the caches start with.
+            caches = SteppedCaches(tables, placement, segments)
+            stepped = stepped_decoding(
+                tables, caches, found, placement, segments, fixed, as_ready=as_ready
+            )
+            return stepped.replayed(ttft_s)
+        passes = decode_passes(tables, found, placement, segments, oracle)
         frames = placement.staging_experts
         decoding = Decoding if passes.read_s is None else TierDecoding
         run = decoding(passes, found, fixed, segments, as_ready=as_ready, frames=frames)
@@ -133,21 +138,3 @@ class Replayer:
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
         return float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())
-
-
-def _stepped_passes(
-    tables: RoutingTables, found: Activations, placement: Placement, segments: Segments
-) -> DecodePasses:
-    """The same where missing experts may be replaced: over the tokens of the part alone.
-
-    What a cache holds then depends on what it held: it is stepped token by token, from what it
-    starts with.
-    """
-    caches = SteppedCaches(tables, placement, segments)
-    held, held_ahead = caches.decode(found.tokens)
-    held = np.take_along_axis(held, found.order[..., None], axis=2)
-    fates = caches.fates(found.tokens)
-    assert fates is not None, "nothing is replaced"
-    fates = np.take_along_axis(fates, found.order, axis=2)
-    named = tables.trace.predicted[found.tokens] != NO_PREDICTION
-    return passes_with(found, named, placement, segments, held, held_ahead, fates)

@@ -19,7 +19,7 @@ from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
 from moepack.model_spec import ModelSpec
-from moepack.passes import guessed_layers, passes_with
+from moepack.passes import guessed_layers
 from moepack.plan import Layout, Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
@@ -27,8 +27,9 @@ from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import behind_ram, segments_of
 from moepack.stepped_caches import SteppedCaches
+from moepack.stepped_decoding import stepped_decoding
 from moepack.tier_decoding import TierDecoding
-from moepack.trace import NO_PREDICTION, LayerShape, Trace
+from moepack.trace import LayerShape, Trace
 
 if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
@@ -164,22 +165,14 @@ class RunReplayer:
 
     def decoding(self, decoded: npt.NDArray[np.intp]) -> Decoding | TierDecoding:
         """Tokens that are decoded one after the other, with the link idle before the first."""
-        tables, segments, frames = self._tables, self._segments, self._placement.staging_experts
+        tables, segments = self._tables, self._segments
         guessed = guessed_layers(self._placement, segments, tables.layers)
-        found = activations(tables, decoded)
-        held, held_ahead = self.caches.decode(decoded)
-        held = np.take_along_axis(held, found.order[..., None], axis=2)
-        lost = self.caches.fates(decoded)
-        if lost is not None:
-            lost = np.take_along_axis(lost, found.order, axis=2)
-        named = tables.trace.predicted[decoded] != NO_PREDICTION
-        work = passes_with(found, named, self._placement, segments, held, held_ahead, lost)
-        decoding = Decoding if work.read_s is None else TierDecoding
-        return decoding(
-            work,
-            found,
-            fixed_times(self._spec, self._compute, (1,), guessed),
+        return stepped_decoding(
+            tables,
+            self.caches,
+            activations(tables, decoded),
+            self._placement,
             segments,
+            fixed_times(self._spec, self._compute, (1,), guessed),
             as_ready=True,
-            frames=frames,
         )

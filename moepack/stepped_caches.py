@@ -6,6 +6,7 @@ admitted. That is not so where missing experts are replaced or left out (:mod:`m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -86,8 +87,26 @@ class SteppedCaches:
         rule = self._placement.on_miss
         return None if rule is None else fates(self._tables.trace.weights[tokens], rule)
 
-    def decode(self, tokens: npt.NDArray[np.intp]) -> tuple[Flags, Flags]:
+    def copy(self) -> SteppedCaches:
+        """The same, to be stepped by itself."""
+        other = copy.copy(self)
+        other._layers = copy.deepcopy(self._layers)
+        return other
+
+    def become(self, other: SteppedCaches) -> None:
+        """Hold what another one of the same placement does, which is then done with."""
+        self._layers = other._layers
+
+    def decode(
+        self, tokens: npt.NDArray[np.intp], came: Flags | None = None
+    ) -> tuple[Flags, Flags]:
         """One pass for each token, each layer behind the other.
+
+        Parameters
+        ----------
+        came : bool [T, L, K]
+            Experts that were fetched ahead in time, in the trace's order; None: all that were asked
+            for, which only matters where missing ones may be replaced.
 
         Returns
         -------
@@ -107,8 +126,11 @@ class SteppedCaches:
                 guesses = trace.predicted[token, index].tolist()
                 unkept: Collection[int] = ()
                 if lost is not None:
-                    place = self._placement.layers[index]
-                    ahead = _asked_ahead(place, guesses, caches)
+                    if came is None:
+                        place = self._placement.layers[index]
+                        ahead = _asked_ahead(place, guesses, caches)
+                    else:
+                        ahead = {e for e, there in zip(ids, came[row, index], strict=True) if there}
                     found = zip(ids[: shape.top_k], lost[row, index].tolist(), strict=False)
                     unkept = {e for e, fate in found if fate != EXACT and e not in ahead}
                 for part, cache in enumerate(caches):
@@ -122,7 +144,7 @@ class SteppedCaches:
 def _asked_ahead(
     place: LayerPlacement, guesses: Sequence[int], caches: Sequence[LayerCache | None]
 ) -> set[int]:
-    """The experts that are fetched ahead, if they are missing: all are taken to come in time."""
+    """The experts that are fetched ahead, if they are missing."""
     guessed = guesses[: place.prefetch_depth]
     top = caches[0]
     if place.prefetch == "bottoms" and len(caches) > 1 and top is not None:

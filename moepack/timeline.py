@@ -103,6 +103,19 @@ def ahead_slots(frames: int, experts: int, ahead: int) -> int:
     return 1 if not ahead or frames >= experts + ahead else frames
 
 
+class Instead(NamedTuple):
+    """What stands for segments of experts of which nothing was begun ahead, [lanes, segments].
+
+    Attributes
+    ----------
+    compute_s, fetch_s
+        As in :class:`Work`: of a low copy, of nothing, or of the segment itself.
+    """
+
+    compute_s: Seconds
+    fetch_s: Seconds
+
+
 class Work(NamedTuple):
     """What one pass of one layer has to do.
 
@@ -158,7 +171,13 @@ class Outcome(NamedTuple):
 
 
 def advance(
-    clock: Clock, work: Work, *, as_ready: bool, frames: int, segments_per_expert: int
+    clock: Clock,
+    work: Work,
+    *,
+    as_ready: bool,
+    frames: int,
+    segments_per_expert: int,
+    instead: Instead | None = None,
 ) -> Outcome:
     """Run one pass of every lane.
 
@@ -171,10 +190,14 @@ def advance(
         the frame of an earlier one has been consumed.
     segments_per_expert
         1 or 2: neighbouring segments that share a frame.
+    instead
+        Where missing experts may be replaced: what they then take.
     """
     routed_s = clock.now_s + work.before_s
     begun, ends_s = _fetched_ahead(clock, work.ahead_s, routed_s, segments_per_expert)
     link_s = np.maximum(clock.link_s, np.where(begun, ends_s, -_NEVER).max(axis=1, initial=-_NEVER))
+    if instead is not None:
+        work = _replaced(work, instead, begun, segments_per_expert)
     lacking = work.fetch_s > 0.0
     arrives_s = np.full(lacking.shape, -_NEVER)
     asked_s = routed_s + work.guess_s
@@ -208,6 +231,21 @@ def advance(
         frees_s = np.maximum(frees_s, asked_s[:, None])
     wait_s = done_s - begin_s - work.compute_s.sum(axis=1)
     return Outcome(Clock(done_s, link_s, frees_s), ready, lacking & ~coming, begun, wait_s)
+
+
+def brought(begun: Flags, ahead_of: Columns) -> Flags:
+    """Which segments come from what was begun ahead, [.., segments]; all in the last axis."""
+    some = np.concatenate([begun, np.zeros((*begun.shape[:-1], 1), dtype=np.bool_)], axis=-1)
+    return np.take_along_axis(some, ahead_of, axis=-1)
+
+
+def _replaced(work: Work, instead: Instead, begun: Flags, segments_per_expert: int) -> Work:
+    """The work with what stands for missing experts, but for those of which something comes."""
+    comes = _of_expert(brought(begun, work.ahead_of), segments_per_expert)
+    return work._replace(
+        compute_s=np.where(comes, work.compute_s, instead.compute_s),
+        fetch_s=np.where(comes, work.fetch_s, instead.fetch_s),
+    )
 
 
 def _fetched_ahead(

@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from moepack_runtime.observers import PassFound
+from moepack_runtime.router import Routing
 from moepack_runtime.stats import RunStats
+from moepack_runtime.store import CheckpointStore, ExpertSource
 from moepack_runtime.transfer import ThrottledTransfer
 
 from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
-from moepack.decoding import Seen
+from moepack.compute import QuantisedExpert
+from moepack.decoding import AnyDecoding, Seen
+from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import (
     POLICIES,
     POOL_POLICIES,
     Layout,
+    OnMiss,
     Placement,
     Policy,
     PrefetchMode,
@@ -32,7 +37,9 @@ from moepack.plan import (
 from moepack.replayed_run import RunReplayer
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
-from moepack.segments import PARTS, SegmentId
+from moepack.segments import PARTS, Bits, SegmentId
+from moepack.tier_decoding import TierDecoding
+from moepack.timeline import Clock
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 from tests.conftest import TinyFolder
 from tests.support.caches import half_life_of
@@ -50,6 +57,7 @@ from tests.support.simulated_time import (
 )
 
 TOKENS = 16
+LOW = "INT4_G32"
 CONTEXT = TOKENS + 2
 RECALL = 0.65
 TIMES = Times(
@@ -63,32 +71,76 @@ LOADS = (0.1, 0.27, 0.61, 1.03, 1.97)
 
 
 class Routed(NamedTuple):
-    """A model, a text, what it chooses in every layer, and what is guessed of it."""
+    """A model, a text, what it chooses in every layer, and what is guessed of it.
+
+    ``source`` is where its experts come from.
+    """
 
     checkpoint: Checkpoint
     text: list[int]
     trace: Trace
     tables: RoutingTables
+    source: ExpertSource
+
+
+class Silent:
+    """A checkpoint whose routed experts add nothing: whatever replaces them, the text is the same.
+
+    Nor does leaving them out change what a router chooses.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def expert(self, layer: int, expert: int) -> dict[str, Bits]:
+        bits = dict(self._checkpoint.expert(layer, expert))
+        return bits | {"down.weight": np.zeros_like(bits["down.weight"])}
+
+    def trunk_tensor(self, name: str) -> Bits:
+        return self._checkpoint.trunk_tensor(name)
+
+
+class Weights:
+    """What the routers weigh experts by, in the order of passes."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def routed(self, layer: int, residual: object, routing: Routing) -> None:  # noqa: ARG002
+        self.seen.append(routing.weights.float().numpy())
 
 
 @pytest.fixture(scope="module")
 def routed(tiny_folder: TinyFolder) -> Routed:
     checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
+    return recorded(checkpoint, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def silent(tiny_folder: TinyFolder) -> Routed:
+    checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
+    return recorded(checkpoint, Silent(checkpoint))
+
+
+def recorded(checkpoint: Checkpoint, source: ExpertSource) -> Routed:
+    """What a text's tokens choose one after the other."""
     spec = checkpoint.spec
     rng = np.random.default_rng(0)
     text = (3 + rng.zipf(1.5, TOKENS + 1) % 40).tolist()
     layout = mixed_layout(spec, (1.0,))
-    seen = EveryPass()
+    seen, weights = EveryPass(), Weights()
     everything = placement(spec, layout, tops=99, bottoms=99, staging=1, context=CONTEXT)
-    with open_engine(checkpoint, layout, everything) as engine:
+    store = CheckpointStore(source, spec, layout)
+    with open_engine(checkpoint, layout, everything, store=store) as engine:
         engine.observe_passes(seen)
+        engine.observe(weights)
         for token in text[:TOKENS]:
             engine.decode(token)
     shapes = [LayerShape(n, spec.moe(n).num_experts, spec.moe(n).top_k) for n in spec.moe_layers]
     ids = np.array(seen.tokens, dtype=np.uint16).reshape(TOKENS, len(shapes), -1)
     trace = Trace(
         ids=ids,
-        weights=np.ones(ids.shape, dtype=np.float16),
+        weights=np.concatenate(weights.seen).reshape(ids.shape).astype(np.float16),
         predicted=guesses_of(ids, shapes, rng),
         sequence=np.zeros(TOKENS, dtype=np.uint32),
         part=np.full(TOKENS, 2, dtype=np.uint8),
@@ -102,7 +154,7 @@ def routed(tiny_folder: TinyFolder) -> Routed:
         sources=(),
         layers=tuple(shapes),
     )
-    return Routed(checkpoint, text, trace, RoutingTables(profile))
+    return Routed(checkpoint, text, trace, RoutingTables(profile), source)
 
 
 def guesses_of(
@@ -137,8 +189,8 @@ class Slow:
         sizes = [stored_bytes(spec, cut, part) for part in PARTS]
         return sizes if parts > 1 else [sum(sizes)]
 
-    def replay(self) -> tuple[Seen, float]:
-        """What every pass did, and the seconds of all."""
+    def replay(self) -> AnyDecoding[Clock] | TierDecoding:
+        """The replay of all tokens."""
         spec = self.routed.checkpoint.spec
         entry = layer_compute(
             spec.moe_layers,
@@ -146,7 +198,8 @@ class Slow:
             expert=TIMES.expert_s,
             ffn=TIMES.shared_s,
         )
-        entry = dataclasses.replace(entry, router=flat(TIMES.router_s))
+        low = QuantisedExpert(LOW, flat(TIMES.expert_s), flat(TIMES.expert_s))
+        entry = dataclasses.replace(entry, router=flat(TIMES.router_s), quantised=(low,))
         replayer = RunReplayer(
             spec,
             compute_of(spec, [entry], head_s=TIMES.head_s),
@@ -156,12 +209,12 @@ class Slow:
             self.place,
             self.routed.tables,
         )
-        return replayer.decoding(np.arange(TOKENS)).run()
+        return replayer.decoding(np.arange(TOKENS))
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> tuple[list[PassFound], float, RunStats]:
         """The same of an engine, and what it has measured."""
         clock = simulated_clock(monkeypatch)
-        checkpoint, text, trace, _ = self.routed
+        checkpoint, text, trace, _, source = self.routed
         rankings = dict(
             zip(checkpoint.spec.moe_layers, trace.predicted.swapaxes(0, 1), strict=True)
         )
@@ -170,6 +223,7 @@ class Slow:
             checkpoint,
             self.layout,
             self.place,
+            store=CheckpointStore(source, checkpoint.spec, self.layout),
             twin=lambda inner: ThrottledTransfer(Instant(inner), self.bytes_per_s, LATENCY_S),
             predictor=TimedGuesses(clock, TIMES.router_s, rankings),
         ) as engine:
@@ -219,7 +273,7 @@ def told_by_replay(seen: Seen, trace: Trace, token: int, layer: int) -> Told:
 
 def check(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pass by pass, and what the run's statistics make of it."""
-    seen, seconds = slow.replay()
+    seen, seconds = slow.replay().run()
     found, took_s, stats = slow.run(monkeypatch)
     trace = slow.routed.trace
     parts = seen.ready.shape[2] // trace.ids.shape[2]
@@ -241,11 +295,16 @@ def check(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def placed(
-    routed: Routed, ratios: Sequence[float], policies: Sequence[Policy], **options: Any
+    routed: Routed,
+    ratios: Sequence[float],
+    policies: Sequence[Policy],
+    *,
+    low: str = "",
+    **options: Any,
 ) -> tuple[Layout, Placement]:
     """Each layer with its own policy, in turn."""
     spec = routed.checkpoint.spec
-    layout = mixed_layout(spec, ratios)
+    layout = dataclasses.replace(mixed_layout(spec, ratios), low=low)
     place = placement(spec, layout, context=CONTEXT, coldest_first=True, **options)
     layers = tuple(
         dataclasses.replace(layer, policy=policy, half_life_tokens=half_life_of(policy))
@@ -308,6 +367,51 @@ def test_nor_do_layers_that_are_cut_and_guessed_differently(
     check(Slow(routed, layout, dataclasses.replace(place, layers=layers), load), monkeypatch)
 
 
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_misses_that_are_replaced_unless_they_come_are_found_again(
+    silent: Routed, monkeypatch: pytest.MonkeyPatch, load: float, depth: int
+) -> None:
+    """Begun ahead, an expert comes as it is; still in the queue, it falls under the rule."""
+    prefetch: PrefetchMode = "all" if depth else "off"
+    layout, place = placed(
+        silent,
+        (1.0,),
+        ("lru",),
+        low=LOW,
+        tops=5,
+        bottoms=0,
+        staging=4 + depth,
+        prefetch=prefetch,
+        depth=depth,
+    )
+    # The first token is a prompt, which is exact: its experts are there.
+    layers = tuple(
+        dataclasses.replace(layer, hot=tuple(dict.fromkeys([*first.tolist(), *layer.hot])))
+        for layer, first in zip(place.layers, silent.trace.ids[0], strict=True)
+    )
+    slow = Slow(
+        silent,
+        layout,
+        dataclasses.replace(place, layers=layers, on_miss=OnMiss(0.4, 0.8)),
+        load,
+    )
+    run = slow.replay()
+    seen, seconds = run.run()
+    lost = run.fates(seen)
+    assert lost is not None
+    found, took_s, stats = slow.run(monkeypatch)
+    exact = lost == EXACT
+    ready = seen.ready & exact
+    for token, layer in np.ndindex(lost.shape[:2]):
+        told = told_by_replay(seen._replace(ready=ready), silent.trace, token, layer)
+        assert told_by_engine(found[token * lost.shape[1] + layer], 1) == told
+    assert took_s == pytest.approx(seconds)
+    lowered, left_out = ((lost[1:] == fate).mean() for fate in (LOWERED, LEFT_OUT))
+    assert 0 < lowered == pytest.approx(stats.substituted_rate)
+    assert 0 < left_out == pytest.approx(stats.skipped_rate)
+
+
 @pytest.mark.parametrize("staging", [1, 2, 3])
 def test_with_few_frames_an_engine_is_hardly_slower(
     routed: Routed, monkeypatch: pytest.MonkeyPatch, staging: int
@@ -321,6 +425,6 @@ def test_with_few_frames_an_engine_is_hardly_slower(
     )
     for load in LOADS:
         slow = Slow(routed, layout, place, load)
-        _, seconds = slow.replay()
+        _, seconds = slow.replay().run()
         _, took_s, _ = slow.run(monkeypatch)
         assert seconds * (1 - 1e-9) <= took_s <= 1.05 * seconds
