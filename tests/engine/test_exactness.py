@@ -27,7 +27,7 @@ KEYS = [(model.family, model.variant) for model in TINY_MODELS]
 PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(45)]
 SHORT = PROMPT[:21]
 #: Longer than the block many times over.
-LONG = [(13 * place * place + 5 * place + 1) % 250 + 3 for place in range(200)]
+LONG = [(13 * place * place + 5 * place + 1) % 250 + 3 for place in range(120)]
 FOLLOWING = [17, 99, 4, 250, 31, 8]
 NEW_TOKENS = 32
 CONTEXT = 96
