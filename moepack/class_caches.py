@@ -91,36 +91,46 @@ def _walked(
     contents, at = [tuple(held)], []
     for token in tokens:
         at.append(len(contents) - 1)
-        missing = 0
+        missing = []
         for worth in token:
             if worth & _NUMBER in held:
                 held[worth & _NUMBER] = worth
             else:
-                missing += 1
+                missing.append(worth)
         if not missing:
             continue
-        if len(token) == 1:
-            del held[min(held.values()) & _NUMBER]
-            held[token[0] & _NUMBER] = token[0]
+        if len(token) <= capacity:
+            _replace_worst(token, missing, held)
         else:
-            held = _after(token, held, capacity)
+            held = _crowded(token, held, capacity)
         contents.append(tuple(held))
     return np.array(contents, dtype=np.uint16), np.array(at, dtype=np.intp)
 
 
-def _after(token: Sequence[int], held: dict[int, int], capacity: int) -> dict[int, int]:
-    """What is held after a token of which something is missing.
+def _replace_worst(token: Sequence[int], missing: Sequence[int], held: dict[int, int]) -> None:
+    """Admit what is missing in place of the worst that the token does not use."""
+    used = {worth & _NUMBER for worth in token}
+    others = [worth for number, worth in held.items() if number not in used]
+    if len(missing) == 1:
+        del held[min(others) & _NUMBER]
+    else:
+        others.sort()
+        for worth in others[: len(missing)]:
+            del held[worth & _NUMBER]
+    for worth in missing:
+        held[worth & _NUMBER] = worth
+
+
+def _crowded(token: Sequence[int], held: dict[int, int], capacity: int) -> dict[int, int]:
+    """What is held after a token that uses more than there are slots, and lacks something.
 
     ``held`` has what its hits are worth from then on.
     """
     used = {worth & _NUMBER: worth for worth in token}
-    others = sorted((worth for number, worth in held.items() if number not in used), reverse=True)
-    if len(token) <= capacity:
-        staying = others[: capacity - len(token)]
-        return used | {worth & _NUMBER: worth for worth in staying}
     # What is not wanted gives way once it is consumed, the worst first.
+    victims = sorted([worth for number, worth in held.items() if number not in used], reverse=True)
     wanted = {*sorted(token)[-capacity:]}
-    found, victims = dict(held), others
+    found = dict(held)
     for number, worth in used.items():
         if number in held:
             if worth not in wanted:
