@@ -100,10 +100,11 @@ class LayerWalk:
         attention_s = router_s = ffn_s = experts_s = 0.0
         lap = self._stopwatch.lap
         lap()
+        head_s = 0.0
         graphs = self._engine.token_graphs if tokens == 1 else None
         if graphs is not None:
             graphs.move_to(start)
-        head_s = lap()
+            head_s += lap()
         for number in self._numbers:
             layer = decoder.layers[number]
             if start == 0:
