@@ -70,7 +70,7 @@ def resident_experts(
     encoding
         A quantised one, for experts that are made up; None: those of the model.
     """
-    from moepack_runtime.made_up_store import MadeUpStore
+    from moepack_runtime.measuring_stores import MadeUpStore
     from moepack_runtime.store import CheckpointStore
 
     spec = probe.engine.spec
@@ -100,7 +100,7 @@ class Missing(NamedTuple):
 @contextmanager
 def missing_experts(probe: Probe, number: int) -> Iterator[Missing]:
     """The expert half of a layer over a file: a transfer for each missing expert."""
-    from moepack_runtime.scratch_store import ScratchStore
+    from moepack_runtime.measuring_stores import ScratchStore
 
     spec = probe.engine.spec
     cut = layer_layout(spec, number, 1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from moepack_runtime import ffn
 from moepack_runtime.direct_io import Buffer
-from moepack_runtime.scratch_store import ScratchStore
+from moepack_runtime.measuring_stores import ScratchStore
 from moepack_runtime.store import CheckMode
 
 from moepack import compute_probe

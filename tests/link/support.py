@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from moepack_runtime.direct_io import Buffer, DirectFile
-from moepack_runtime.progress import NO_PROGRESS, Progress
+from moepack_runtime.measuring_stores import ExpertsAlone
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import (
     CudaTransfer,
@@ -39,7 +39,7 @@ def number_of(segment_id: SegmentId) -> int:
     return segment_id.layer * 8 + segment_id.expert
 
 
-class PatternStore(SegmentStore):
+class PatternStore(ExpertsAlone):
     """Segments made up from their number; reads can be held up, watched and made to fail."""
 
     def __init__(self, before_read: Callable[[SegmentId], object] = lambda _: None) -> None:
@@ -57,14 +57,6 @@ class PatternStore(SegmentStore):
             self.read.append(number_of(segment))
         self.before_read(segment)
         destination[:] = content(number_of(segment))
-
-    def load_trunk(
-        self,
-        check: CheckMode = CheckMode.FIRST,  # noqa: ARG002
-        device: torch.device | None = None,  # noqa: ARG002
-        progress: Progress = NO_PROGRESS,  # noqa: ARG002
-    ) -> dict[str, torch.Tensor]:
-        return {}
 
     def close(self) -> None:
         self.closed = True

@@ -1,6 +1,8 @@
-"""A store for measuring: quantised experts whose codes stand for nothing."""
+"""Stores for measuring: routed experts without the model around them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,17 +12,75 @@ from typing_extensions import override
 from moepack.budget import layer_segment
 from moepack.model_spec import ModelSpec
 from moepack.plan import Layout
-from moepack.segments import PARTS, Part, SegmentId, SegmentShape
-from moepack_runtime.direct_io import Buffer
+from moepack.segments import PARTS, Part, SegmentId, SegmentShape, cut_expert
+from moepack_runtime.direct_io import Buffer, DirectFile
 from moepack_runtime.progress import NO_PROGRESS, Progress
-from moepack_runtime.store import CheckMode, SegmentStore
+from moepack_runtime.store import CheckMode, ExpertSource, SegmentStore
 
 # 2**-8 in BF16, so that no product overflows: what one takes depends on no code, but infinities
 # and denormal numbers are slow.
 _SCALE = 0x3B80
 
 
-class MadeUpStore(SegmentStore):
+class ExpertsAlone(SegmentStore):
+    """A store that has no trunk."""
+
+    @override
+    def load_trunk(
+        self,
+        check: CheckMode = CheckMode.FIRST,
+        device: torch.device | None = None,
+        progress: Progress = NO_PROGRESS,
+    ) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class ScratchStore(ExpertsAlone):
+    """Whole experts of one layer, laid out and read as in a packed folder.
+
+    Expert ``e`` is read where expert ``e mod count`` lies. Peak memory: one expert.
+
+    Parameters
+    ----------
+    path
+        Written here; the caller removes it.
+    shape
+        Of a whole expert of ``layer``.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, source: ExpertSource, layer: int, shape: SegmentShape, count: int
+    ) -> None:
+        self._shape = shape
+        self._count = count
+        with path.open("wb") as out:
+            for expert in range(count):
+                payload = cut_expert(source.expert(layer, expert), shape, "top")
+                out.write(payload.ljust(shape.stored_bytes, b"\0"))
+            out.flush()
+        self._file = DirectFile(path)
+
+    @override
+    def shape(self, segment: SegmentId) -> SegmentShape:
+        return self._shape
+
+    @override
+    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+        place = segment.expert % self._count
+        block = np.asarray(destination)[: self._shape.stored_bytes]
+        self._file.read_into(block, place * self._shape.stored_bytes)
+
+    @override
+    def close(self) -> None:
+        self._file.close()
+
+
+class MadeUpStore(ExpertsAlone):
     """Segments of any layout in quantised encodings: random codes, one scale, no biases.
 
     What a product takes does not depend on them, and rounding real experts takes a thousand times
@@ -46,15 +106,6 @@ class MadeUpStore(SegmentStore):
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
         payload = self._payloads[self.shape(segment)]
         destination[: len(payload)] = payload
-
-    @override
-    def load_trunk(
-        self,
-        check: CheckMode = CheckMode.FIRST,
-        device: torch.device | None = None,
-        progress: Progress = NO_PROGRESS,
-    ) -> dict[str, torch.Tensor]:
-        return {}
 
     @override
     def close(self) -> None:
