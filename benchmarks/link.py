@@ -28,7 +28,7 @@ from moepack_runtime.stats import RunStats
 
 from benchmarks.race import median, pack_for, race
 from benchmarks.setting import add_options, described, link_option, named, open_setting
-from moepack.budget import needs
+from moepack.needs import needs
 from moepack.plan import Plan
 from moepack.planner import Planner
 from moepack.units import format_rate, format_size

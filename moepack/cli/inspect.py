@@ -52,7 +52,7 @@ def _context(spec: ModelSpec) -> int:
 
 def spec_document(spec: ModelSpec) -> dict[str, object]:
     """What ``--json`` says of a model."""
-    from moepack.budget import needs
+    from moepack.needs import needs
     from moepack.segments import cuts
 
     need = needs(spec, _context(spec))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 
-from moepack.budget import needs, stored_bytes
+from moepack.budget import stored_bytes
 from moepack.formats import PackedModel
 from moepack.model_spec import ModelSpec
+from moepack.needs import needs
 from moepack.pack import PackReport
 from moepack.plan import LayerLayout
 from moepack.report.tables import by_layer, columns, facts
