@@ -21,7 +21,7 @@ PROJECTIONS = ("gate", "up", "down")
 def bits_per_weight(kind: gguf.GGMLQuantizationType) -> float:
     """Scales included."""
     weights, size_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return 8 * size_bytes / weights
+    return float(8 * size_bytes / weights)
 
 
 class _Family(NamedTuple):

@@ -347,7 +347,7 @@ def test_nor_does_a_shared_pool_make_a_difference(
     routed: Routed, monkeypatch: pytest.MonkeyPatch, load: float, policy: Policy
 ) -> None:
     pool = SharedPool(17, policy)
-    options = {"pool": pool, "staging": 6, "prefetch": "all", "depth": 2}
+    options: dict[str, Any] = {"pool": pool, "staging": 6, "prefetch": "all", "depth": 2}
     layout, place = placed(routed, (1.0,), ("lru",), tops=0, bottoms=0, **options)
     check(Slow(routed, layout, place, load), monkeypatch)
 
