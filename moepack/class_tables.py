@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from moepack.class_ranks import ClassRanks, ClassTrace
 from moepack.cost import Array
 from moepack.plan import POLICIES, LayerLayout, LayerPlacement, Policy
 from moepack.timeline import Flags
-from moepack.trace import ROUTING_PARTS, LayerShape, Trace, hot_rankings
+from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, Trace, hot_rankings
 
 
 class ClassCurves(NamedTuple):
@@ -97,7 +98,6 @@ class ClassTables:
         self._of_predicted = self._class_table[each, self._trace.predicted]
         self._ranks: dict[tuple[Policy, tuple[float, ...]], ClassRanks] = {}
         self._stepped: dict[_Stepped, tuple[Flags, Flags]] = {}
-        self._held: dict[tuple[object, ...], tuple[Flags, Flags]] = {}
         self._curves: dict[tuple[int, Policy], tuple[ClassCurves, ...]] = {}
 
     def held(self, placed: Sequence[LayerPlacement]) -> Mapping[int, tuple[Flags, Flags]]:
@@ -114,13 +114,10 @@ class ClassTables:
             By the layer's place among those with experts. Of what does not exist: False.
         """
         self.step([placed])
-        found = {}
-        for index, (row, place, slots) in enumerate(self._placed(placed)):
-            key = index, place.policy, place.half_life_tokens, slots
-            if key not in self._held:
-                self._held[key] = self._one(index, place, slots)
-            found[row] = self._held[key]
-        return found
+        return {
+            row: self._one(index, place, slots)
+            for index, (row, place, slots) in enumerate(self._placed(placed))
+        }
 
     def step(self, placements: Iterable[Sequence[LayerPlacement]]) -> None:
         """Make :meth:`held` ready for many placements at once.
@@ -249,13 +246,13 @@ class ClassTables:
         trace, shape = self._trace, self._layers[index]
         fit = trace.part == ROUTING_PARTS.index("fit")
         if policy == "pinned":
-            ranks, rows = self._pinned(), np.flatnonzero(fit)[self._halves().part > 0]
+            ranks, rows = self._pinned, np.flatnonzero(fit)[self._halves.part > 0]
         else:
             self.prepare([policy])
             fitted = self._fitted([policy])
             ranks = self._ranked(index, policy, fitted[index] if fitted else None)
             rows = np.flatnonzero(fit)
-        known = np.maximum(1, (trace.predicted[rows, index] != (1 << 16) - 1).sum(axis=0))
+        known = np.maximum(1, (trace.predicted[rows, index] != NO_PREDICTION).sum(axis=0))
         ids, guesses = ranks.ids[rows, index], ranks.predicted[rows, index]
         of_ids, of_guesses = self._of_ids[rows, index], self._of_predicted[rows, index]
         used = np.arange(ids.shape[1]) < shape.top_k
@@ -274,12 +271,14 @@ class ClassTables:
             found.append(ClassCurves(members, activations, hits, predicted))
         return tuple(found)
 
+    @cached_property
     def _halves(self) -> Trace:
         return self._trace.halved_fit()
 
+    @cached_property
     def _pinned(self) -> ClassRanks:
         """Ranks of what is learnt from the first halves of *fit*, over the whole trace."""
-        hot = hot_rankings(self._halves(), self._layers)
+        hot = hot_rankings(self._halves, self._layers)
         place = np.zeros((len(self.rows), 1 << 16), dtype=np.uint16)
         place[:] = (1 << 16) - 1
         for index, ranking in enumerate(hot):

@@ -262,7 +262,7 @@ def _keep_exact(
     layout = uniform_layout(spec, 1.0, plan.layout.prefill_block_tokens)
     place = exact_placement(spec, layout, plan.placement, window_tokens)
     spare_bytes = place.fast_budget_bytes - place.memory.total_bytes
-    tokens_at_once = window_tokens + spare_bytes // hidden_bytes(spec, 1)
+    tokens_at_once = window_tokens + spare_bytes // (hidden_bytes(spec, 2) - hidden_bytes(spec, 1))
     with open_checkpoint(exact, spec, layout, place, progress=progress) as engine:
         run_windows(
             engine,

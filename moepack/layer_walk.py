@@ -34,7 +34,8 @@ class Experts(NamedTuple):
 class Laps(NamedTuple):
     """Seconds of each piece of one layer, in a walk over several: their mean.
 
-    ``head_s`` is that of the whole walk.
+    ``head_s`` is that of the whole walk. Of a device's recorded steps ``attention_s`` is all of the
+    step, up to the experts, and ``router_s`` what it takes to know their ids.
     """
 
     attention_s: float

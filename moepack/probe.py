@@ -80,7 +80,7 @@ def probe_hardware(
         When a process that loads the runtime cannot be started.
     """
     import torch
-    from moepack_runtime.memory import prepare_device
+    from moepack_runtime.device import prepare_device
 
     kind = _choose_device(device)
     place = torch.device(kind)

@@ -62,8 +62,9 @@ class RoutingRecorder:
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """See :class:`moepack_runtime.engine.Observer`."""
         index = self._index[layer]
-        self.ids[index].append(routing.ids)
-        self.weights[index].append(routing.weights)
+        # Copies: a device's recorded steps write the next layer's over them.
+        self.ids[index].append(routing.ids.clone())
+        self.weights[index].append(routing.weights.clone())
         following = self._following[layer]
         target = self._layers[following]
         depth = min(2 * self._spec.moe(following).top_k, self._spec.moe(following).num_experts)

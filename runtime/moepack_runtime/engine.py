@@ -16,13 +16,14 @@ from moepack.errors import RunError
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, Layout, Placement
 from moepack_runtime.capabilities import require_fit
+from moepack_runtime.device import prepare_device
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.forward import Forward
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.layer_loop import Hidden, LayerLoop
 from moepack_runtime.live_routing import Replan, Replanning
 from moepack_runtime.look_ahead import LookAhead
-from moepack_runtime.memory import peak_resident_bytes, prepare_device, refusals_named
+from moepack_runtime.memory import peak_resident_bytes, refusals_named
 from moepack_runtime.model import Decoder
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.predict import NextRouter, Predictor

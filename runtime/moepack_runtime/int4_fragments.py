@@ -30,6 +30,9 @@ ROWS = 8
 #: Groups that the kernel knows.
 GROUPS = (32, 64, 128, 256)
 
+#: The present device.
+CUDA = torch.device("cuda")
+
 #: What a tensor of codes is called where they lie in fragments.
 SUFFIX = ".fragments"
 _CODES = ".codes"
@@ -93,7 +96,8 @@ def in_memory(shape: SegmentShape, dtype: str, device: torch.device) -> SegmentS
     if device.type != "cuda" or dtype != "BF16":
         return shape
     by_name = {tensor.name: tensor for tensor in shape.tensors}
-    if not any(name.endswith(_CODES) for name in by_name) or not reads_fragments(device):
+    # One answer for all who ask, whether they know the device's number or not.
+    if not any(name.endswith(_CODES) for name in by_name) or not reads_fragments(CUDA):
         return shape
     return replace(shape, tensors=tuple(_renamed(tensor, by_name) for tensor in shape.tensors))
 
@@ -136,6 +140,8 @@ def _multiplies(outputs: int, group: int, device: torch.device) -> bool:
     try:
         packed = operations._convert_weight_to_int4pack(pairs.to(device), 2)
         found = operations._weight_int4pack_mm(x.to(device), packed, group, scales.to(device))
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, NotImplementedError, RuntimeError) as failure:
         # An older torch, or an older device.
         _log.info("torch's kernel for 4-bit weights on %s: %s", device, failure)

@@ -22,7 +22,7 @@ class Observer(Protocol):
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """One block of one layer: the residual after attention [tokens, hidden], and the choice.
 
-        The residual is overwritten afterwards; whoever keeps it copies it.
+        All of it is overwritten afterwards; whoever keeps something copies it.
         """
 
 

@@ -299,6 +299,8 @@ def _has_int8(device: torch.device) -> bool:
     x = torch.randn(5, 48, generator=draw).bfloat16()
     try:
         found = torch._weight_int8pack_mm(*(given.to(device) for given in (x, codes, scale))).cpu()
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, NotImplementedError, RuntimeError) as failure:
         _log.warning("%s: torch %s has no kernel (%s)", _SLOWER, torch.__version__, failure)
         return False

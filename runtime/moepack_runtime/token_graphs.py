@@ -7,8 +7,9 @@ them is one launch. What changes from token to token lies in memory that the rec
 the residual stream, the position, what it may see, and its rotations.
 
 Which tokens come this way is a matter of shape alone (one token by itself, on a device), so the
-bits do not depend on the placement. Layers whose cache has a window or sinks are launched as ever:
-where their rows lie is known to the processor only.
+bits do not depend on the placement, but for the length of its context: the last recorded length.
+Layers whose cache has a window or sinks are launched as ever: where their rows lie is known to the
+processor only.
 
 Recorded kernels read all rows of the cache up to the recorded length: those that nobody wrote are
 zero, those of a longer sequence before are finite, and both are masked.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +135,7 @@ class TokenGraphs:
     Parameters
     ----------
     stream
-        To record on; see :func:`moepack_runtime.memory.prepare_device`.
+        To record on; see :func:`moepack_runtime.device.prepare_device`.
     """
 
     def __init__(
@@ -166,7 +168,12 @@ class TokenGraphs:
         try:
             # Other threads may call CUDA meanwhile.
             graph.capture_begin(pool, capture_error_mode="thread_local")
-            reached = self._token.reach(layer, rows)
+            try:
+                reached = self._token.reach(layer, rows)
+            except BaseException:
+                with suppress(RuntimeError):  # what led to it says more
+                    graph.capture_end()
+                raise
             graph.capture_end()
         except torch.OutOfMemoryError:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 from typing_extensions import override
@@ -55,6 +55,8 @@ class CudaTransfer(QueuedTransfer):
     all Python (on an H100, of five experts of 12 MiB and their computing, 2.1 ms instead of 1.4).
     Waiting asks the device over and over: an event that blocks took 0.14 ms longer to be noticed,
     and the consumer has nothing else to do.
+
+    ``wait``, too, is called by the consumer's thread alone.
 
     What has to be read from the disk first goes through carriers, each with a bounce. It does not
     hold up what RAM has.
@@ -205,6 +207,8 @@ class CudaTransfer(QueuedTransfer):
         while not ticket.done:
             if perf_counter() - max(since_s, self._ram.last_end_s) > self._stall_s:
                 raise self._stalled(ticket)
+            if self._carriers:
+                sleep(0)  # asking the device holds the interpreter's lock, which carriers need
             self._advance()
 
     @override
