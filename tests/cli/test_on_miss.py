@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from moepack.checkpoint import Checkpoint
-from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage, MissDamage, MissTrial
+from moepack.damage import LayerDamage, MissDamage, MissTrial
 from moepack.errors import MoepackError
 from moepack.plan import OnMiss, load_plan
 from tests.cli.conftest import Moepack
+from tests.support.damages import damage_profile
 
 PLAN = ("--vram", "4M", "--context", "256", "--prompt", "64", "--new", "64")
 
@@ -82,19 +83,11 @@ def test_thresholds_are_those_that_the_profile_has_fitted(
     )
     trials = (MissTrial(0.2, 0.95, 0.5, 1e-4), MissTrial(0.6, 0.9, 0.3, 1e-4))
     (folder,) = measured.glob("models/*")
-    DamageProfile(
-        version=DAMAGE_VERSION,
-        model_name="",
-        model_digest=spec.digest,
-        weights_digest="",
-        recorded_utc="",
-        tokens=1,
-        sampled=1,
-        divergence_tokens=1,
+    damage_profile(
+        spec,
+        layers,
         fine_divergence=1e-3,
         coarse_divergence=1e-2,
-        sources=(),
-        layers=layers,
         misses=MissDamage("INT4_G32", trials),
     ).save(folder)
     fitted = moepack("plan", model, *PLAN, "--on-miss", "low", "--json").document

@@ -14,7 +14,7 @@ from moepack_runtime.store import CheckpointStore, PackStore
 
 from moepack.budget import memory_breakdown, slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint
-from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage
+from moepack.damage import DamageProfile, LayerDamage
 from moepack.errors import BudgetTooSmallError, CapabilityError
 from moepack.layouts import uniform_layout
 from moepack.mixed_precision import at_mean_bits, uniform_precision
@@ -39,6 +39,7 @@ from tests.engine.test_mixed_layers import (
     resident,
 )
 from tests.planning.test_tier_plans import card, with_room
+from tests.support.damages import damage_profile
 from tests.support.engines import all_logits, open_engine
 from tests.support.mixed import encodings_drawn
 from tests.support.plan_requests import drawn_routing, plan_request
@@ -253,19 +254,11 @@ def damage_of(checkpoint: Checkpoint) -> DamageProfile:
         coarse = rng.lognormal(0, 1, spec.moe(number).num_experts)
         rows = tuple(tuple((coarse * share).tolist()) for share in (0.01, 1.0))
         layers.append(LayerDamage(number, ("INT8", "INT4_G32"), rows, 0.1, 0.001, 0.01))
-    return DamageProfile(
-        version=DAMAGE_VERSION,
-        model_name=spec.name,
-        model_digest=spec.digest,
-        weights_digest="0" * 64,
-        recorded_utc="2026-01-01T00:00:00+00:00",
-        tokens=1000,
-        sampled=256,
-        divergence_tokens=200,
+    return damage_profile(
+        spec,
+        layers,
         fine_divergence=0.0015,
         coarse_divergence=0.03,
-        sources=(),
-        layers=tuple(layers),
     )
 
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage, MissDamage, MissTrial
+from moepack.damage import DamageProfile, LayerDamage, MissDamage, MissTrial
 from moepack.errors import PlanMismatchError
 from moepack.miss_thresholds import RULES, fitted_rule, low_encoding
 from moepack.model_spec import ModelSpec
 from moepack.plan import OnMiss
 from tests.pack.fake_models import make_spec
+from tests.support.damages import damage_profile
 
 #: Of the model with every expert in 4 bits, groups of 32: 5 of 16 bits, so 11/16 are saved.
 ROUNDED = 0.011
@@ -32,19 +33,11 @@ def damage_of(spec: ModelSpec, *trials: MissTrial) -> DamageProfile:
         LayerDamage(number, ("INT8", "INT4_G32"), errors, 0.1, ROUNDED / 20, ROUNDED / 2)
         for number in spec.moe_layers
     )
-    return DamageProfile(
-        version=DAMAGE_VERSION,
-        model_name=spec.name,
-        model_digest=spec.digest,
-        weights_digest="",
-        recorded_utc="",
-        tokens=100,
-        sampled=100,
-        divergence_tokens=100,
+    return damage_profile(
+        spec,
+        layers,
         fine_divergence=ROUNDED / 10,
         coarse_divergence=ROUNDED,
-        sources=(),
-        layers=layers,
         misses=MissDamage("INT4_G32", trials) if trials else None,
     )
 

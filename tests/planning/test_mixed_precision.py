@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moepack.damage import DAMAGE_VERSION, DamageProfile, LayerDamage, load_damage
+from moepack.damage import DamageProfile, LayerDamage, load_damage
 from moepack.errors import PlanError, PlanMismatchError, ProfileError
 from moepack.mixed_precision import (
     MixedPrecision,
@@ -23,6 +23,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import Layout
 from moepack.precision import precision_of
 from tests.pack.fake_models import make_spec
+from tests.support.damages import damage_profile
 
 #: Of the divergence of one layer.
 FLOOR = 0.001
@@ -45,19 +46,11 @@ def damage(spec: ModelSpec) -> DamageProfile:
         rows = (last * 0.008, last * rng.uniform(0.7, 0.9, 3), last)
         errors = tuple(tuple(row.tolist()) for row in rows)
         layers.append(LayerDamage(number, NAMES, errors, 0.1, FLOOR, divergence))
-    return DamageProfile(
-        version=DAMAGE_VERSION,
-        model_name=spec.name,
-        model_digest=spec.digest,
-        weights_digest="0" * 64,
-        recorded_utc="2026-01-01T00:00:00+00:00",
-        tokens=1000,
-        sampled=256,
-        divergence_tokens=200,
+    return damage_profile(
+        spec,
+        layers,
         fine_divergence=0.0015,
         coarse_divergence=0.015,
-        sources=(),
-        layers=tuple(layers),
     )
 
 
