@@ -45,7 +45,12 @@ from moepack.encodings import fitting
 from moepack.errors import ProfileError
 from moepack.layouts import PREFILL_BLOCK_TOKENS, uniform_layout
 from moepack.miss_thresholds import RULES, low_encoding
-from moepack.profiling import CHUNK_TOKENS, DEFAULT_TOKENS, SEQUENCE_TOKENS
+from moepack.profiling import (
+    CHUNK_TOKENS,
+    DEFAULT_TOKENS,
+    SEQUENCE_TOKENS,
+    require_downloaded,
+)
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
@@ -108,13 +113,9 @@ def measure_damage(
     from moepack_runtime.tokenizer import Tokenizer
 
     spec = checkpoint.spec
-    if checkpoint.folder is None:
-        raise ProfileError(
-            f"{checkpoint.name}: only its headers are here; download it first, with "
-            f"moepack profile {checkpoint.name}"
-        )
+    folder = require_downloaded(checkpoint)
     _require_precisions(spec)
-    tokenizer = Tokenizer.load(checkpoint.folder)
+    tokenizer = Tokenizer.load(folder)
     read = read_texts(texts)
     learnt = [_learnt(tokenizer.encode(text.text), len(read)) for text in read]
     calibration = [piece for ids in learnt for piece in _pieces(ids)]

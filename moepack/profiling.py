@@ -97,6 +97,22 @@ def _stack(blocks: list[torch.Tensor]) -> np.ndarray:
     return np.concatenate([block.cpu().numpy() for block in blocks])
 
 
+def require_downloaded(checkpoint: Checkpoint) -> Path:
+    """The folder of a checkpoint whose weights are here.
+
+    Raises
+    ------
+    ProfileError
+        When only its headers are.
+    """
+    if checkpoint.folder is None:
+        raise ProfileError(
+            f"{checkpoint.name}: only its headers are here; download it first, with "
+            f"moepack profile {checkpoint.name}"
+        )
+    return checkpoint.folder
+
+
 def profile_model(
     checkpoint: Checkpoint,
     *,
@@ -131,12 +147,8 @@ def profile_model(
     from moepack_runtime.tokenizer import Tokenizer
 
     spec = checkpoint.spec
-    if checkpoint.folder is None:
-        raise ProfileError(
-            f"{checkpoint.name}: only its headers are here; download it first, with "
-            f"moepack profile {checkpoint.name}"
-        )
-    tokenizer = Tokenizer.load(checkpoint.folder)
+    folder = require_downloaded(checkpoint)
+    tokenizer = Tokenizer.load(folder)
     encoded = [(name, content, tokenizer.encode(text)) for name, content, text in read_texts(texts)]
     layout = uniform_layout(spec, 1.0)
     # Opening an engine sets the number of threads: here to what it is, the most to be measured.
