@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +65,18 @@ class Packed:
         self.model_bytes = slow_bytes(spec, layout)
         self.folder = folder / "pack"
         pack(checkpoint, plan_for(spec, layout, self.place), self.folder)
+        shutil.rmtree(folder / "model")
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
     try:
         Interface.find()
     except NoControlGroupError as failure:
         pytest.skip(str(failure))
-    return Packed(tmp_path_factory.mktemp("limit"))
+    folder = tmp_path_factory.mktemp("limit")
+    yield Packed(folder)
+    shutil.rmtree(folder)
 
 
 def run(packed: Packed, group: ControlGroup | None) -> dict[str, Any]:
