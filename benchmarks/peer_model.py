@@ -22,8 +22,9 @@ from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.errors import MoepackError
 from moepack.hardware import load_hardware
+from moepack.layout import LayerLayout
 from moepack.layouts import uniform_layout
-from moepack.plan import LayerLayout, load_plan
+from moepack.plan import load_plan
 from moepack.precision import QualityName, encoding_of
 from moepack.workspace import ModelFolder, Workspace
 

@@ -23,10 +23,11 @@ import numpy as np
 from moepack.decoding import Replayed
 from moepack.footprint import MemoryBreakdown
 from moepack.hardware import find_hardware
+from moepack.layout import Layout
 from moepack.layouts import uniform_layout
 from moepack.model_spec import AttentionSpec, ModelSpec, MoeSpec, RouterSpec
 from moepack.paper.settings import decoder
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack.presets import preset_path
 from moepack.replay import Replayer
 from moepack.roofline import derive_compute

@@ -38,9 +38,10 @@ from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
+from moepack.layout import Layout
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack.shipped import shipped_model
 
 #: moepack's speed over transformers', at least; and microseconds a layer, at most.

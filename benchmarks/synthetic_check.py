@@ -29,9 +29,10 @@ from moepack.budget import memory_breakdown, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import ProfileError
+from moepack.layout import Layout
 from moepack.layouts import uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack.presets import resolve
 from moepack.profiling import SEQUENCE_TOKENS, record_routing
 from moepack.progress import Progress

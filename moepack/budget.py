@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from moepack.encodings import TILE_ROWS, Encoding, encoding
 from moepack.errors import PlanMismatchError
 from moepack.footprint import MemoryBreakdown
+from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
+from moepack.plan import LayerPlacement, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 
 #: Rows of an expert's product over many tokens come in multiples of this. Every number of rows

@@ -28,8 +28,8 @@ import numpy as np
 
 from moepack.atomic import writing_atomically
 from moepack.errors import PlanMismatchError, ProfileError
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.quantise import Importance
 from moepack.rounding import Floats
 

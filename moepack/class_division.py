@@ -19,8 +19,9 @@ from moepack.budget import stored_bytes
 from moepack.byte_division import Frontier
 from moepack.class_tables import ClassCurves
 from moepack.cost import Array
+from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, Policy
+from moepack.plan import Policy
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
 

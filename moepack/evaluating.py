@@ -49,8 +49,9 @@ from moepack.held_out import (
     windows,
 )
 from moepack.kept_states import KeptStates
+from moepack.layout import Layout
 from moepack.layouts import uniform_layout
-from moepack.plan import Layout, Placement, Plan
+from moepack.plan import Placement, Plan
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.quality import Quality, TokenScores, empty_scores, quality
 from moepack.records import record

@@ -15,8 +15,9 @@ from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
 from moepack.hardware import HardwareProfile
 from moepack.layer_walk import ExpertPass
+from moepack.layout import Layout
 from moepack.layouts import layer_layout
-from moepack.plan import LayerPlacement, Layout
+from moepack.plan import LayerPlacement
 from moepack.segments import SegmentId
 from moepack.timing import Stopwatch
 from moepack.units import MIB

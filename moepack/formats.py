@@ -16,6 +16,7 @@ from types import MappingProxyType
 from moepack.errors import PackError, PlanMismatchError
 from moepack.file_rules import check_files, check_shards
 from moepack.index_rules import check_manifest
+from moepack.layout import Layout
 from moepack.manifest import (
     MANIFEST_FILE,
     PLAN_FILE,
@@ -26,7 +27,7 @@ from moepack.manifest import (
     read_manifest,
 )
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout, Plan, load_plan
+from moepack.plan import Plan, load_plan
 from moepack.segments import SegmentId
 
 __all__ = ["PackedModel", "SegmentEntry", "TrunkTensor", "check_plan_fits"]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moepack.cache_curves import Curves, hit_curves, rank_curves
-from moepack.plan import POLICIES, LayerLayout, LayerPlacement, Plan
+from moepack.layout import LayerLayout
+from moepack.plan import POLICIES, LayerPlacement, Plan
 from moepack.routing_tables import RoutingTables
 from moepack.trace import ROUTING_PARTS
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from moepack.budget import layer_segment, require_low_copies
 from moepack.encodings import ENCODINGS
 from moepack.errors import DeclaredSizeError, EncodingError, PackFormatError, PlanError
+from moepack.layout import LayerLayout, Layout
 from moepack.manifest import TRUNK_FILE, Manifest, SegmentGroup
 from moepack.model_spec import DTYPE_BYTES, ModelSpec
-from moepack.plan import LayerLayout, Layout
 from moepack.segments import BASE, LOW, PARTS, align_up
 from moepack.units import TIB, format_size
 

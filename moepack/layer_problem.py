@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from moepack.budget import stored_bytes
 from moepack.cost import Array, LayerTimes, LinkSeconds
+from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec, MoeSpec
-from moepack.plan import EngineCapabilities, LayerLayout, Policy
+from moepack.plan import EngineCapabilities, Policy
 from moepack.segments import PARTS, cuts, segment_shape
 
 #: Cuts of a layer that are tried; where its granularity gives more, they are thinned evenly. Layers

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 
 from moepack.encodings import ENCODINGS
+from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, Layout
 from moepack.segments import cuts, granularity
 
 #: What the experts of a layer are stored in: all of them, or each by its id.

@@ -12,9 +12,10 @@ from moepack.budget import memory_breakdown, require_low_copies, workspace_bytes
 from moepack.encodings import encoding
 from moepack.errors import CapabilityError, PlanMismatchError
 from moepack.footprint import MemoryBreakdown
+from moepack.layout import LayerLayout
 from moepack.layouts import cut_layout
 from moepack.placements import place_layer
-from moepack.plan import LayerLayout, LayerPlacement
+from moepack.plan import LayerPlacement
 from moepack.plan_request import PlanRequest
 from moepack.segments import cuts
 from moepack.strategies import Contender

@@ -25,8 +25,8 @@ from moepack.errors import (
     PackFormatError,
     PackVersionError,
 )
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.records import record
 from moepack.segments import Part, SegmentId, SegmentShape
 

@@ -23,9 +23,9 @@ from moepack.damage import DamageProfile
 from moepack.encodings import ENCODINGS, fitting
 from moepack.errors import PlanError, PlanMismatchError
 from moepack.knapsack import Choices, Floats, Integers, least_cost, least_size
+from moepack.layout import LayerLayout
 from moepack.layouts import mixed_layout
 from moepack.model_spec import ModelSpec, MoeSpec
-from moepack.plan import LayerLayout
 from moepack.records import record
 
 

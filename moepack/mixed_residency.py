@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 
 from moepack.budget import class_slots
-from moepack.plan import LayerLayout, LayerPlacement, Policy
+from moepack.layout import LayerLayout
+from moepack.plan import LayerPlacement, Policy
 from moepack.residency import Access, ExpertCache, LayerCache
 from moepack.segments import Part
 

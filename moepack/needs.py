@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moepack.budget import kv_bytes, memory_breakdown
+from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout
+from moepack.plan import LayerPlacement
 
 
 class Needs(NamedTuple):

@@ -12,11 +12,12 @@ from moepack.budget import fixed_bytes
 from moepack.cost import LinkSeconds
 from moepack.layer_problem import Cuts
 from moepack.layer_tables import Choice, LayerTable, tabulate_all
+from moepack.layout import Layout
 from moepack.layouts import PREFILL_BLOCK_TOKENS, cut_layout
 from moepack.mixed_tables import MixedTable, tabulate_mixed
 from moepack.optimiser import Optimum, fixed_point_split, optimise
 from moepack.placements import free_bytes, placement
-from moepack.plan import EngineCapabilities, LayerPlacement, Layout
+from moepack.plan import EngineCapabilities, LayerPlacement
 from moepack.plan_request import PlanRequest
 from moepack.problems import Problems
 from moepack.routing_tables import RoutingTables

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 
 from moepack.budget import fixed_bytes, memory_breakdown, slow_bytes, staging_bytes, stored_bytes
 from moepack.footprint import HostTier
-from moepack.plan import (
-    LayerLayout,
-    LayerPlacement,
-    Layout,
-    Placement,
-    Policy,
-    PrefetchMode,
-    SharedPool,
-)
+from moepack.layout import LayerLayout, Layout
+from moepack.plan import LayerPlacement, Placement, Policy, PrefetchMode, SharedPool
 from moepack.plan_request import PlanRequest, pinnable_bytes, ram_is_assumed
 from moepack.ram_tier import host_tier
 from moepack.segments import PARTS

@@ -9,9 +9,10 @@ from moepack.compute import ComputeProfile
 from moepack.encodings import encoding
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.hardware import HardwareProfile
+from moepack.layout import Layout
 from moepack.layouts import Stored, uniform_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, EngineCapabilities, Layout, OnMiss, Placement
+from moepack.plan import DeviceKind, EngineCapabilities, OnMiss, Placement
 from moepack.routing import RoutingProfile
 from moepack.units import MIB, format_size
 

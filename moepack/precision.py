@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from moepack.budget import layer_segment
 from moepack.encodings import ENCODINGS, QUANTISED, fitting
+from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, Layout
 from moepack.segments import PARTS
 
 #: What a plan may be asked for: experts as the model has them, or all of them rounded.

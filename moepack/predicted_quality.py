@@ -10,9 +10,9 @@ import numpy as np
 
 from moepack.damage import DamageProfile
 from moepack.encodings import ENCODINGS, fitting
+from moepack.layout import Layout
 from moepack.mixed_precision import MixedPrecision, precision_of_layers, uniform_precision
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.records import record
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
+from moepack.layout import Layout
 from moepack.mixed_residency import starting
 from moepack.passes import Oracle, ahead_seconds, disturbance_s, read_seconds
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
 from moepack.segment_times import Segments

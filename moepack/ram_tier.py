@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from moepack.budget import layer_bytes, slow_bytes, stored_bytes
 from moepack.footprint import HostTier
+from moepack.layout import LayerLayout, Layout
 from moepack.mixed_residency import starting
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout
+from moepack.plan import LayerPlacement
 from moepack.segments import PARTS, Part, SegmentId
 
 #: Copies from RAM to the device in flight before a prefetch joins them: one crosses, the next is

@@ -22,8 +22,9 @@ from moepack.budget import slots_bytes, stored_bytes
 from moepack.cache_curves import hit_curves
 from moepack.cost import Array, LinkSeconds
 from moepack.layer_problem import Integers
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, Policy
+from moepack.plan import LayerPlacement, Policy
 from moepack.segments import PARTS, Part
 from moepack.stack_ranks import stack_ranks
 from moepack.trace import ROUTING_PARTS, Ids, LayerShape, RoutingPart, Trace

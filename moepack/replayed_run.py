@@ -18,9 +18,10 @@ from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import fixed_times
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.passes import guessed_layers
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
 from moepack.routing import make_profile

@@ -23,7 +23,8 @@ from moepack.cache_curves import (
 )
 from moepack.class_tables import ClassTables
 from moepack.half_lives import fitted_half_lives
-from moepack.plan import LayerLayout, Policy, SharedPool
+from moepack.layout import LayerLayout
+from moepack.plan import Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
 from moepack.small_caches import stepped_hits

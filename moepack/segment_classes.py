@@ -15,8 +15,8 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
+from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout
 from moepack.segments import PARTS, Part
 from moepack.timeline import Columns, Flags, Seconds
 

@@ -29,6 +29,7 @@ import numpy as np
 from moepack.budget import layer_segment
 from moepack.calibration import Calibration
 from moepack.encodings import encoding
+from moepack.layout import LayerLayout, Layout
 from moepack.manifest import (
     TRUNK_FILE,
     SegmentGroup,
@@ -39,7 +40,6 @@ from moepack.manifest import (
     version_for,
 )
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, Layout
 from moepack.progress import Progress
 from moepack.quantise import quantise_expert
 from moepack.records import record
@@ -83,7 +83,7 @@ class Cut(NamedTuple):
     """The part of a layer's experts that a shard holds.
 
     ``shapes`` is what a segment of each of the layer's encodings holds; the layer of a variant is
-    that of :attr:`moepack.plan.Layout.low_layers`.
+    that of :attr:`moepack.layout.Layout.low_layers`.
     """
 
     layout: LayerLayout

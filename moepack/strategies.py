@@ -27,9 +27,10 @@ from moepack.budget import layer_bytes, stored_bytes
 from moepack.byte_division import divide
 from moepack.class_division import layer_divisions
 from moepack.encodings import ENCODINGS
+from moepack.layout import Layout
 from moepack.passes import Oracle
 from moepack.placements import free_bytes, place_layer, placement
-from moepack.plan import POLICIES, EngineCapabilities, Layout, Placement, Policy, SharedPool
+from moepack.plan import POLICIES, EngineCapabilities, Placement, Policy, SharedPool
 from moepack.plan_request import PlanRequest
 from moepack.routing_tables import RoutingTables
 

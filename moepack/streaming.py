@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moepack.budget import memory_breakdown
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, LayerPlacement, Layout, Placement
+from moepack.plan import DeviceKind, LayerPlacement, Placement
 
 
 def most_experts_of_a_token(spec: ModelSpec) -> int:

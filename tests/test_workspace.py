@@ -14,7 +14,8 @@ from moepack.atomic import require_writable, write_atomically, writing_atomicall
 from moepack.errors import OutputError, PlanMismatchError, WorkspaceError
 from moepack.footprint import MemoryBreakdown
 from moepack.forecast import PlannerReport, Prediction, Provenance
-from moepack.plan import PLAN_VERSION, Layout, Placement, Plan, load_plan
+from moepack.layout import Layout
+from moepack.plan import PLAN_VERSION, Placement, Plan, load_plan
 from moepack.workspace import ModelRecord, Workspace
 
 ONE = ModelRecord("one", "/models/one", "1" * 64, "a" * 64)

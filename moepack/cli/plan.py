@@ -34,7 +34,8 @@ from moepack.cli.precision import BitsOption, QualityOption, asked_precision, me
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
-    from moepack.plan import LayerLayout, LayerPlacement, Plan
+    from moepack.layout import LayerLayout
+    from moepack.plan import LayerPlacement, Plan
 
 
 def plan(

@@ -16,7 +16,8 @@ from moepack.workspace import ModelFolder, Workspace
 if TYPE_CHECKING:
     from moepack.compute import ComputeProfile
     from moepack.hardware import HardwareProfile
-    from moepack.plan import Layout, OnMiss
+    from moepack.layout import Layout
+    from moepack.plan import OnMiss
     from moepack.plan_request import PlanRequest
     from moepack.routing import RoutingProfile
 

@@ -14,8 +14,8 @@ from moepack.errors import ProfileError
 if TYPE_CHECKING:
     from moepack.cli.planning import Case
     from moepack.damage import DamageProfile
+    from moepack.layout import Layout
     from moepack.mixed_precision import MixedPrecision
-    from moepack.plan import Layout
     from moepack.precision import QualityName
 
 #: Mean bits that can be asked for.

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moepack.plan import LayerLayout, LayerPlacement, Plan, SharedPool
+from moepack.layout import LayerLayout
+from moepack.plan import LayerPlacement, Plan, SharedPool
 from moepack.report.tables import columns
 from moepack.units import short_size
 

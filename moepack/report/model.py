@@ -6,10 +6,10 @@ from rich.console import Group, RenderableType
 
 from moepack.budget import stored_bytes
 from moepack.formats import PackedModel
+from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec
 from moepack.needs import needs
 from moepack.pack import PackReport
-from moepack.plan import LayerLayout
 from moepack.report.tables import by_layer, columns, facts
 from moepack.source_formats import SourceSize
 from moepack.units import format_duration, format_rate, format_size

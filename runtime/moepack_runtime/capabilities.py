@@ -10,16 +10,9 @@ from moepack.budget import (
 )
 from moepack.encodings import ENCODINGS
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import (
-    POLICIES,
-    PREFETCH_MODES,
-    EngineCapabilities,
-    Layout,
-    Placement,
-    Plan,
-    Policy,
-)
+from moepack.plan import POLICIES, PREFETCH_MODES, EngineCapabilities, Placement, Plan, Policy
 from moepack.units import format_size
 
 CAPABILITIES = EngineCapabilities(

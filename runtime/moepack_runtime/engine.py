@@ -13,8 +13,9 @@ from typing import Self
 import torch
 
 from moepack.errors import RunError
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.device import prepare_device
 from moepack_runtime.experts import ExpertMemory

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, Layout, OnMiss, SharedPool
+from moepack.plan import LayerPlacement, OnMiss, SharedPool
 from moepack.segments import Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.frames import Frames

@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager
 import torch
 
 from moepack.errors import ContextLengthError, RunError
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.layer_loop import Hidden, LayerLoop
 from moepack_runtime.memory import refusals_named

@@ -9,8 +9,9 @@ from moepack.budget import stored_bytes
 from moepack.calibration import Calibration
 from moepack.errors import BudgetTooSmallError
 from moepack.formats import PackedModel, check_plan_fits
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import DeviceKind, Layout, Placement, Plan
+from moepack.plan import DeviceKind, Placement, Plan
 from moepack.ram_tier import RamTier, ram_tier
 from moepack.segments import PARTS, SegmentId
 from moepack.units import format_size

@@ -10,8 +10,8 @@ import torch
 from typing_extensions import override
 
 from moepack.budget import layer_segment
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.segments import PARTS, Part, SegmentId, SegmentShape, cut_expert
 from moepack_runtime.direct_io import Buffer, DirectFile
 from moepack_runtime.progress import NO_PROGRESS, Progress

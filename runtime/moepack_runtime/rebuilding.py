@@ -11,8 +11,8 @@ import torch
 from typing_extensions import override
 
 from moepack.encodings import TILE_ROWS, encoding
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.segments import SegmentId, SegmentShape, SegmentTensor
 from moepack_runtime import int4_fragments, int4_tiles
 from moepack_runtime.direct_io import Buffer

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from moepack.budget import class_slots, layer_segment
+from moepack.layout import LayerLayout, Layout
 from moepack.mixed_residency import layer_cache
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout, SharedPool
+from moepack.plan import LayerPlacement, SharedPool
 from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.segments import BASE, LOW, PARTS, Part, SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn

@@ -22,9 +22,9 @@ from moepack.calibration import Calibration, calibration_for
 from moepack.encodings import encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
+from moepack.layout import Layout
 from moepack.manifest import TRUNK_FILE
 from moepack.model_spec import ModelSpec, TensorInfo
-from moepack.plan import Layout
 from moepack.quantise import quantise_expert
 from moepack.segments import (
     BASE,

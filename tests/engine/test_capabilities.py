@@ -18,8 +18,9 @@ from moepack_runtime.loading import open_packed
 from moepack.checkpoint import Checkpoint
 from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchError
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.pack import pack
-from moepack.plan import EngineCapabilities, Layout, Placement, SharedPool
+from moepack.plan import EngineCapabilities, Placement, SharedPool
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
 from tests.support.packs import plan_for

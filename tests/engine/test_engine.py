@@ -21,8 +21,9 @@ from moepack.errors import (
     RunError,
 )
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.pack import pack
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack.residency import ExpertCache
 from moepack.segments import SegmentId
 from tests.conftest import TinyFolder

@@ -24,11 +24,11 @@ from typing_extensions import override
 from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
 from moepack.errors import RunError, TransferError
+from moepack.layout import Layout
 from moepack.plan import (
     POOL_POLICIES,
     PREFETCH_MODES,
     LayerPlacement,
-    Layout,
     Placement,
     Policy,
     SharedPool,

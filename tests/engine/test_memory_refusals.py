@@ -14,8 +14,9 @@ from moepack_runtime.store import CheckMode, PackStore
 from moepack.checkpoint import Checkpoint
 from moepack.errors import DamagedSegmentError, OutOfMemoryError
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.pack import pack
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack.units import MIB
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine

@@ -19,10 +19,11 @@ from moepack.budget import slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.encodings import encoding
 from moepack.errors import PlanMismatchError
+from moepack.layout import Layout
 from moepack.layouts import mixed_layout
 from moepack.model_spec import ModelSpec
 from moepack.pack import pack
-from moepack.plan import Layout, Placement, SharedPool
+from moepack.plan import Placement, SharedPool
 from moepack.quantise import dequantise_expert, quantise_expert
 from moepack.ram_tier import ram_tier
 from moepack.segments import Bits, SegmentId

@@ -21,9 +21,10 @@ from moepack_runtime.weights import TORCH_DTYPE
 from moepack.checkpoint import Checkpoint
 from moepack.encodings import encoding
 from moepack.errors import CapabilityError, PlanMismatchError
+from moepack.layout import Layout
 from moepack.on_miss import fates
 from moepack.pack import pack
-from moepack.plan import Layout, OnMiss, Placement
+from moepack.plan import OnMiss, Placement
 from moepack.quantise import dequantise_expert, quantise_expert
 from moepack.residency import ExpertCache
 from moepack.segments import Part

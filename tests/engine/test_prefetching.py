@@ -22,7 +22,8 @@ from moepack_runtime.transfer import (
 from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
-from moepack.plan import Layout, Placement, PrefetchMode, SharedPool
+from moepack.layout import Layout
+from moepack.plan import Placement, PrefetchMode, SharedPool
 from moepack.segments import SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import Twin, all_logits, open_engine

@@ -13,9 +13,9 @@ from moepack_runtime.store import CheckpointStore, PackStore, SegmentStore
 
 from moepack.checkpoint import Checkpoint
 from moepack.errors import NonFiniteWeightError, PlanMismatchError
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.pack import pack
-from moepack.plan import Layout
 from moepack.segments import Bits
 from tests.conftest import TinyFolder
 from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin

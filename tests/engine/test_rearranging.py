@@ -21,7 +21,8 @@ from moepack_runtime.transfer import HostileTransfer
 from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.errors import BudgetTooSmallError, PlanMismatchError, RunError, TransferError
-from moepack.plan import LayerPlacement, Layout, Placement, Policy, PrefetchMode, SharedPool
+from moepack.layout import Layout
+from moepack.plan import LayerPlacement, Placement, Policy, PrefetchMode, SharedPool
 from moepack.segments import PARTS, SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import Twin, all_logits, open_engine

@@ -12,8 +12,9 @@ from moepack_runtime.tokenizer import Tokenizer
 from moepack.activations import activations
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
+from moepack.layout import Layout
 from moepack.passes import decode_passes
-from moepack.plan import POLICIES, POOL_POLICIES, Layout, Placement, Policy, SharedPool
+from moepack.plan import POLICIES, POOL_POLICIES, Placement, Policy, SharedPool
 from moepack.replay import Replayer
 from moepack.residency import ExpertCache
 from moepack.roofline import derive_compute

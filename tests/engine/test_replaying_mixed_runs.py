@@ -8,8 +8,9 @@ import pytest
 
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
+from moepack.layout import Layout
 from moepack.measuring import measure
-from moepack.plan import Layout, Placement
+from moepack.plan import Placement
 from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.roofline import derive_compute
 from moepack.trace import Trace

@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
 from moepack.hardware import find_hardware
+from moepack.layout import Layout
 from moepack.measuring import measure, shipped_prompts
-from moepack.plan import Layout, OnMiss, SharedPool
+from moepack.plan import OnMiss, SharedPool
 from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.roofline import derive_compute
 from moepack.segments import SegmentId

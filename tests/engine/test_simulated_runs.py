@@ -23,11 +23,11 @@ from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.compute import QuantisedExpert
 from moepack.decoding import AnyDecoding, Seen
+from moepack.layout import Layout
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import (
     POLICIES,
     POOL_POLICIES,
-    Layout,
     OnMiss,
     Placement,
     Policy,

@@ -10,7 +10,8 @@ from moepack_runtime import loading
 from moepack import machine
 from moepack.budget import slow_bytes, stored_bytes
 from moepack.errors import BudgetTooSmallError
-from moepack.plan import LayerPlacement, Layout, Placement
+from moepack.layout import Layout
+from moepack.plan import LayerPlacement, Placement
 from moepack.ram_tier import RamTier, ram_tier
 from tests.pack.fake_models import make_plan, make_spec
 

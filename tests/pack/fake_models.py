@@ -10,6 +10,7 @@ import numpy as np
 
 from moepack.footprint import MemoryBreakdown
 from moepack.forecast import PlannerReport, Prediction, Provenance
+from moepack.layout import LayerLayout, Layout
 from moepack.layouts import mixed_layout
 from moepack.model_spec import (
     DTYPE_BYTES,
@@ -21,7 +22,7 @@ from moepack.model_spec import (
     RouterSpec,
     TensorInfo,
 )
-from moepack.plan import PLAN_VERSION, LayerLayout, LayerPlacement, Layout, Placement, Plan
+from moepack.plan import PLAN_VERSION, LayerPlacement, Placement, Plan
 from moepack.segments import Bits
 
 BITS: dict[str, type[np.generic]] = {

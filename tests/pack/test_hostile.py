@@ -26,8 +26,8 @@ from moepack.errors import (
     UnsafePathError,
 )
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.records import decode_object
 from moepack.segments import SegmentId
 from tests.pack.hostile import Change, change_header, change_manifest, write_header

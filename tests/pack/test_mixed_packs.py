@@ -21,10 +21,10 @@ from moepack.errors import (
     PlanMismatchError,
 )
 from moepack.formats import PackedModel
+from moepack.layout import LayerLayout
 from moepack.layouts import cut_layout, mixed_layout
 from moepack.model_spec import ModelSpec
 from moepack.pack import check_plan_for, pack
-from moepack.plan import LayerLayout
 from moepack.quantise import quantise_expert
 from moepack.segments import PARTS, SegmentId, cut_expert
 from moepack.verify import verify

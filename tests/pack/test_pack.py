@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from moepack.errors import CapabilityError, PlanMismatchError
 from moepack.formats import PackedModel
+from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import DTYPE_BYTES
 from moepack.pack import disk_space, pack, replace_plan
-from moepack.plan import LayerLayout, Layout
 from moepack.progress import Unit
 from moepack.segments import Bits, SegmentId
 from moepack.shards import Source

@@ -21,10 +21,10 @@ from moepack.errors import (
     UnknownEncodingError,
 )
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.layouts import layer_layout, uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.pack import pack
-from moepack.plan import Layout
 from moepack.quantise import quantise_expert
 from moepack.rounding import from_bf16
 from moepack.segments import PARTS, Bits, SegmentId, cut_expert

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack.class_tables import ClassTables
+from moepack.layout import LayerLayout
 from moepack.mixed_residency import layer_cache
-from moepack.plan import POLICIES, LayerLayout, LayerPlacement, Policy
+from moepack.plan import POLICIES, LayerPlacement, Policy
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 from tests.support.caches import half_life_of, half_lives, random_rankings, shapes, traces
 from tests.support.mixed import slots_drawn, with_slots

@@ -12,6 +12,7 @@ import pytest
 
 from moepack.damage import DamageProfile, LayerDamage, load_damage
 from moepack.errors import PlanError, PlanMismatchError, ProfileError
+from moepack.layout import Layout
 from moepack.mixed_precision import (
     MixedPrecision,
     at_mean_bits,
@@ -20,7 +21,6 @@ from moepack.mixed_precision import (
     within_perplexity,
 )
 from moepack.model_spec import ModelSpec
-from moepack.plan import Layout
 from moepack.precision import precision_of
 from tests.pack.fake_models import make_spec
 from tests.support.damages import damage_profile

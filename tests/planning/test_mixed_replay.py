@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from moepack.compute import ComputeProfile, Curve, QuantisedExpert
 from moepack.cost import LinkSeconds
 from moepack.errors import PlanMismatchError
+from moepack.layout import LayerLayout, Layout
 from moepack.layouts import layer_layout, mixed_layout
-from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack.trace import ROUTING_PARTS
 from tests.planning.test_replay import (
     by_hand,

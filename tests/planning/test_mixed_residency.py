@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from moepack.budget import class_slots
 from moepack.errors import PlanMismatchError
+from moepack.layout import LayerLayout
 from moepack.mixed_residency import MixedCache, layer_cache, starting
-from moepack.plan import LayerLayout, LayerPlacement, Policy
+from moepack.plan import LayerPlacement, Policy
 from moepack.residency import Access
 from tests.planning.test_residency import ObviousCache, policies, routings
 from tests.support.caches import half_life_of, half_lives

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepack.budget import slots_bytes, stored_bytes
+from moepack.layout import Layout
 from moepack.layouts import layer_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import POLICIES, LayerPlacement, Layout, Policy
+from moepack.plan import POLICIES, LayerPlacement, Policy
 from moepack.replan import LEAST_TOKENS, Replanned, replan
 from moepack.segments import PARTS
 from moepack.trace import Ids, LayerShape

@@ -13,12 +13,12 @@ from moepack.activations import activations
 from moepack.belady import belady_hits
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import FixedTimes
+from moepack.layout import Layout
 from moepack.passes import Oracle, decode_passes
 from moepack.plan import (
     POLICIES,
     POOL_POLICIES,
     LayerPlacement,
-    Layout,
     Placement,
     PrefetchMode,
     SharedPool,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds
 from moepack.errors import ProfileError
-from moepack.plan import Layout, Placement
+from moepack.layout import Layout
+from moepack.plan import Placement
 from moepack.ram_tier import host_tier
 from moepack.replay import Replayer
 from moepack.trace import ROUTING_PARTS, RoutingPart

@@ -25,6 +25,7 @@ SHARED = {
     "quantise",
     "calibration",
     "segments",
+    "layout",
     "plan",
     "budget",
     "ram_tier",

@@ -20,9 +20,10 @@ from moepack.checkpoint import Checkpoint
 from moepack.errors import BudgetTooSmallError, PlanMismatchError, RunError, TextError
 from moepack.evaluating import Evaluation, evaluate, exact_placement
 from moepack.formats import PackedModel
+from moepack.layout import Layout
 from moepack.layouts import uniform_layout
 from moepack.pack import pack
-from moepack.plan import Layout, OnMiss, Placement, Plan
+from moepack.plan import OnMiss, Placement, Plan
 from moepack.progress import NO_PROGRESS, Progress, Unit
 from moepack.quality import TokenScores
 from moepack.texts import Text

@@ -13,7 +13,8 @@ from moepack_runtime.store import CheckMode, CheckpointStore, SegmentStore
 from moepack_runtime.transfer import Transfer
 
 from moepack.checkpoint import Checkpoint
-from moepack.plan import Layout, Placement
+from moepack.layout import Layout
+from moepack.plan import Placement
 
 Twin = Callable[[Transfer], Transfer]
 

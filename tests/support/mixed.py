@@ -7,9 +7,10 @@ from dataclasses import replace
 from random import Random
 
 from moepack.budget import memory_breakdown
+from moepack.layout import LayerLayout, Layout
 from moepack.layouts import mixed_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 
 
 def encodings_drawn(experts: int, names: Sequence[str], random: Random) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from moepack.forecast import PlannerReport, Prediction, Provenance
+from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import PLAN_VERSION, Layout, Placement, Plan
+from moepack.plan import PLAN_VERSION, Placement, Plan
 
 
 def plan_for(spec: ModelSpec, layout: Layout, placement: Placement) -> Plan:

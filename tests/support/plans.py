@@ -6,17 +6,10 @@ import itertools
 from collections.abc import Sequence
 
 from moepack.budget import memory_breakdown
+from moepack.layout import Layout
 from moepack.layouts import layer_layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import (
-    DeviceKind,
-    LayerPlacement,
-    Layout,
-    Placement,
-    Policy,
-    PrefetchMode,
-    SharedPool,
-)
+from moepack.plan import DeviceKind, LayerPlacement, Placement, Policy, PrefetchMode, SharedPool
 from tests.support.caches import half_life_of
 
 

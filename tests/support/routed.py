@@ -10,9 +10,10 @@ import numpy as np
 from moepack.compute import ComputeProfile, Curve, LayerCompute
 from moepack.cost import LinkSeconds
 from moepack.footprint import MemoryBreakdown
+from moepack.layout import Layout
 from moepack.layouts import layer_layout
 from moepack.model_spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec, RouterSpec
-from moepack.plan import LayerPlacement, Layout, Placement, SharedPool
+from moepack.plan import LayerPlacement, Placement, SharedPool
 from moepack.routing import RoutingProfile, make_profile
 from moepack.routing_tables import RoutingTables
 from moepack.trace import LayerShape, Trace

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from moepack.footprint import MemoryBreakdown
 from moepack.forecast import Baseline, PlannerReport, Prediction, Provenance
-from moepack.plan import (
-    PLAN_VERSION,
-    LayerLayout,
-    LayerPlacement,
-    Layout,
-    Placement,
-    Plan,
-    Policy,
-    SharedPool,
-)
+from moepack.layout import LayerLayout, Layout
+from moepack.plan import PLAN_VERSION, LayerPlacement, Placement, Plan, Policy, SharedPool
 from moepack.units import GIB, MIB
 from tests.support.caches import half_life_of
 

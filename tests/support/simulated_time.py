@@ -16,7 +16,7 @@ from moepack_runtime.sampling import Sampler
 from moepack_runtime.transfer import LinkStatistics, Priority, Ticket, Transfer, throttled
 from typing_extensions import override
 
-from moepack.plan import Layout
+from moepack.layout import Layout
 from moepack.segments import SegmentId
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moepack.cost import LinkSeconds
-from moepack.plan import Layout, Placement
+from moepack.layout import Layout
+from moepack.plan import Placement
 from moepack.ram_tier import ram_tier
 from moepack.segments import Part, SegmentId
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, RoutingPart

@@ -13,8 +13,9 @@ import numpy as np
 
 from moepack.budget import stored_bytes
 from moepack.compute import LayerCompute
+from moepack.layout import LayerLayout, Layout
 from moepack.mixed_residency import layer_cache
-from moepack.plan import LayerLayout, LayerPlacement, Layout, Placement
+from moepack.plan import LayerPlacement, Placement
 from moepack.residency import LayerCache, SharedCache
 from moepack.segments import PARTS, Part
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart
