@@ -12,14 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec, LayerSpec, ModelSpec
-from moepack_runtime.attention import (
-    Attention,
-    GroupedQueryAttention,
-    Here,
-    LatentAttention,
-)
+from moepack_runtime.attention import Attention, GroupedQueryAttention, Here
 from moepack_runtime.ffn import FfnWeights, gated_ffn
 from moepack_runtime.kv_cache import KvCache, LayerCache
+from moepack_runtime.latent_attention import LatentAttention
 from moepack_runtime.norms import read_norm
 from moepack_runtime.rope import RotaryEmbedding
 from moepack_runtime.router import Router, Routing

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from moepack_runtime.attention import LatentAttention, attend_alone, causal_mask
+from moepack_runtime.attention import attend_alone, causal_mask
 from moepack_runtime.kv_cache import LayerCache
+from moepack_runtime.latent_attention import LatentAttention
 from moepack_runtime.rope import RotaryEmbedding
 from moepack_runtime.weights import Weights
 
