@@ -2,11 +2,13 @@
 
     python -m benchmarks.gguf_export MODEL OUT.gguf
     python -m benchmarks.gguf_export MODEL OUT.gguf --kind Q4_K --llama-quantize PATH
+    python -m benchmarks.gguf_export MODEL OUT.gguf --kind Q4_0 --trunk Q8_0
 
 Matrices keep their bfloat16 bits; norms, biases and routers become float32, as llama.cpp's own
 conversion does. Of another kind than BF16 the routed experts are rounded and nothing else is, as in
 a moepack pack: Q8_0 and Q4_0 by gguf's own writer, Q4_K by llama.cpp's ``llama-quantize`` from the
-file in BF16 (``--source``, or one that is made and removed).
+file in BF16 (``--source``, or one that is made and removed). With ``--trunk Q8_0`` so are all other
+matrices but the routers: embeddings, head, attention and shared experts.
 
 The vocabulary is artificial: token ``i`` is the one character ``U+10000 + i``, so that a text gives
 exactly the prompt's tokens, and what is printed says which tokens were drawn. Such a file is for
@@ -19,13 +21,13 @@ import argparse
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from benchmarks.gguf_kinds import BF16, KINDS, Kind
+from benchmarks.gguf_kinds import BF16, KINDS, TRUNKS, Kind
 from benchmarks.gguf_tensors import PROJECTIONS, Tensor, architecture, stored, tensors
 from benchmarks.gguf_text import FIRST_CHARACTER, VOCABULARY
 from benchmarks.setting import named
@@ -40,12 +42,8 @@ WEIGHTS_KEY = "moepack.weights_digest"
 
 _FILE_ALIGNMENT = 4096  # so that a block device over the file has no ragged end
 
-#: What llama-quantize is told, so that it rounds the routed experts alone.
-_EXPERTS_ALONE = (
-    "--pure",  # without which some matrices get more bits than the kind has
-    *("--token-embedding-type", "bf16", "--output-tensor-type", "bf16"),
-    *("--tensor-type", "attn=bf16", "--tensor-type", "shexp=bf16"),
-)
+#: In the names of tensors: of stacked routed experts, and of routers.
+_EXPERTS, _ROUTER = "_exps.", "ffn_gate_inp."
 
 
 class QuantiserError(MoepackError):
@@ -53,7 +51,7 @@ class QuantiserError(MoepackError):
 
 
 def export(checkpoint: Checkpoint, out: Path, kind: Kind = BF16) -> None:
-    """Write the GGUF. Peak memory: the largest tensor of the trunk, or three times an expert.
+    """Write the GGUF. Peak memory: three times the largest tensor of the trunk, or an expert.
 
     It appears whole or not at all.
 
@@ -62,7 +60,7 @@ def export(checkpoint: Checkpoint, out: Path, kind: Kind = BF16) -> None:
     CheckpointError
         When llama.cpp's graph of the architecture cannot compute this variant of it.
     GroupMismatchError
-        When the experts do not divide into the kind's blocks.
+        When a matrix does not divide into the kind's blocks.
     """
     assert kind.ours, f"{kind.name} is for llama-quantize to write"
     spec = checkpoint.spec
@@ -88,10 +86,10 @@ def export(checkpoint: Checkpoint, out: Path, kind: Kind = BF16) -> None:
 
 
 def requantise(quantiser: Path | None, source: Path, out: Path, kind: Kind) -> None:
-    """Have llama-quantize round the experts of a file in BF16. It appears whole or not at all.
+    """Have llama-quantize round a file in BF16. The result appears whole or not at all.
 
     Where a matrix does not divide into the kind's blocks llama-quantize takes another one that it
-    does divide into; :func:`expert_types` says which.
+    does divide into; :func:`expert_types` and :func:`trunk_types` say which.
 
     Raises
     ------
@@ -102,7 +100,7 @@ def requantise(quantiser: Path | None, source: Path, out: Path, kind: Kind) -> N
         raise QuantiserError(f"{kind.name} needs llama-quantize; give llama.cpp's folder")
     partial = out.with_suffix(".partial")
     partial.unlink(missing_ok=True)
-    command = [str(quantiser), *_EXPERTS_ALONE, str(source), str(partial), kind.file]
+    command = [str(quantiser), *_told(kind), str(source), str(partial), kind.file]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
@@ -115,11 +113,32 @@ def requantise(quantiser: Path | None, source: Path, out: Path, kind: Kind) -> N
     sync_folder(out.parent)
 
 
+def _told(kind: Kind) -> Iterator[str]:
+    """What llama-quantize is told, so that the experts and nothing else become what it says last.
+
+    It leaves routers and norms as they are.
+    """
+    yield "--pure"  # without which some matrices get more bits than the kind has
+    trunk = kind.trunk.lower()
+    yield from ("--token-embedding-type", trunk, "--output-tensor-type", trunk)
+    for part in ("attn", "shexp"):
+        yield from ("--tensor-type", f"{part}={trunk}")
+
+
 def expert_types(path: Path) -> Counter[str]:
     """What the routed experts of a file are really stored in: weights of each type."""
+    return _types(path, lambda name: _EXPERTS in name)
+
+
+def trunk_types(path: Path) -> Counter[str]:
+    """The same of all other matrices but the routers."""
+    return _types(path, lambda name: _EXPERTS not in name and _ROUTER not in name)
+
+
+def _types(path: Path, wanted: Callable[[str], bool]) -> Counter[str]:
     found: Counter[str] = Counter()
     for tensor in gguf.GGUFReader(path).tensors:
-        if "_exps." in tensor.name:
+        if len(tensor.shape) > 1 and wanted(tensor.name):
             found[tensor.tensor_type.name] += int(tensor.n_elements)
     return found
 
@@ -250,13 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a checkpoint's folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="BF16", help="of the routed experts")
+    parser.add_argument(
+        "--trunk", choices=TRUNKS, default="BF16", help="of all other matrices but the routers"
+    )
     parser.add_argument("--llama-quantize", type=Path, metavar="PATH", help="for Q4_K")
     parser.add_argument("--source", type=Path, metavar="PATH", help="for Q4_K: a file in BF16")
     return named(_run, parser.parse_args(arguments))
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkpoint, kind = Checkpoint.open(args.model), KINDS[args.kind]
+    checkpoint, kind = Checkpoint.open(args.model), KINDS[args.kind].with_trunk(args.trunk)
     write(checkpoint, args.out, kind, quantiser=args.llama_quantize, source=args.source)
     return 0
 

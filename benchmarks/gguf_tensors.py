@@ -120,26 +120,27 @@ def tensors(spec: ModelSpec, kind: Kind) -> Iterator[Tensor]:
     Raises
     ------
     GroupMismatchError
-        When the rows of an expert's matrix do not divide into the blocks of ``kind``.
+        When the rows of a matrix do not divide into the blocks that it is stored in.
     """
-    hidden, stored_in = spec.hidden_size, _Type[kind.name]
+    hidden, stored_in, trunk = spec.hidden_size, _Type[kind.name], _Type[kind.trunk]
     for info in spec.trunk:
         module, leaf = info.name.rsplit(".", 1)
         if module in _TOP:
-            yield _tensor(f"{_TOP[module]}.{leaf}", info.shape, info.name, module)
+            yield _tensor(f"{_TOP[module]}.{leaf}", info.shape, info.name, module, trunk)
             continue
         _, number, inner = module.split(".", 2)
         shape = info.shape[1:] if inner == "shared_gate" else info.shape
-        yield _tensor(f"blk.{number}.{_MODULES[inner]}.{leaf}", shape, info.name, inner)
+        yield _tensor(f"blk.{number}.{_MODULES[inner]}.{leaf}", shape, info.name, inner, trunk)
         if inner != "router":
             continue
         moe = spec.moe(int(number))
         experts, width = moe.num_experts, moe.intermediate_size
         for projection in PROJECTIONS:
             matrix = (hidden, width) if projection == "down" else (width, hidden)
-            _require_blocks(kind, matrix[1])
+            name = f"blk.{number}.ffn_{projection}_exps.weight"
+            _require_blocks(name, stored_in, matrix[1])
             yield Tensor(
-                f"blk.{number}.ffn_{projection}_exps.weight",
+                name,
                 (experts, *matrix),
                 stored_in,
                 info.name,
@@ -147,18 +148,26 @@ def tensors(spec: ModelSpec, kind: Kind) -> Iterator[Tensor]:
             )
 
 
-def _require_blocks(kind: Kind, inputs: int) -> None:
-    block, _ = gguf.GGML_QUANT_SIZES[_Type[kind.name]]
+def _require_blocks(name: str, kind: gguf.GGMLQuantizationType, inputs: int) -> None:
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
     if inputs % block:
         raise GroupMismatchError(
-            f"{kind.name}: rows of {inputs} weights, expected a multiple of {block}; choose "
-            "another kind"
+            f"{name}: rows of {inputs} weights, expected a multiple of {block} for {kind.name}; "
+            "choose another kind"
         )
 
 
-def _tensor(name: str, shape: tuple[int, ...], source: str, module: str) -> Tensor:
-    plain = len(shape) == 1 or module in _FLOAT32_MODULES
-    return Tensor(name, shape, _Type.F32 if plain else _Type.BF16, source)
+def _tensor(
+    name: str,
+    shape: tuple[int, ...],
+    source: str,
+    module: str,
+    trunk: gguf.GGMLQuantizationType,
+) -> Tensor:
+    if len(shape) == 1 or module in _FLOAT32_MODULES:
+        return Tensor(name, shape, _Type.F32, source)
+    _require_blocks(name, trunk, shape[1])
+    return Tensor(name, shape, trunk, source)
 
 
 def stored(bits: npt.NDArray[np.generic], kind: gguf.GGMLQuantizationType) -> npt.NDArray[Any]:
@@ -182,5 +191,7 @@ def stored(bits: npt.NDArray[np.generic], kind: gguf.GGMLQuantizationType) -> np
 def as_float32(bits: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """A bfloat16 is the upper half of a float32."""
     if bits.dtype == np.uint16:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        wide = bits.astype(np.uint32)
+        wide <<= 16  # in place: an embedding may be large
+        return wide.view(np.float32)
     return bits.astype(np.float32)

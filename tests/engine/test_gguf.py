@@ -25,6 +25,7 @@ from benchmarks.gguf_export import (  # noqa: E402 - it needs gguf
     export,
     main,
     require_ours,
+    trunk_types,
     write,
 )
 
@@ -107,6 +108,20 @@ def float32(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def assert_within_a_step(tensor: Any, expert: int | None, bits: npt.NDArray[Any]) -> None:
+    """Of a stacked tensor that of one expert, of any other the whole."""
+    kind = tensor.tensor_type.name
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    blocks = float32(bits).reshape(-1, 32)
+    step = np.abs(blocks).max(axis=1, keepdims=True) * STEPS[kind]
+    off = np.abs((values if expert is None else values[expert]).reshape(-1, 32) - blocks)
+    # Codes of 4 bits are -8 to 7, so what is as large as the largest but of the other sign is a
+    # whole step off. The step itself is a float16.
+    most = step if kind == "Q4_0" else step / 2
+    assert (off <= most + np.abs(blocks) * 2.0**-11 + 1e-7).all()
+    assert off.max() > 0, "something is rounded"
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_experts_are_rounded_within_a_step_and_nothing_else_is(kind: str, tmp_path: Path) -> None:
     checkpoint = saved(tiny_of("olmoe"), tmp_path / "model")
@@ -124,23 +139,64 @@ def test_experts_are_rounded_within_a_step_and_nothing_else_is(kind: str, tmp_pa
     for layer in checkpoint.spec.moe_layers:
         for projection in ("gate", "up", "down"):
             found = after[f"blk.{layer}.ffn_{projection}_exps.weight"]
-            values = gguf.quants.dequantize(found.data, found.tensor_type)
             for expert in range(checkpoint.spec.moe(layer).num_experts):
-                weights = float32(checkpoint.expert(layer, expert)[f"{projection}.weight"])
-                blocks = weights.reshape(-1, 32)
-                step = np.abs(blocks).max(axis=1, keepdims=True) * STEPS[kind]
-                off = np.abs(values[expert].reshape(-1, 32) - blocks)
-                # Codes of 4 bits are -8 to 7, so what is as large as the largest but of the other
-                # sign is a whole step off. The step itself is a float16.
-                most = step if kind == "Q4_0" else step / 2
-                assert (off <= most + np.abs(blocks) * 2.0**-11 + 1e-7).all()
-                assert off.max() > 0, "something is rounded"
+                weights = checkpoint.expert(layer, expert)
+                assert_within_a_step(found, expert, weights[f"{projection}.weight"])
+
+
+#: Of a trunk with shared experts: our matrices and the GGUF's.
+TRUNK = {
+    "embed.weight": "token_embd.weight",
+    "head.weight": "output.weight",
+    **{
+        f"layers.1.{own}.weight": f"blk.1.{theirs}.weight"
+        for own, theirs in {
+            "attn.q": "attn_q",
+            "attn.k": "attn_k",
+            "attn.v": "attn_v",
+            "attn.o": "attn_output",
+            "shared.gate": "ffn_gate_shexp",
+            "shared.up": "ffn_up_shexp",
+            "shared.down": "ffn_down_shexp",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q4_0"])
+def test_a_trunk_is_rounded_within_a_step_and_nothing_else_is(kind: str, tmp_path: Path) -> None:
+    changes = {"mlp_only_layers": [], "shared_expert_intermediate_size": 128}
+    checkpoint = saved(tiny_of("qwen2_moe", **changes), tmp_path / "model")
+    plain, rounded = tmp_path / "plain.gguf", tmp_path / "rounded.gguf"
+    export(checkpoint, plain, KINDS[kind])
+    options = ["--kind", kind, "--trunk", "Q8_0"]
+    assert main([str(tmp_path / "model"), str(rounded), *options]) == 0
+    require_ours(rounded, checkpoint)
+    assert set(trunk_types(plain)) == {"BF16"}
+    assert set(trunk_types(rounded)) == {"Q8_0"}
+    assert trunk_types(rounded).total() == trunk_types(plain).total()
+    assert set(expert_types(rounded)) == {kind}
+    before, after = tensors_of(plain), tensors_of(rounded)
+    assert list(before) == list(after)
+    for own, theirs in TRUNK.items():
+        assert_within_a_step(after[theirs], None, checkpoint.trunk_tensor(own))
+    changed = {name for name in after if after[name].tensor_type != before[name].tensor_type}
+    layers = len(checkpoint.spec.layers)
+    assert len(changed) == 2 + layers * (len(TRUNK) - 2)
+    assert changed.issuperset(TRUNK.values())
+    for name in set(after) - changed:
+        np.testing.assert_array_equal(after[name].data, before[name].data)
 
 
 def test_a_kind_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     narrow = saved(tiny_of("olmoe", hidden_size=48, intermediate_size=96), tmp_path / "model")
-    with pytest.raises(GroupMismatchError, match="rows of 48 weights, expected a multiple of 32"):
-        export(narrow, tmp_path / "model.gguf", KINDS["Q8_0"])
+    refused = {
+        "blk.0.ffn_gate_exps.weight": KINDS["Q8_0"],
+        "token_embd.weight": KINDS["BF16"].with_trunk("Q8_0"),
+    }
+    for name, kind in refused.items():
+        with pytest.raises(GroupMismatchError, match=f"{name}: rows of 48 weights, .* 32 for Q8_0"):
+            export(narrow, tmp_path / "model.gguf", kind)
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -166,5 +222,11 @@ def test_other_kinds_are_left_to_llama_quantize(tmp_path: Path) -> None:
     told = (tmp_path / "out.partial.told").read_text()
     assert told.endswith("Q4_K_S\n")
     assert "--pure" in told
+    assert "--token-embedding-type bf16 --output-tensor-type bf16" in told
+    assert "--tensor-type attn=bf16 --tensor-type shexp=bf16" in told
     assert set(expert_types(out)) == {"BF16"}, "what it stored is read from the file"
     assert sorted(path.name for path in tmp_path.glob("out.*")) == ["out.gguf", "out.partial.told"]
+    write(checkpoint, out, KINDS["Q4_K"].with_trunk("Q8_0"), quantiser=copying)
+    told = (tmp_path / "out.partial.told").read_text()
+    assert "bf16" not in told
+    assert told.count("q8_0") == 4
