@@ -43,6 +43,9 @@ class PredictedQuality:
         between the uniform precisions of fewer and of more bytes.
     uniform : tuple of UniformQuality
         By ascending bits. The model's own dtype is the last.
+    as_measured : bool
+        Whether the layout rounds its experts as they were rounded when damage was measured: by the
+        same calibration, or none.
     """
 
     mean_bits: float
@@ -50,6 +53,7 @@ class PredictedQuality:
     perplexity_ratio: float
     at_random_divergence: float
     uniform: tuple[UniformQuality, ...]
+    as_measured: bool
 
 
 def predicted_quality(
@@ -82,6 +86,7 @@ def predicted_quality(
         perplexity_ratio=found.perplexity_ratio,
         at_random_divergence=_at_random(found, damage.floor, uniform),
         uniform=tuple(uniform),
+        as_measured=damage.calibration == layout.calibration,
     )
 
 

@@ -23,6 +23,10 @@ from moepack.segments import PARTS, Part, SegmentId
 COPIES_AHEAD = 2
 
 
+#: Layer and encoding -> what each part of such an expert takes, but for parts of nothing.
+_Sizes = Mapping[tuple[int, str], Sequence[tuple[Part, int]]]
+
+
 class RamTier(NamedTuple):
     """What pinned RAM holds.
 
@@ -70,14 +74,15 @@ def ram_tier(
         Reads that the disk does at once best: as many bounces there are. At least two, so that one
         is read while another is copied.
     """
-    ranked = list(_ranking(spec, layout, layers))
-    if sum(size_bytes for _, size_bytes in ranked) <= ram_bytes:
-        return RamTier(dict(ranked))
+    sizes = _stored(spec, layout)
+    ranking = _ranking(layout, layers, sizes)
+    if slow_bytes(spec, layout) <= ram_bytes:
+        return RamTier(dict(ranking))
     bounces = max(2, readers)
-    bounce_bytes = max(size_bytes for _, size_bytes in ranked)
+    bounce_bytes = max(size_bytes for parts in sizes.values() for _, size_bytes in parts)
     left_bytes = ram_bytes - bounces * bounce_bytes
     held = {}
-    for segment, size_bytes in ranked:
+    for segment, size_bytes in ranking:
         left_bytes -= size_bytes
         if left_bytes < 0:
             break
@@ -105,8 +110,20 @@ def host_tier(
     return HostTier(pinned_bytes, held_bytes, tier.bounces, tier.bounce_bytes, shares)
 
 
+def _stored(spec: ModelSpec, layout: Layout) -> _Sizes:
+    return {
+        (cut.layer, name): [
+            (part, size_bytes)
+            for part in PARTS
+            if (size_bytes := stored_bytes(spec, cut, part, name))
+        ]
+        for cut in layout.layers
+        for name in cut.classes
+    }
+
+
 def _ranking(
-    spec: ModelSpec, layout: Layout, layers: Sequence[LayerPlacement]
+    layout: Layout, layers: Sequence[LayerPlacement], sizes: _Sizes
 ) -> Iterator[tuple[SegmentId, int]]:
     """Every segment and its stored bytes: by place in the hot rankings, layer by layer.
 
@@ -114,23 +131,17 @@ def _ranking(
     """
     last = []
     cuts = list(zip(layout.layers, layers, strict=True))
-    sizes = {
-        (cut.layer, name): [(part, stored_bytes(spec, cut, part, name)) for part in PARTS]
-        for cut, _ in cuts
-        for name in cut.classes
-    }
     staying = {cut.layer: _staying(cut, placed) for cut, placed in cuts}
     for experts in zip_longest(*(placed.hot for _, placed in cuts)):
         for (cut, _), expert in zip(cuts, experts, strict=True):
             if expert is None:
                 continue  # the layer has fewer experts
             for part, size_bytes in sizes[cut.layer, cut.encoding_of(expert)]:
-                if size_bytes:
-                    found = SegmentId(cut.layer, expert, part), size_bytes
-                    if expert in staying[cut.layer][part]:
-                        last.append(found)
-                    else:
-                        yield found
+                found = SegmentId(cut.layer, expert, part), size_bytes
+                if expert in staying[cut.layer][part]:
+                    last.append(found)
+                else:
+                    yield found
     yield from last
 
 

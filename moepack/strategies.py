@@ -25,7 +25,7 @@ from typing import NamedTuple
 from moepack.allocation import exact
 from moepack.budget import layer_bytes, stored_bytes
 from moepack.byte_division import divide
-from moepack.class_division import layer_divisions
+from moepack.class_division import Divisions, layer_divisions
 from moepack.encodings import ENCODINGS
 from moepack.layout import Layout
 from moepack.passes import Oracle
@@ -83,6 +83,7 @@ class Strategies:
         spec = request.spec
         self._top_k = max(spec.moe(number).top_k for number in spec.moe_layers)
         self._whole = request.whole_layout
+        self._divisions: dict[tuple[int, Policy], Divisions] = {}
 
     def all(self) -> Iterator[Contender]:
         """Every strategy that fits the budget; of one name there may be several."""
@@ -186,10 +187,7 @@ class Strategies:
     def _divided_by_class(self, name: str, policy: Policy, *, depth: int) -> Iterator[Contender]:
         """The same where slots differ in size: so that the fewest bytes are missed."""
         layout, rows = self._whole, range(len(self._whole.layers))
-        known = [
-            layer_divisions(self._request.spec, self._tables, layout.layers, row, policy)
-            for row in rows
-        ]
+        known = [self._divisions_of(row, policy) for row in rows]
         frontiers = [each.frontier for each in known]
         for staging in self.staging(depth):
             spare_bytes = free_bytes(self._request, layout, staging)
@@ -234,8 +232,15 @@ class Strategies:
         """Slots of a mixed layer's encodings, so that the fewest bytes are missed on *fit*."""
         if not layout.layers[row].encodings:
             return ()
-        spec, tables = self._request.spec, self._tables
-        return layer_divisions(spec, tables, layout.layers, row, policy).within(budget_bytes)
+        return self._divisions_of(row, policy).within(budget_bytes)
+
+    def _divisions_of(self, row: int, policy: Policy) -> Divisions:
+        """Of a layer of the whole layout: found once, for many contenders are of one policy."""
+        if (row, policy) not in self._divisions:
+            self._divisions[row, policy] = layer_divisions(
+                self._request.spec, self._tables, self._whole.layers, row, policy
+            )
+        return self._divisions[row, policy]
 
     def why_not(self, layout: Layout, made: Placement) -> str:
         """What keeps this engine from running a placement; empty where nothing does."""

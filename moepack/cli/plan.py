@@ -30,7 +30,13 @@ from moepack.cli.planning import (
     open_case,
     with_asked_calibration,
 )
-from moepack.cli.precision import BitsOption, QualityOption, asked_precision, measured_damage
+from moepack.cli.precision import (
+    BitsOption,
+    QualityOption,
+    asked_precision,
+    measured_damage,
+    require_bounded,
+)
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -138,6 +144,7 @@ def plan(
         on_miss=asked_thresholds(case, on_miss, miss_thresholds, low),
     )
     request = with_asked_calibration(case, request, ignored=no_calibration)
+    require_bounded(case, quality, request)
     _note_source(case.source)
     answer = find_answer(Planner(request), asked, measured_damage(case))
     document = answer_document(answer)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moepack.damage import DamageProfile
     from moepack.layout import Layout
     from moepack.mixed_precision import MixedPrecision
+    from moepack.plan_request import PlanRequest
     from moepack.precision import QualityName
 
 #: Mean bits that can be asked for.
@@ -142,6 +143,20 @@ def asked_precision(
             param_hint=f"'{chosen}'",
         )
     return AskedPrecision(by_expert=_best(case, quality, bits).encodings)
+
+
+def require_bounded(case: Case, quality: Quality | None, request: PlanRequest) -> None:
+    """That a bound on perplexity holds for experts rounded as they are asked for."""
+    if quality is None or quality.percent is None or not request.is_rounded:
+        return
+    damage = measured_damage(case)
+    if damage is not None and damage.calibration != request.calibration:
+        raise typer.BadParameter(
+            f"a bound of {quality.percent:g}% holds for experts that are rounded as they were when "
+            "damage was measured, by their calibration; leave out --no-calibration, give --bits, "
+            "or measure again with moepack profile --bits",
+            param_hint="'--quality'",
+        )
 
 
 def measured_damage(case: Case) -> DamageProfile | None:

@@ -38,6 +38,8 @@ def quality_rows(quality: PredictedQuality) -> Iterator[tuple[str, str]]:
     told = f"perplexity {quality.perplexity_ratio - 1:+.2%}, KL {figure(quality.divergence)} nats"
     drawn = f"{figure(quality.at_random_divergence)} if as many bytes went to any experts"
     yield "predicted", f"{told}; {drawn}"
+    if not quality.as_measured:
+        yield "", "measured of experts rounded by another calibration than these, or by one at all"
     yield "uniform", "; ".join(map(_uniform_words, quality.uniform))
 
 

@@ -127,7 +127,7 @@ class LayerLoop:
         if self._graphs is not None and self._is_one_token:
             reached = self._graphs.run(number, hidden)
             if reached is not None:
-                slices.end("attention")
+                slices.end("attention and router")
                 return reached
         residual = layer.attend(hidden, start)
         slices.end("attention")

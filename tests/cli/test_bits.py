@@ -129,6 +129,23 @@ def test_a_bound_on_perplexity_takes_as_few_bits_as_it_allows(
     assert "predicted_quality" not in nothing.document
 
 
+def test_what_was_measured_of_other_rounding_bounds_nothing(
+    profiled: Path, model: Path, moepack: Moepack
+) -> None:
+    out = ("--out", profiled / "p", "--no-calibration")
+    refused = moepack("plan", model, *BUDGET, "--quality", "50%", *out)
+    assert refused.code == 2
+    words = " ".join(refused.err.replace("│", " ").split())
+    assert "a bound of 50% holds for experts that are rounded as they were" in words
+    shown = moepack("plan", model, *BUDGET, "--bits", "6", *out)
+    assert "rounded by another calibration than these" in " ".join(shown.out.split())
+    plan = moepack("plan", model, *BUDGET, "--bits", "6", *out, "--json").document
+    assert plan["predicted_quality"]["as_measured"] is False
+    alike = ("--out", profiled / "q", "--json")
+    plan = moepack("plan", model, *BUDGET, "--bits", "6", *alike).document
+    assert plan["predicted_quality"]["as_measured"] is True
+
+
 def test_without_damage_measured_it_says_how_to_measure_it(
     measured: Path, model: Path, moepack: Moepack
 ) -> None:
