@@ -19,6 +19,7 @@ from benchmarks.accelerate_offload import INDEX_FILE
 from benchmarks.gguf_kinds import BF16, Kind
 from benchmarks.peer_runners import SPARE_BYTES
 from moepack.budget import stored_bytes
+from moepack.calibration import CALIBRATION_FILE
 from moepack.checkpoint import Checkpoint
 from moepack.errors import MoepackError
 from moepack.hardware import load_hardware
@@ -78,14 +79,22 @@ class Prepared(NamedTuple):
 
 
 class PeerModel:
-    """A checkpoint, profiled; plans, packs and the GGUF are made when they are asked for."""
+    """A checkpoint, profiled; plans, packs and the GGUF are made when they are asked for.
 
-    def __init__(self, model: Path, scratch: Path) -> None:
+    Parameters
+    ----------
+    model
+        Its folder.
+    home
+        moepack's workspace, a folder in ``scratch``.
+    """
+
+    def __init__(self, model: Path, scratch: Path, home: str = "moepack") -> None:
         self.checkpoint = Checkpoint.open(model)
         self.spec = self.checkpoint.spec
         self.folder = model
         self._scratch = scratch
-        self._workspace = Workspace(scratch / "moepack")
+        self._workspace = Workspace(scratch / home)
 
     @property
     def size_bytes(self) -> int:
@@ -97,13 +106,16 @@ class PeerModel:
         """Of a process that has loaded torch and nothing else, as profiled."""
         return load_hardware(self._workspace.hardware_path).process_base_bytes
 
-    def profile(self, texts: Sequence[Path] = ()) -> None:
+    def profile(self, texts: Sequence[Path] = (), *, bits: bool = False) -> None:
         """Measure the machine and the model, unless that has been done in this scratch folder.
 
         Parameters
         ----------
         texts
             What the routing is recorded on; none: the texts that ship with moepack.
+        bits
+            Also what rounding is weighed by: plans then are calibrated, as they are by default
+            for whoever has measured it.
 
         Raises
         ------
@@ -111,9 +123,12 @@ class PeerModel:
             With what moepack said.
         """
         known = self._known()
-        if known is None or not known.routing_path.exists():
+        done = known is not None and known.routing_path.exists()
+        if bits and known is not None:
+            done = done and (known.folder / CALIBRATION_FILE).exists()
+        if not done:
             named = [argument for text in texts for argument in ("--text", str(text))]
-            self._moepack("profile", str(self.folder), *named)
+            self._moepack("profile", str(self.folder), *named, *(("--bits",) if bits else ()))
 
     def encoding(self, asked: QualityName) -> str:
         """What the routed experts are stored in."""
@@ -240,7 +255,8 @@ class PeerModel:
         """When what plans are made from was measured."""
         known = self._known()
         paths = [self._workspace.hardware_path]
-        paths += [known.compute_path, known.routing_path] if known else []
+        if known is not None:
+            paths += [known.compute_path, known.routing_path, known.folder / CALIBRATION_FILE]
         return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
     def _whole(self, asked: QualityName) -> tuple[LayerLayout, ...]:

@@ -11,6 +11,11 @@ by what ``llama-perplexity --kl-divergence-base`` keeps (:mod:`benchmarks.llama_
 and intervals come from the same function. The very tokens go in: the GGUF's vocabulary is one
 character a token (:mod:`benchmarks.gguf_export`), and its windows are read back and compared.
 
+moepack's experts are rounded as they are for whoever has run ``moepack profile --bits``: weighed
+by the inputs that it has seen, in the parts of the texts that are not scored. It is run here, once
+for a scratch folder, in a workspace apart from that of :mod:`benchmarks.peers`, whose measurements
+of the machine stay as they are. llama.cpp's kinds are rounded without an importance matrix.
+
 A kind that llama-quantize cannot store on this model is told as what it stored instead. Nothing
 here depends on how busy the machine is. The last line is one JSON object.
 """
@@ -50,14 +55,26 @@ from moepack.window_runs import WindowRun
 OWN: tuple[QualityName, ...] = ("int8", "int4")
 _KINDS = tuple(name for name in KINDS if name != BF16.name)
 
+#: moepack's workspace in the scratch folder.
+_HOME = "moepack-quality"
+
 #: Everything resident: where experts lie changes no bit.
 _BUDGET_BYTES = 128 << 20
 
 
 class Found(NamedTuple):
-    """One way to store the experts; ``stored`` is what they really are in."""
+    """One way to store the experts.
+
+    Attributes
+    ----------
+    stored : str
+        What they really are in.
+    calibrated : bool
+        Whether rounding was weighed by what their inputs are like.
+    """
 
     stored: str
+    calibrated: bool
     bits_per_weight: float
     quality: Quality
 
@@ -67,6 +84,7 @@ class Found(NamedTuple):
         assert near is not None, "the exact model was at hand"
         return {
             "stored": self.stored,
+            "calibrated": self.calibrated,
             "bits_per_weight": self.bits_per_weight,
             "kl": near.kl.value,
             "kl_interval": [near.kl.low, near.kl.high],
@@ -132,7 +150,7 @@ def _own(model: PeerModel, texts: _Texts, scratch: Path) -> Iterator[tuple[str, 
         )
         stored = "+".join(sorted({cut.encoding for cut in plan.layout.layers}))
         bits = precision_of(model.spec, plan.layout).mean_bits
-        yield asked, Found(stored, bits, quality(scores))
+        yield asked, Found(stored, bool(plan.layout.calibration), bits, quality(scores))
 
 
 def _peers(
@@ -168,7 +186,8 @@ def _peers(
         )
         keep_probabilities(program, path, text, other, windows)
         scores = _by_text(texts, compared(exact, other))
-        yield kind, Found("+".join(sorted(types)), bits / types.total(), quality(scores))
+        stored = "+".join(sorted(types))
+        yield kind, Found(stored, False, bits / types.total(), quality(scores))
 
 
 def _by_text(texts: _Texts, windows: Iterator[TokenScores]) -> list[TokenScores]:
@@ -185,7 +204,9 @@ def measure(
     scratch: Path, llama_cpp: Path | None, most_windows: int | None = None
 ) -> dict[str, Any]:
     """Everything, as JSON says it."""
-    model = PeerModel(shipped_model(), scratch)
+    model = PeerModel(shipped_model(), scratch, _HOME)
+    say("moepack profile --bits, unless it is known")
+    model.profile(bits=True)
     texts = _texts(model.folder, most_windows)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="quality.") as folder:
         own = dict(_own(model, texts, Path(folder)))

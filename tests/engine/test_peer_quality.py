@@ -11,11 +11,14 @@ import numpy.typing as npt
 import pytest
 
 from benchmarks.llama_perplexity import PerplexityError, compared, first_scored, kept_tokens
-from benchmarks.peer_model import Bar
+from benchmarks.peer_model import Bar, PeerModel
 from benchmarks.peer_pairs import Pair, judge_pairs, pairs, told
 from benchmarks.peer_quality import shared_windows
 from benchmarks.peer_report import row_of
 from benchmarks.peer_runners import Measured
+from moepack.calibration import CALIBRATION_FILE
+from moepack.shipped import shipped_model
+from moepack.workspace import ModelRecord, Workspace
 
 WINDOW, VOCABULARY = 8, 11
 Floats = npt.NDArray[np.float64]
@@ -145,3 +148,29 @@ def test_a_pair_is_judged_by_its_own_programs() -> None:
     assert said.startswith("Q4_K does not count (not so). ")
     assert said.endswith("FAIL")
     assert first.document()["verdict"]["passed"] is True
+
+
+def test_what_rounding_is_weighed_by_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, ...]] = []
+
+    def profiled(_module: str, *arguments: str, home: Path) -> str:
+        """What the command leaves in its workspace."""
+        told.append(arguments)
+        source = str(shipped_model().resolve())
+        folder = Workspace(home).remember(ModelRecord("model", source, "1" * 64, "2" * 64))
+        folder.routing_path.touch()
+        if "--bits" in arguments:
+            (folder.folder / CALIBRATION_FILE).touch()
+        return ""
+
+    monkeypatch.setattr("benchmarks.peer_model._python", profiled)
+    model = PeerModel(shipped_model(), tmp_path, "apart")
+    for bits in (False, False, True, True, False):
+        model.profile(bits=bits)
+    assert told == [
+        ("profile", str(shipped_model())),
+        ("profile", str(shipped_model()), "--bits"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["apart"]
