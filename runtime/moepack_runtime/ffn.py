@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import ActivationSpec
 from moepack.segments import align_up
-from moepack_runtime.products import is_one_row, is_weight_first, without_onednn
+from moepack_runtime.products import (
+    dear_rows,
+    is_dear,
+    is_one_row,
+    is_weight_first,
+    without_onednn,
+)
 from moepack_runtime.quantised import QuantisedMatrix, product, takes_kernel
 
 
@@ -109,13 +115,17 @@ def _quantised_ffn(
 def rows_for(tokens: int, x: torch.Tensor, weights: FfnWeights | QuantisedFfn) -> int:
     """With how many rows some tokens of ``x`` are multiplied fastest.
 
-    In multiples that the matrix library has seen before; torch's kernels for quantised weights
-    take every row by itself.
+    In numbers that the matrix library has seen before (:mod:`moepack_runtime.products`); torch's
+    kernels for quantised weights take every row by itself. Never more than the plan has room for,
+    a whole block in the multiples of all.
     """
-    if isinstance(weights, QuantisedFfn) and all(
-        takes_kernel(x, matrix, tokens) for matrix in (weights.gate_up, weights.down)
-    ):
-        return tokens
+    if isinstance(weights, QuantisedFfn):
+        by_kernel = all(
+            takes_kernel(x, matrix, tokens) for matrix in (weights.gate_up, weights.down)
+        )
+        return tokens if by_kernel else align_up(tokens, ROW_MULTIPLE)
+    if is_dear(x, weights.down):
+        return min(dear_rows(tokens), align_up(x.shape[0], ROW_MULTIPLE))
     return align_up(tokens, ROW_MULTIPLE)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moepack_runtime.ffn import FfnWeights, gated_ffn
-from moepack_runtime.products import is_one_row, linear, without_onednn
+from moepack_runtime.ffn import FfnWeights, gated_ffn, rows_for
+from moepack_runtime.products import dear_rows, is_dear, is_one_row, linear, without_onednn
 
+from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import ActivationSpec
+from moepack.segments import align_up
 
 SHAPES = [(2048, 1024), (512, 2048), (300, 96), (7, 3)]
 HALVES = [torch.bfloat16, torch.float16]
@@ -81,3 +83,33 @@ def test_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch, was_on: bool) -
     with without_onednn:
         assert not library.enabled
     assert library.enabled == was_on
+
+
+BLOCK = 512
+
+
+def test_dear_experts_take_fewer_rows_by_no_more_kernels() -> None:
+    counts = range(1, BLOCK + 1)
+    kernels = {dear_rows(tokens) for tokens in counts}
+    assert len(kernels) <= BLOCK // ROW_MULTIPLE, "each number of rows costs a kernel's memory"
+    assert all(dear_rows(tokens) >= tokens for tokens in counts)
+    assert all(dear_rows(rows) == rows for rows in kernels)
+    # At the counts that a block of 512 gives the experts of published models, and below.
+    assert all(dear_rows(tokens) <= align_up(tokens, ROW_MULTIPLE) for tokens in range(1, 257))
+    assert [dear_rows(tokens) for tokens in (1, 2, 5, 65, 100)] == [1, 2, 8, 72, 104]
+
+
+def test_rows_are_never_more_than_the_plan_has_room_for() -> None:
+    def expert(hidden: int, neurons: int) -> FfnWeights:
+        return FfnWeights(*(torch.empty(0),) * 2, torch.empty(hidden, neurons).bfloat16())
+
+    dear, cheap = expert(2048, 1024), expert(512, 1024)
+    for block in (1, 9, 260, 300, BLOCK):
+        x = torch.empty(block, 1).bfloat16()
+        assert is_dear(x, dear.down)
+        assert not is_dear(x, cheap.down)
+        assert not is_dear(x.float(), dear.down)
+        for tokens in range(1, block + 1):
+            padded = align_up(tokens, ROW_MULTIPLE)
+            assert tokens <= rows_for(tokens, x, dear) <= align_up(block, ROW_MULTIPLE)
+            assert rows_for(tokens, x, cheap) == rows_for(tokens, x.float(), dear) == padded

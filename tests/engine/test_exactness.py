@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from moepack_runtime import products
 from moepack_runtime.store import PackStore
 from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer
 
@@ -19,7 +20,7 @@ from tests.conftest import TinyFolder
 from tests.support.engines import Twin, all_logits, greedy, open_engine
 from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
-from tests.support.tiny_models import TINY_MODELS
+from tests.support.tiny_models import TINY_MODELS, build_tiny
 
 KEYS = [(model.family, model.variant) for model in TINY_MODELS]
 
@@ -170,6 +171,32 @@ def test_the_bits_of_a_long_prompt_do_not_depend_on_the_policy(
         with open_engine(checkpoint, layout, place, twin=TWINS[twin](trial)) as engine:
             found = all_logits(engine, LONG, FOLLOWING * 4)
             assert torch.equal(found, resident), (place.layers[0], place.pool)
+
+
+def test_the_bits_do_not_depend_on_the_placement_where_experts_are_dear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their products take rows in other numbers, of which one has a kernel of its own."""
+    monkeypatch.setattr("moepack_runtime.products._DEAR_WEIGHTS", 1)
+    rows = set()
+
+    def chosen(tokens: int) -> int:
+        rows.add(products.dear_rows(tokens))
+        return products.dear_rows(tokens)
+
+    monkeypatch.setattr("moepack_runtime.ffn.dear_rows", chosen)
+    build_tiny("olmoe", "plain").bfloat16().save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,))
+    place_on = partial(placement, spec, layout, context=CONTEXT)
+    with open_engine(checkpoint, layout, place_on(tops=99, bottoms=0, staging=1)) as engine:
+        resident = all_logits(engine, PROMPT, FOLLOWING)
+    assert {1, 2, 4, 8} <= rows
+    for trial in range(2):
+        place = place_on(tops=trial, bottoms=0, staging=2)
+        with open_engine(checkpoint, layout, place, twin=TWINS["hostile"](trial)) as engine:
+            assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), resident)
 
 
 def test_packs_of_different_splits_agree_within_rounding(tiny_folder: TinyFolder) -> None:
