@@ -1,12 +1,14 @@
 """Everything in the fast tier: moepack's engine beside transformers on the same checkpoint.
 
     python -m benchmarks.resident --model DIR
-    python -m benchmarks.resident --model DIR --llama-bench PATH --gguf FILE
+    python -m benchmarks.resident --model DIR --llama-cpp PATH --gguf FILE
 
 Same weights, dtype, tokens and threads; both models are in memory at once (peak: twice the model)
 and take turns, so ratios are within one round. transformers runs with the implementation of its
 experts that a first round found fastest for each phase. Without a model: the one that ships; for
-the shape of a published one, ``python -m benchmarks.synthetic`` writes a checkpoint.
+the shape of a published one, ``python -m benchmarks.synthetic`` writes a checkpoint. With llama.cpp
+and the same weights as a GGUF (``benchmarks.gguf_export``), its llama-bench takes its turn in every
+round, with the file in the page cache (peak: three times the model).
 
 The engine's own overhead is measured on a model whose experts have the least width, as published
 ones have it otherwise (16 layers, 8 of 64 experts): what a layer takes from the routing to the sum
@@ -18,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from moepack_runtime.router import Routing
 from moepack_runtime.store import CheckpointStore
 from moepack_runtime.weights import TORCH_DTYPE
 
+from benchmarks.llama_bench import LlamaBench, find_llama_bench
 from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
 from moepack.layout import Layout
@@ -65,6 +67,9 @@ LEAST: dict[str, Any] = {
 }
 
 Work = Callable[[], object]
+
+#: What runs a prompt, then on from it: tokens per second of both.
+Turn = Callable[[], tuple[float, float]]
 
 
 class Speeds(NamedTuple):
@@ -102,41 +107,58 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    where = "llama-bench, or a folder with it (build/bin is looked into)"
+    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help=where)
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same weights, for it")
     return parser
 
 
 def _compare(
     checkpoint: Checkpoint, folder: Path, args: argparse.Namespace, threads: int
 ) -> dict[str, Any]:
-    """The engine and transformers in turns; llama.cpp behind them, where it is given."""
+    """The engine and transformers in turns, and llama.cpp where it is given."""
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, spec.vocab_size, (args.prompt + args.new,), generator=generator)
     prompt, following = tokens[: args.prompt].tolist(), tokens[args.prompt :].tolist()
+    run: dict[str, Any] = {"threads": threads, "prompt": args.prompt, "new": args.new}
+    llama = find_llama_bench(args.llama_cpp, args.gguf, threads)
     theirs = Theirs(folder, TORCH_DTYPE[spec.dtype], prompt, following)
     with open_resident(checkpoint, len(tokens) + 1, threads) as engine:
         ours = Ours(engine, prompt, following)
         torch.set_num_threads(threads)
         ways = theirs.fastest_ways()
-        found = {"moepack": Speeds([], []), "transformers": Speeds([], [])}
+        turns = {
+            "moepack": _timed(ours.prefill, ours.decode, args),
+            "transformers": _timed(*theirs.works(ways), args),
+        }
+        if isinstance(llama, LlamaBench):
+            turns["llama_cpp"] = _llama_turn(llama, args)
+        else:
+            run["llama_cpp_absent"] = llama
+        found = {name: Speeds([], []) for name in turns}
         for number in range(args.rounds):
-            turns = [("moepack", ours.prefill, ours.decode), ("transformers", *theirs.works(ways))]
-            for name, prefill, decode in turns if number % 2 == 0 else reversed(turns):
-                found[name].prefill.append(args.prompt / seconds(prefill))
-                found[name].decode.append(args.new / seconds(decode))
-    run: dict[str, Any] = {"threads": threads, "prompt": args.prompt, "new": args.new}
+            for name in turns if number % 2 == 0 else reversed(turns):
+                prefill, decode = turns[name]()
+                found[name].prefill.append(prefill)
+                found[name].decode.append(decode)
     run["transformers_experts"] = {"prefill": ways[0], "decode": ways[1]}
     for phase in ("prefill", "decode"):
+        for name, speeds in found.items():
+            run[f"{name}_{phase}"] = statistics.median(getattr(speeds, phase))
+            run[f"{name}_{phase}_rounds"] = getattr(speeds, phase)
         mine, other = (getattr(found[name], phase) for name in ("moepack", "transformers"))
-        run[f"moepack_{phase}"] = statistics.median(mine)
-        run[f"transformers_{phase}"] = statistics.median(other)
         run[f"{phase}_ratio"] = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-    if args.llama_bench is not None and args.gguf is not None:
-        run |= llama_speeds(args.llama_bench, args.gguf, args, threads)
     _print(spec, run)
     return run
+
+
+def _timed(prefill: Work, decode: Work, args: argparse.Namespace) -> Turn:
+    return lambda: (args.prompt / seconds(prefill), args.new / seconds(decode))
+
+
+def _llama_turn(llama: LlamaBench, args: argparse.Namespace) -> Turn:
+    return lambda: (llama.prefill(args.prompt), llama.decode(args.prompt, args.new))
 
 
 def _print(spec: ModelSpec, run: dict[str, Any]) -> None:
@@ -147,7 +169,10 @@ def _print(spec: ModelSpec, run: dict[str, Any]) -> None:
     for name in ("moepack", "transformers", "llama_cpp"):
         if f"{name}_decode" in run:
             print(f"| {name} | {run[f'{name}_prefill']:.1f} | {run[f'{name}_decode']:.2f} |")
-    print(f"| ratio | {run['prefill_ratio']:.2f} | {run['decode_ratio']:.2f} |")
+    print(f"| moepack over transformers | {run['prefill_ratio']:.2f} ", end="")
+    print(f"| {run['decode_ratio']:.2f} |")
+    if "llama_cpp_absent" in run:
+        print(f"(llama.cpp: {run['llama_cpp_absent']})")
     print(f"(transformers' experts: {ways['prefill']} and {ways['decode']}; ", end="")
     print(f"bars: {PREFILL_BAR:.1f} and {DECODE_BAR:.1f})")
 
@@ -337,25 +362,6 @@ def _expert_half(checkpoint: Checkpoint, times: int) -> tuple[Work, Work]:
                 gated_ffn(x, one, moe.activation_spec)
 
     return half, products
-
-
-def llama_speeds(
-    program: Path, gguf: Path, args: argparse.Namespace, threads: int
-) -> dict[str, Any]:
-    """Tokens per second of llama.cpp's own benchmark."""
-    command = [str(program), "-m", str(gguf), "-o", "json", "-t", str(threads)]
-    command += ["-p", str(args.prompt), "-n", str(args.new), "-r", str(args.rounds)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parse_llama(answer)
-
-
-def parse_llama(answer: str) -> dict[str, Any]:
-    """What ``llama-bench -o json`` prints, as this benchmark's figures."""
-    found: dict[str, Any] = {}
-    for test in json.loads(answer):
-        phase = "prefill" if test["n_prompt"] else "decode"
-        found[f"llama_cpp_{phase}"] = statistics.median(test["samples_ts"])
-    return found
 
 
 if __name__ == "__main__":
