@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepack.budget import hidden_bytes, staging_bytes
+from moepack.budget import staging_bytes
 from moepack.comparing import rows_within, score_rows
 from moepack.errors import (
     BudgetTooSmallError,
@@ -60,6 +60,7 @@ from moepack.streaming import most_experts_of_a_token, streaming_placement
 from moepack.texts import Text
 from moepack.units import format_size
 from moepack.window_runs import WindowRun, decode_windows, run_windows
+from moepack.working_memory import hidden_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moepack.budget import memory_breakdown, require_low_copies, workspace_bytes
+from moepack.budget import memory_breakdown, require_low_copies
 from moepack.encodings import encoding
 from moepack.errors import CapabilityError, PlanMismatchError
 from moepack.footprint import MemoryBreakdown
@@ -19,6 +19,7 @@ from moepack.plan import LayerPlacement
 from moepack.plan_request import PlanRequest
 from moepack.segments import cuts
 from moepack.strategies import Contender
+from moepack.working_memory import workspace_bytes
 
 
 def without_low_copies(request: PlanRequest) -> PlanRequest:

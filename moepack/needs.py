@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moepack.budget import kv_bytes, memory_breakdown
+from moepack.budget import memory_breakdown
 from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement
+from moepack.working_memory import kv_bytes
 
 
 class Needs(NamedTuple):

@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from moepack.budget import dequantised_rows
 from moepack.compute import (
     COMPUTE_VERSION,
     ComputeProfile,
@@ -35,6 +34,7 @@ from moepack.compute import (
 from moepack.encodings import ENCODINGS, Encoding, fitting
 from moepack.hardware import HardwareProfile
 from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
+from moepack.working_memory import dequantised_rows
 
 #: Where the curves have points.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from moepack.budget import heads_at_a_time
 from moepack.model_spec import AttentionSpec
+from moepack.working_memory import heads_at_a_time
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.norms import NormFunction, rms_norm
 from moepack_runtime.products import several

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import ActivationSpec
 from moepack.segments import align_up
+from moepack.working_memory import ROW_MULTIPLE
 from moepack_runtime.products import (
     dear_rows,
     is_dear,

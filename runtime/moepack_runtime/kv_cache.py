@@ -1,4 +1,4 @@
-"""The KV cache: allocated once, exactly as many bytes as :func:`moepack.budget.kv_bytes` says.
+"""The KV cache: allocated once, in as many bytes as :mod:`moepack.working_memory` says.
 
 A layer keeps its rows (a token's keys and values, or MLA's latent) behind one another, so that
 attention reads one slice. A layer with a sliding window keeps the window and a block: when that
@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from moepack.budget import kv_bytes, kv_capacity_tokens
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
+from moepack.working_memory import kv_bytes, kv_capacity_tokens
 from moepack_runtime.weights import TORCH_DTYPE
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from moepack.budget import dequantised_rows
+from moepack.working_memory import dequantised_rows
 from moepack_runtime.int4_fragments import INPUTS as FRAGMENT_INPUTS
 from moepack_runtime.int4_fragments import ROWS as FRAGMENT_ROWS
 from moepack_runtime.int4_tiles import memory_tile_rows, torch_tile_rows
@@ -73,7 +73,7 @@ class Room:
     """Memory for a part of a matrix on its way from codes to weights.
 
     Made once for a product: allocating anew for every part costs more than its arithmetic. Scales
-    apart, it takes what :func:`moepack.budget.dequantised_bytes` says.
+    apart, it takes what :func:`moepack.working_memory.dequantised_bytes` says.
     """
 
     __slots__ = ("_beside", "_dtype", "_floats", "_packed", "rows")

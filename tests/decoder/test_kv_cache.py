@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moepack_runtime.kv_cache import KvCache, LayerCache
 
-from moepack.budget import kv_bytes
 from moepack.checkpoint import Checkpoint
+from moepack.working_memory import kv_bytes
 from tests.conftest import TinyFolder
 from tests.support.tiny_models import TINY_MODELS
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from moepack_runtime.ffn import FfnWeights, gated_ffn, rows_for
 from moepack_runtime.products import dear_rows, is_dear, is_one_row, linear, without_onednn
 
-from moepack.budget import ROW_MULTIPLE
 from moepack.model_spec import ActivationSpec
 from moepack.segments import align_up
+from moepack.working_memory import ROW_MULTIPLE
 
 SHAPES = [(2048, 1024), (512, 2048), (300, 96), (7, 3)]
 HALVES = [torch.bfloat16, torch.float16]

@@ -15,7 +15,6 @@ from moepack_runtime.int4_tiles import AVX2_TILE_ROWS, memory_tile_rows, rebuild
 from moepack_runtime.quantised import Int4Matrix, Int8Matrix, QuantisedMatrix, Room, product
 from moepack_runtime.weights import TORCH_DTYPE
 
-from moepack.budget import ROW_MULTIPLE, dequantised_bytes, workspace_bytes
 from moepack.encodings import encoding, pack_tiles
 from moepack.model_spec import (
     AttentionSpec,
@@ -25,6 +24,7 @@ from moepack.model_spec import (
     RopeSpec,
     RouterSpec,
 )
+from moepack.working_memory import ROW_MULTIPLE, dequantised_bytes, workspace_bytes
 from tests.support.memory import peak_bytes
 
 DTYPES = {

@@ -8,7 +8,6 @@ from moepack_runtime.ffn import FfnWeights, gated_ffn
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.model import Decoder
 
-from moepack.budget import workspace_bytes
 from moepack.model_spec import (
     AttentionSpec,
     LayerSpec,
@@ -18,6 +17,7 @@ from moepack.model_spec import (
     RopeSpec,
     RouterSpec,
 )
+from moepack.working_memory import workspace_bytes
 from tests.support.memory import peak_bytes
 
 HIDDEN, CONTEXT, BLOCK = 256, 512, 128

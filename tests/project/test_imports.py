@@ -28,6 +28,7 @@ SHARED = {
     "layout",
     "plan",
     "budget",
+    "working_memory",
     "ram_tier",
     "formats",
     "manifest",
