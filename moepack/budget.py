@@ -13,6 +13,7 @@ from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
+from moepack.trunk import stored_trunk
 from moepack.working_memory import hidden_bytes, kv_bytes, workspace_bytes
 
 #: Every loaded trunk tensor starts on a cache line: matrix kernels may round differently elsewhere.
@@ -118,10 +119,16 @@ def class_slots(layout: LayerLayout, placement: LayerPlacement) -> tuple[int, ..
     return found
 
 
-def trunk_bytes(spec: ModelSpec) -> int:
-    """Bytes of the loaded trunk: each tensor from a cache line on, all in whole pages."""
-    lines = sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in spec.trunk)
-    return align_up(lines)
+def trunk_bytes(spec: ModelSpec, trunk: str = "") -> int:
+    """Bytes of the loaded trunk: each tensor from a cache line on, all in whole pages.
+
+    Parameters
+    ----------
+    trunk
+        What its large matrices are stored in (:mod:`moepack.trunk`), here and below.
+    """
+    tensors = stored_trunk(spec, trunk) if trunk else spec.trunk
+    return align_up(sum(align_up(tensor.size_bytes, TRUNK_ALIGNMENT_BYTES) for tensor in tensors))
 
 
 def fixed_bytes(
@@ -131,16 +138,19 @@ def fixed_bytes(
     *,
     threads: int = 1,
     encodings: Collection[str] = (),
+    trunk: str = "",
 ) -> int:
     """Bytes that every placement takes, before the first expert: trunk, cache, buffers.
 
     ``encodings``: those of the layers.
     """
     return (
-        trunk_bytes(spec)
+        trunk_bytes(spec, trunk)
         + kv_bytes(spec, context_tokens, block_tokens)
         + hidden_bytes(spec, context_tokens)
-        + workspace_bytes(spec, context_tokens, block_tokens, threads=threads, encodings=encodings)
+        + workspace_bytes(
+            spec, context_tokens, block_tokens, threads=threads, encodings=encodings, trunk=trunk
+        )
     )
 
 
@@ -183,11 +193,16 @@ def memory_breakdown(
     """Every byte of the fast tier, by purpose."""
     block = layout.prefill_block_tokens
     return MemoryBreakdown(
-        trunk_bytes=trunk_bytes(spec),
+        trunk_bytes=trunk_bytes(spec, layout.trunk),
         kv_bytes=kv_bytes(spec, context_tokens, block),
         hidden_bytes=hidden_bytes(spec, context_tokens),
         workspace_bytes=workspace_bytes(
-            spec, context_tokens, block, threads=threads, encodings=layout.encodings
+            spec,
+            context_tokens,
+            block,
+            threads=threads,
+            encodings=layout.encodings,
+            trunk=layout.trunk,
         ),
         staging_bytes=staging_bytes(spec, layout, staging_experts),
         slots_bytes=sum(

@@ -29,6 +29,7 @@ from moepack.manifest import (
 from moepack.model_spec import ModelSpec
 from moepack.plan import Plan, load_plan
 from moepack.segments import SegmentId
+from moepack.trunk import trunk_name
 
 __all__ = ["PackedModel", "SegmentEntry", "TrunkTensor", "check_plan_fits"]
 
@@ -46,7 +47,7 @@ class PackedModel:
     entries : mapping
         Every segment, in the order of the manifest: by layer, top before bottom, by expert.
     trunk : tuple of TrunkTensor
-        In the order of ``spec.trunk``; all in :attr:`trunk_path`.
+        In the order of the shard; all in :attr:`trunk_path`.
     """
 
     folder: Path
@@ -146,6 +147,12 @@ def check_plan_fits(plan: Plan, manifest: Manifest, where: str) -> None:
             f"{where}: the plan replaces missing experts by low copies in {plan.layout.low}, the "
             f"folder has {manifest.layout.low or 'none'}; pack again (what is there is reused), or "
             "plan without --on-miss"
+        )
+    if plan.layout.trunk != manifest.layout.trunk:
+        raise PlanMismatchError(
+            f"{where}: the plan's trunk is {trunk_name(plan.layout.trunk)}, the folder's "
+            f"{trunk_name(manifest.layout.trunk)}; pack again (what is alike is reused) or plan "
+            "with --keep-layout"
         )
     if plan.layout.digest != manifest.layout_digest:
         held = {layer.layer: layer for layer in manifest.layout.layers}

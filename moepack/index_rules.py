@@ -17,6 +17,7 @@ from moepack.layout import LayerLayout, Layout
 from moepack.manifest import TRUNK_FILE, Manifest, SegmentGroup
 from moepack.model_spec import DTYPE_BYTES, ModelSpec
 from moepack.segments import BASE, LOW, PARTS, align_up
+from moepack.trunk import TRUNK_ENCODINGS, stored_trunk
 from moepack.units import TIB, format_size
 
 #: More than thirty times the largest open model.
@@ -52,7 +53,10 @@ def check_manifest(manifest: Manifest) -> None:
         f"the calibration {calibration!r}; expected a SHA-256, of a layout with rounded experts",
     )
     _check_groups(manifest)
-    names = tuple(tensor.name for tensor in spec.trunk)
+    require(
+        layout.trunk in TRUNK_ENCODINGS, f"the trunk is encoded as {layout.trunk!r}, expected INT8"
+    )
+    names = tuple(tensor.name for tensor in stored_trunk(spec, layout.trunk))
     require(
         tuple(item.name for item in manifest.trunk) == names,
         "the trunk's index does not list the model's trunk tensors in order",

@@ -89,6 +89,9 @@ class Layout:
     calibration : str
         Digest of what the rounding of its experts is weighed by (:mod:`moepack.calibration`);
         empty where every weight counts the same, or none is rounded.
+    trunk : str
+        What the trunk's large matrices are stored in (:mod:`moepack.trunk`); empty: as the
+        checkpoint has them.
     """
 
     model_digest: str
@@ -96,6 +99,7 @@ class Layout:
     prefill_block_tokens: int = 512
     low: str = added(default="")
     calibration: str = added(default="")
+    trunk: str = added(default="")
 
     @property
     def digest(self) -> str:

@@ -58,6 +58,7 @@ def without_low_copies(request: PlanRequest) -> PlanRequest:
             layout.prefill_block_tokens,
             threads=request.compute.threads,
             encodings=encodings,
+            trunk=layout.trunk,
         )
         for encodings in (bare.encodings | {request.low}, bare.encodings)
     )

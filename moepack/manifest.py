@@ -29,10 +29,11 @@ from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.records import record
 from moepack.segments import Part, SegmentId, SegmentShape
+from moepack.trunk import stored_trunk
 
-#: Version 2 is version 1 with quantised experts. What needs none of it is written as version 1:
-#: the same bytes as ever, and readable by every moepack.
-VERSIONS = (1, 2)
+#: Version 2 is version 1 with quantised experts, version 3 one of these with a rounded trunk. What
+#: needs none of it is written as version 1: the same bytes as ever, and readable by every moepack.
+VERSIONS = (1, 2, 3)
 
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
@@ -50,8 +51,10 @@ def shard_file(layer: int, part: Part, variant: str = "base") -> str:
     return f"experts/layer-{layer:03d}.{part}{suffix}.safetensors"
 
 
-def version_for(encodings: Iterable[str]) -> int:
-    """The lowest format version that has all these encodings of experts."""
+def version_for(encodings: Iterable[str], trunk: str = "") -> int:
+    """The lowest format version that has all these encodings of experts, and this of the trunk."""
+    if trunk:
+        return 3
     known = (ENCODINGS.get(name) for name in encodings)
     return 2 if any(item is not None and item.quantised for item in known) else 1
 
@@ -68,7 +71,7 @@ class ShardEntry:
 
 @record
 class TrunkEntry:
-    """Bytes of one trunk tensor; its dtype and shape are in the model spec.
+    """Bytes of one stored tensor of the trunk; its dtype and shape follow from spec and layout.
 
     ``offset_bytes`` counts from the start of the file. Both digests cover the tensor's bytes.
     """
@@ -175,7 +178,7 @@ class Manifest:
     shards : tuple of ShardEntry
         The trunk first, then by layer, top before bottom.
     trunk : tuple of TrunkEntry
-        In the order of ``spec.trunk``.
+        In the order of :func:`moepack.trunk.stored_trunk`.
     groups : tuple of SegmentGroup
         By layer, top before bottom; of a mixed layer one for each encoding.
     """
@@ -192,7 +195,7 @@ class Manifest:
     @property
     def version(self) -> int:
         """The format version that it is of."""
-        return version_for(self.layout.encodings)
+        return version_for(self.layout.encodings, self.layout.trunk)
 
     def entries(self) -> Iterator[SegmentEntry]:
         """Every segment, by group."""
@@ -209,7 +212,7 @@ class Manifest:
                 )
 
     def trunk_tensors(self) -> tuple[TrunkTensor, ...]:
-        """Every trunk tensor, in the order of ``spec.trunk``."""
+        """Every stored tensor of the trunk, in the order of the shard."""
         return tuple(
             TrunkTensor(
                 info.name,
@@ -220,7 +223,9 @@ class Manifest:
                 item.crc32,
                 item.sha256,
             )
-            for info, item in zip(self.spec.trunk, self.trunk, strict=True)
+            for info, item in zip(
+                stored_trunk(self.spec, self.layout.trunk), self.trunk, strict=True
+            )
         )
 
 
@@ -314,7 +319,7 @@ def _check_version(line: bytes, path: Path) -> tuple[int, str]:
     version = fields["version"]
     if version not in VERSIONS:
         cure = "update moepack" if version > VERSIONS[-1] else "pack again"
-        known = " and ".join(map(str, VERSIONS))
+        known = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
         raise PackVersionError(
             f"{path}: format version {version}, this moepack reads {known}; {cure}"
         )

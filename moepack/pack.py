@@ -44,6 +44,7 @@ from moepack.records import record
 from moepack.reuse import find_donor, find_donors, link_unit
 from moepack.safetensors_io import read_header
 from moepack.shards import Source, Unit, draft_units, write_unit
+from moepack.trunk import require_trunk
 from moepack.units import format_size
 from moepack.work_folder import WorkFolder
 
@@ -144,7 +145,9 @@ def pack(
         ) as work:
             donors = find_donors(source, out, reuse)
             resumed_bytes = _resume(work, units)
-            linked_bytes = _fill(source, work, units, donors, calibration, progress)
+            linked_bytes = _fill(
+                source, work, units, donors, calibration, plan.layout.trunk, progress
+            )
             size_bytes = sum(unit.size_bytes for unit in units)
             _write_rest(source, plan, work, units)
             PackedModel.open(work.folder)  # nothing is published that would not open
@@ -185,7 +188,8 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
     CapabilityError
         When a layer is to be stored in another dtype than the checkpoint's.
     EncodingError
-        When it is to be stored in an encoding that is not there, or that its experts do not fit.
+        When it is to be stored in an encoding that is not there, or that its experts do not fit;
+        or the trunk in one that is not there.
     """
     if not plan.model_digest == plan.layout.model_digest == spec.digest:
         raise PlanMismatchError(
@@ -197,6 +201,7 @@ def check_plan_for(spec: ModelSpec, plan: Plan) -> None:
             f"the plan cuts layers {[cut.layer for cut in plan.layout.layers]}, the model has "
             f"experts in {list(spec.moe_layers)}; plan again"
         )
+    require_trunk(plan.layout.trunk)
     for cut in plan.layout.layers:
         width = spec.moe(cut.layer).intermediate_size
         if cut.width != width or not 0 <= cut.split <= width:
@@ -259,6 +264,7 @@ def _fill(
     units: Iterable[Unit],
     donors: Iterable[PackedModel],
     calibration: Calibration | None,
+    trunk: str,
     progress: Progress,
 ) -> int:
     """Link or write every unit that is not finished; bytes linked."""
@@ -273,7 +279,9 @@ def _fill(
             linked = link_unit(donor, unit, work.folder, progress) if donor is not None else None
             if linked is not None:
                 linked_bytes += unit.size_bytes
-            work.record(linked or write_unit(source, unit, work.folder, progress, calibration))
+            work.record(
+                linked or write_unit(source, unit, work.folder, progress, calibration, trunk)
+            )
     finally:
         progress.done()
     return linked_bytes

@@ -22,6 +22,7 @@ def free_bytes(request: PlanRequest, layout: Layout, staging_experts: int) -> in
         layout.prefill_block_tokens,
         threads=request.compute.threads,
         encodings=layout.encodings,
+        trunk=layout.trunk,
     )
     return request.fast_budget_bytes - fixed - staging_bytes(request.spec, layout, staging_experts)
 

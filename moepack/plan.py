@@ -236,6 +236,8 @@ class EngineCapabilities:
         one fixed order, and a missing one holds up those behind it.
     encodings : tuple of str
         In which experts may be stored for it to compute with them.
+    trunks : tuple of str
+        What the trunk may be stored in (:mod:`moepack.trunk`).
     """
 
     policies: tuple[Policy, ...]
@@ -247,6 +249,7 @@ class EngineCapabilities:
     encodings: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
     mixed_layers: bool = False
     low_copies: tuple[DeviceKind, ...] = ()
+    trunks: tuple[str, ...] = ("",)
 
 
 @record

@@ -1,4 +1,4 @@
-"""A routed expert in a quantised encoding, and back.
+"""A routed expert in a quantised encoding, and back; and a trunk's matrix.
 
 The whole expert is rounded, then cut (:func:`moepack.segments.cut_expert_into`): packs of different
 splits hold the same codes. How codes are chosen is in :mod:`moepack.rounding`; what is stored, in
@@ -28,6 +28,7 @@ from moepack.encodings import ENCODINGS, Encoding, unpack_tiles
 from moepack.errors import NonFiniteWeightError
 from moepack.rounding import Floats, from_bf16, round_int4, round_int8
 from moepack.segments import Bits, SegmentShape
+from moepack.trunk import TrunkPart
 
 MATRICES = ("gate", "up", "down")
 
@@ -138,6 +139,32 @@ def quantise_expert(
     for _ in (pool.map if pool is not None else map)(_call, jobs):
         pass
     return found
+
+
+def stored_tensors(tensor: Bits, part: TrunkPart, pool: Executor | None = None) -> list[Bits]:
+    """The tensors that one of the trunk is stored as, each as its bytes: uint8, flat.
+
+    Parameters
+    ----------
+    tensor
+        Bit patterns of ``part.source``.
+    pool
+        Where rounding is done, in pieces; None: here. The result is the same.
+
+    Raises
+    ------
+    NonFiniteWeightError
+        When a weight that is to be rounded is NaN or infinite.
+    """
+    info = part.source
+    fits = tensor.shape == info.shape and tensor.nbytes == info.size_bytes
+    assert fits, f"got {tensor.shape} {tensor.dtype}, expected {info}"
+    if not part.is_rounded:
+        return [np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)]
+    found, jobs = _int8(_Matrix(tensor, info.dtype, f"trunk tensor {info.name}", None))
+    for _ in (pool.map if pool is not None else map)(_call, jobs):
+        pass
+    return [bits.reshape(-1).view(np.uint8) for bits in (found["weight"], found["scale"])]
 
 
 def _call(job: Callable[[], None]) -> None:

@@ -5,7 +5,8 @@ because an expert is read once and cut into both. A layer's low copies are a uni
 which takes reading its experts again: so a pack without them gives a pack with them all the rest.
 
 Peak memory: three experts (the one being cut, one being written, and one whose digests are being
-computed) beside what the source itself keeps, or two trunk tensors where they are larger. Quantised
+computed) beside what the source itself keeps, or two trunk tensors where they are larger (a rounded
+one takes half of what it is made from: a tensor and two times its codes, at most). Quantised
 experts take no more: less than one while it is rounded and cut (a byte for each weight, and INT4's
 of gate and up once more), and two as they are stored; and 12 MiB for each core, which rounds a
 piece of its own (:mod:`moepack.quantise`).
@@ -41,7 +42,7 @@ from moepack.manifest import (
 )
 from moepack.model_spec import ModelSpec
 from moepack.progress import Progress
-from moepack.quantise import quantise_expert
+from moepack.quantise import quantise_expert, stored_tensors
 from moepack.records import record
 from moepack.rounding import ROUNDING
 from moepack.safetensors_io import ShardDraft, draft_shard
@@ -55,6 +56,7 @@ from moepack.segments import (
     SegmentShape,
     cut_expert_into,
 )
+from moepack.trunk import stored_trunk, trunk_parts
 
 
 class Source(Protocol):
@@ -148,14 +150,21 @@ class FinishedUnit:
 
 def draft_units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
     """Every shard of a pack, in the order of the manifest: sizes and headers, no data."""
-    trunk = draft_shard(([tensor] for tensor in spec.trunk), _metadata(content="trunk"))
-    units = [Unit(None, (Shard(TRUNK_FILE, trunk, None),))]
+    units = [Unit(None, (Shard(TRUNK_FILE, _draft_trunk(spec, layout.trunk), None),))]
     low_layers = layout.low_layers or (None,) * len(layout.layers)
     for cut, low in zip(layout.layers, low_layers, strict=True):
         units.append(_draft_layer(spec, cut, BASE, layout.calibration))
         if low is not None:
             units.append(_draft_layer(spec, low, LOW, layout.calibration))
     return tuple(units)
+
+
+def _draft_trunk(spec: ModelSpec, trunk: str) -> ShardDraft:
+    fields = {"content": "trunk"}
+    if trunk:
+        fields |= {"encoding": trunk, "rounding": str(ROUNDING)}
+    metadata = _metadata(version=version_for((), trunk), **fields)
+    return draft_shard(([tensor] for tensor in stored_trunk(spec, trunk)), metadata)
 
 
 def _draft_layer(spec: ModelSpec, layout: LayerLayout, variant: str, calibration: str) -> Unit:
@@ -203,11 +212,14 @@ def write_unit(
     folder: Path,
     progress: Progress,
     calibration: Calibration | None = None,
+    trunk: str = "",
 ) -> FinishedUnit:
     """Write a unit's files, flushed to the disk.
 
     Parameters
     ----------
+    trunk
+        What the trunk's large matrices are stored in.
     calibration
         What rounding is weighed by; None: every weight counts the same.
 
@@ -215,6 +227,8 @@ def write_unit(
     ------
     OSError
         When a file cannot be written.
+    NonFiniteWeightError
+        When a weight that is to be rounded is NaN or infinite.
     """
     with ExitStack() as stack:
         threads = max(len(PARTS), os.cpu_count() or 1)
@@ -225,23 +239,26 @@ def write_unit(
         ]
         progress.advance(sum(len(shard.draft.header) for shard in unit.shards))
         if unit.layer is None:
-            return _write_trunk(source, unit, writers[0], progress)
+            return _write_trunk(source, unit, trunk, writers[0], pool, progress)
         stored = _Stored(source, calibration, pool)
         return _write_layer(stored, unit, unit.layer, writers, progress)
 
 
 def _write_trunk(
-    source: Source, unit: Unit, writer: _ShardWriter, progress: Progress
+    source: Source,
+    unit: Unit,
+    trunk: str,
+    writer: _ShardWriter,
+    pool: Executor,
+    progress: Progress,
 ) -> FinishedUnit:
-    for info in source.spec.trunk:
-        tensor = source.trunk_tensor(info.name)
-        fits = tensor.shape == info.shape and tensor.nbytes == info.size_bytes
-        assert fits, f"got {tensor.shape} {tensor.dtype}, expected {info}"
-        bits = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        progress.advance(writer.append(bits.data))
+    parts = trunk_parts(source.spec, trunk)
+    for part in parts:
+        for bits in stored_tensors(source.trunk_tensor(part.source.name), part, pool):
+            progress.advance(writer.append(bits.data))
+    names = (tensor.name for part in parts for tensor in part.tensors)
     entries = [
-        TrunkEntry(info.name, *placed)
-        for info, placed in zip(source.spec.trunk, writer.finish(), strict=True)
+        TrunkEntry(name, *placed) for name, placed in zip(names, writer.finish(), strict=True)
     ]
     return FinishedUnit(unit.name, (unit.shards[0].entry,), tuple(entries), ())
 

@@ -33,6 +33,7 @@ from moepack.placements import free_bytes, place_layer, placement
 from moepack.plan import POLICIES, EngineCapabilities, Placement, Policy, SharedPool
 from moepack.plan_request import PlanRequest
 from moepack.routing_tables import RoutingTables
+from moepack.trunk import TRUNK_ENCODINGS
 
 #: What ``--assume-engine full`` plans for.
 FULL_ENGINE = EngineCapabilities(
@@ -44,6 +45,7 @@ FULL_ENGINE = EngineCapabilities(
     as_ready=True,
     encodings=tuple(ENCODINGS),
     mixed_layers=True,
+    trunks=TRUNK_ENCODINGS,
 )
 
 #: Experts that Mixtral-Offloading guesses of the next layer.

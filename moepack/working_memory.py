@@ -6,10 +6,12 @@ Bytes that the runtime allocates and the planner reserves, as :mod:`moepack.budg
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from moepack.encodings import TILE_ROWS, Encoding, encoding
 from moepack.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec
 from moepack.segments import align_up
+from moepack.trunk import rounded_matrices
 
 #: Rows of an expert's product over many tokens come in multiples of this. Every number of rows
 #: that the matrix library has not seen costs it a new kernel: without this, the first prompt takes
@@ -116,6 +118,7 @@ def workspace_bytes(
     *,
     threads: int = 1,
     encodings: Collection[str] = (),
+    trunk: str = "",
 ) -> int:
     """Upper bound of the temporaries of one step: the larger of attention, FFN and head.
 
@@ -124,7 +127,8 @@ def workspace_bytes(
     MLA also expands its latent over the context, and each thread holds a tile of scores. FFN:
     gate, up and their product for one block through the widest FFN, twice, and what dequantising
     takes for experts in any of ``encodings``. Head: the logits of one token and their sorted copy.
-    One token alone takes less, but for heads that share no keys.
+    Each with what dequantising takes for its matrices of the trunk. One token alone takes less, but
+    for heads that share no keys.
     """
     element_bytes = DTYPE_BYTES[spec.dtype]
     block = min(block_tokens, context_tokens)
@@ -149,9 +153,36 @@ def workspace_bytes(
             widths += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
         rows = align_up(block, ROW_MULTIPLE)
         ffn = max(ffn, rows * (3 * max(widths) + 2 * spec.hidden_size) * (element_bytes + 4))
-    ffn += _most_dequantised_bytes(spec, encodings)
-    head = 3 * spec.vocab_size * 4
+    in_trunk = _dequantised_in_trunk(spec, trunk, block)
+    attention += in_trunk.attention
+    ffn += max(_most_dequantised_bytes(spec, encodings), in_trunk.ffn)
+    head = 3 * spec.vocab_size * 4 + in_trunk.head
     return max(attention, ffn, head)
+
+
+class _InTrunk(NamedTuple):
+    """What dequantising takes at the most for the trunk's matrices, by what they are for."""
+
+    attention: int = 0
+    ffn: int = 0
+    head: int = 0
+
+
+def _dequantised_in_trunk(spec: ModelSpec, trunk: str, block: int) -> _InTrunk:
+    """With the product of a part of a matrix, for a block; of the head, for one token."""
+    most = _InTrunk()
+    for matrix in rounded_matrices(spec, trunk):
+        outputs, inputs = matrix.shape
+        size_bytes = dequantised_bytes(encoding(trunk), outputs, inputs, spec.dtype)
+        part_bytes = min(outputs, dequantised_rows(inputs)) * DTYPE_BYTES[spec.dtype]
+        if ".attn." in matrix.name:
+            attention = max(most.attention, size_bytes + block * part_bytes)
+            most = most._replace(attention=attention)
+        elif matrix.name.startswith("layers."):
+            most = most._replace(ffn=max(most.ffn, size_bytes + block * part_bytes))
+        elif matrix.name.startswith("head.") or spec.tied_embeddings:
+            most = most._replace(head=max(most.head, size_bytes + part_bytes))
+    return most
 
 
 def _tile_bytes(attention: AttentionSpec, block: int, columns: int) -> int:

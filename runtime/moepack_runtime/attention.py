@@ -17,9 +17,8 @@ from moepack.model_spec import AttentionSpec
 from moepack.working_memory import heads_at_a_time
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.norms import NormFunction, rms_norm
-from moepack_runtime.products import several
 from moepack_runtime.rope import RotaryEmbedding, Rotation
-from moepack_runtime.weights import Weights
+from moepack_runtime.weights import Weights, beside
 
 
 class Here(NamedTuple):
@@ -97,7 +96,7 @@ class GroupedQueryAttention(Attention):
         norm_eps: float,
     ) -> None:
         self._spec = spec
-        self._qkv = [(weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in "qkv"]
+        self._qkv = beside([weights.linear(name) for name in "qkv"])
         self._o = weights.linear("o")
         self._norms: tuple[NormFunction, NormFunction] | None = None
         if spec.qk_norm != "none":
@@ -135,7 +134,7 @@ class GroupedQueryAttention(Attention):
         self, x: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         spec, tokens = self._spec, x.shape[0]
-        queries, keys, values = several(x, self._qkv)
+        queries, keys, values = self._qkv(x)
         if spec.qk_norm == "full":
             queries, keys = self._normed(queries, keys)
         if spec.clip is not None:

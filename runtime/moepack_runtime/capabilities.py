@@ -13,6 +13,7 @@ from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchErr
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import POLICIES, PREFETCH_MODES, EngineCapabilities, Placement, Plan, Policy
+from moepack.trunk import TRUNK_ENCODINGS
 from moepack.units import format_size
 
 CAPABILITIES = EngineCapabilities(
@@ -25,6 +26,7 @@ CAPABILITIES = EngineCapabilities(
     encodings=tuple(ENCODINGS),
     low_copies=("cpu",),
     mixed_layers=True,
+    trunks=TRUNK_ENCODINGS,
 )
 
 
@@ -95,13 +97,19 @@ def _require_low_copies(spec: ModelSpec, layout: Layout, placement: Placement) -
 
 
 def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES) -> None:
-    """Refuse a layout of which an engine cannot compute with every layer's experts.
+    """Refuse a layout of which an engine cannot compute with the trunk, or some layer's experts.
 
     Raises
     ------
     CapabilityError
         Naming the layer, its encoding and those that there are.
     """
+    if layout.trunk not in engine.trunks:
+        raise CapabilityError(
+            f"the layout holds the trunk as {layout.trunk!r}; this engine computes with "
+            f"{', '.join(name or 'that of the checkpoint' for name in engine.trunks)}; plan again "
+            "with this moepack"
+        )
     for cut in layout.layers:
         for name in cut.classes:
             if name not in engine.encodings:

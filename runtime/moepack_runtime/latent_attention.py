@@ -13,7 +13,7 @@ from moepack_runtime.attention import Attention, Here, attend_in_groups, causal_
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.norms import rms_norm
 from moepack_runtime.rope import RotaryEmbedding, Rotation
-from moepack_runtime.weights import Weights
+from moepack_runtime.weights import ExactLinear, Weights
 
 #: DeepSeek's norms of its latents do not take their eps from the configuration.
 _LATENT_EPS = 1e-6
@@ -46,7 +46,8 @@ class LatentAttention(Attention):
         self._query = _query_projection(mla, weights)
         self._kv_a = weights.linear("kv_a")
         self._kv_norm = rms_norm(weights["kv_a_norm.weight"], _LATENT_EPS)
-        self._kv_b = weights.linear("kv_b")
+        # Never in codes: its heads are multiplied with one by one.
+        self._kv_b = ExactLinear(weights["kv_b.weight"], weights.get("kv_b.bias"))
         per_head = self._kv_b.weight.view(
             spec.num_heads, mla.nope_dim + spec.value_dim, mla.kv_rank
         )

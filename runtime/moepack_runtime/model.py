@@ -6,20 +6,19 @@ head. Nothing here knows where experts come from; the engine walks the layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec, LayerSpec, ModelSpec
 from moepack_runtime.attention import Attention, GroupedQueryAttention, Here
-from moepack_runtime.ffn import FfnWeights, gated_ffn
+from moepack_runtime.ffn import FfnWeights, activate, gated_ffn
 from moepack_runtime.kv_cache import KvCache, LayerCache
 from moepack_runtime.latent_attention import LatentAttention
 from moepack_runtime.norms import read_norm
 from moepack_runtime.rope import RotaryEmbedding
 from moepack_runtime.router import Router, Routing
-from moepack_runtime.weights import Linear, Weights
+from moepack_runtime.weights import TORCH_DTYPE, ExactLinear, Linear, Weights
 
 
 class DecoderLayer:
@@ -37,16 +36,15 @@ class DecoderLayer:
         #: Norm before the second half: [tokens, hidden] to the same.
         self.mlp_norm = read_norm(spec.norm, weights.within("mlp_norm"), spec.norm_eps)
         self._router: Router | None = None
-        self._ffn: FfnWeights | None = None
+        self._ffn: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._shared_gate: Linear | None = None
         if layer.moe is None:
-            self._activation = ActivationSpec(layer.dense_activation)
-            self._ffn = _read_ffn(weights.within("mlp"))
+            dense = ActivationSpec(layer.dense_activation)
+            self._ffn = _read_ffn(weights.within("mlp"), dense)
             return
         self._router = Router(layer.moe, weights.within("router"))
-        self._activation = layer.moe.activation_spec
         if layer.moe.shared_intermediate_size:
-            self._ffn = _read_ffn(weights.within("shared"))
+            self._ffn = _read_ffn(weights.within("shared"), layer.moe.activation_spec)
         if layer.moe.shared_gate:
             self._shared_gate = weights.linear("shared_gate")
 
@@ -89,7 +87,7 @@ class DecoderLayer:
         """Output of the shared expert, gated where it is; None where there is none."""
         if self._ffn is None:
             return None
-        output = gated_ffn(x, self._ffn, self._activation)
+        output = self._ffn(x)
         if self._shared_gate is not None:
             output.mul_(self._shared_gate(x).sigmoid_())
         return output
@@ -102,7 +100,19 @@ class DecoderLayer:
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the FFN of a layer without experts."""
         assert self._ffn is not None, "a layer of experts has no dense FFN"
-        return gated_ffn(x, self._ffn, self._activation)
+        return self._ffn(x)
+
+
+class Head:
+    """What is behind the last layer: final norm and head."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights) -> None:
+        self._norm = read_norm(spec.norm, weights.within("norm"), spec.norm_eps)
+        self._linear = weights.linear("embed" if spec.tied_embeddings else "head", "head.bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to float32 [tokens, vocab]."""
+        return self._linear(self._norm(x)).float()
 
 
 class Decoder:
@@ -113,7 +123,7 @@ class Decoder:
     Parameters
     ----------
     trunk : mapping of str to Tensor
-        Canonical names (:mod:`moepack.model_spec`); on one device.
+        Names of :func:`moepack.trunk.stored_trunk`; on one device.
 
     Raises
     ------
@@ -123,10 +133,9 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, trunk: Mapping[str, torch.Tensor], kv: KvCache) -> None:
         weights = Weights(trunk)
-        self._embedding = weights["embed.weight"]
-        self._norm = read_norm(spec.norm, weights.within("norm"), spec.norm_eps)
-        head = self._embedding if spec.tied_embeddings else weights["head.weight"]
-        self._head = Linear(head, weights.get("head.bias"))
+        self._device = weights["embed.weight"].device
+        self._embedding = weights.embedding("embed", TORCH_DTYPE[spec.dtype])
+        self._head = Head(spec, weights)
         self._kv = kv
         self._ropes: dict[tuple[int, int], RotaryEmbedding] = {}
         self.layers = tuple(
@@ -165,7 +174,7 @@ class Decoder:
                 head_dim=head_dim,
                 rotary_dim=rotary_dim,
                 context_tokens=self._kv.context_tokens,
-                device=self._embedding.device,
+                device=self._device,
             )
         return self._ropes[key]
 
@@ -189,13 +198,21 @@ class Decoder:
         """
         for rope in self._ropes.values():
             rope.begin_pass(self._kv.length + ids.shape[0])
-        return F.embedding(ids, self._embedding)
+        return self._embedding(ids)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [tokens, hidden] to float32 [tokens, vocab]."""
-        return self._head(self._norm(x)).float()
+        return self._head(x)
 
 
-def _read_ffn(weights: Weights) -> FfnWeights:
+def _read_ffn(
+    weights: Weights, activation: ActivationSpec
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A dense or shared FFN: [tokens, hidden] to the same."""
     gate, up, down = (weights.linear(name) for name in ("gate", "up", "down"))
-    return FfnWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+    match gate, up, down:
+        case ExactLinear(), ExactLinear(), ExactLinear():
+            exact = FfnWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+            return lambda x: gated_ffn(x, exact, activation)
+        case _:
+            return lambda x: down(activate(gate(x), up(x), activation))

@@ -19,13 +19,13 @@ from typing_extensions import override
 
 from moepack.budget import TRUNK_ALIGNMENT_BYTES, layer_segment, trunk_bytes
 from moepack.calibration import Calibration, calibration_for
-from moepack.encodings import encoding
+from moepack.encodings import EncodedTensor, encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.layout import Layout
 from moepack.manifest import TRUNK_FILE
-from moepack.model_spec import ModelSpec, TensorInfo
-from moepack.quantise import quantise_expert
+from moepack.model_spec import ModelSpec
+from moepack.quantise import quantise_expert, stored_tensors
 from moepack.segments import (
     BASE,
     LOW,
@@ -37,6 +37,7 @@ from moepack.segments import (
     align_up,
     cut_expert,
 )
+from moepack.trunk import require_trunk, stored_trunk, trunk_parts
 from moepack.units import MIB
 from moepack_runtime.direct_io import Buffer, DirectFile, allocate
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
@@ -96,10 +97,12 @@ class SegmentStore(ABC):
         device: torch.device = _CPU,
         progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
-        """Every trunk tensor under its canonical name, in one block of the device's memory.
+        """Every stored tensor of the trunk, in one block of the device's memory.
 
-        The block takes :func:`moepack.budget.trunk_bytes`; it is freed when the last tensor goes.
-        Peak memory beyond it: a few MiB of RAM, and of a plain checkpoint one tensor.
+        By the names of :func:`moepack.trunk.stored_trunk`. The block takes
+        :func:`moepack.budget.trunk_bytes`; it is freed when the last tensor goes. Peak memory
+        beyond it: a few MiB of RAM, and of a plain checkpoint one tensor, with its codes where it
+        is rounded.
 
         Raises
         ------
@@ -117,29 +120,32 @@ class SegmentStore(ABC):
 
 
 def _allocate_trunk(
-    spec: ModelSpec, device: torch.device
-) -> Iterator[tuple[TensorInfo, torch.Tensor, torch.Tensor]]:
-    """For each tensor: itself, its bytes (uint8, flat), and the tensor over those bytes."""
-    size_bytes = trunk_bytes(spec)
+    spec: ModelSpec, trunk: str, device: torch.device
+) -> Iterator[tuple[EncodedTensor, torch.Tensor, torch.Tensor]]:
+    """For each stored tensor: itself, its bytes (uint8, flat), and the tensor over those bytes."""
+    size_bytes = trunk_bytes(spec, trunk)
     if device.type == "cpu":
         memory = allocate(size_bytes)
     else:
         memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     offset_bytes = 0
-    for info in spec.trunk:
+    for info in stored_trunk(spec, trunk):
         flat = memory[offset_bytes : offset_bytes + info.size_bytes]
         yield info, flat, flat.view(TORCH_DTYPE[info.dtype]).view(info.shape)
         offset_bytes += align_up(info.size_bytes, TRUNK_ALIGNMENT_BYTES)
 
 
-def _trunk_step(spec: ModelSpec) -> torch.Tensor:
+def _trunk_step(spec: ModelSpec, trunk: str) -> torch.Tensor:
     """Memory through which the trunk is read: no more than its largest tensor takes."""
-    largest_bytes = max(info.size_bytes for info in spec.trunk)
+    largest_bytes = max(tensor.size_bytes for tensor in stored_trunk(spec, trunk))
     return allocate(align_up(min(_TRUNK_STEP_BYTES, largest_bytes)))
 
 
-def _loading_trunk(progress: Progress, spec: ModelSpec) -> AbstractContextManager[Progress]:
-    return working(progress, "load the trunk", sum(info.size_bytes for info in spec.trunk))
+def _loading_trunk(
+    progress: Progress, spec: ModelSpec, trunk: str
+) -> AbstractContextManager[Progress]:
+    size_bytes = sum(tensor.size_bytes for tensor in stored_trunk(spec, trunk))
+    return working(progress, "load the trunk", size_bytes)
 
 
 class PackStore(SegmentStore):
@@ -216,10 +222,11 @@ class PackStore(SegmentStore):
         progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
-        step = _trunk_step(self._packed.spec)
-        with _loading_trunk(progress, self._packed.spec):
+        spec, trunk = self._packed.spec, self._packed.layout.trunk
+        step = _trunk_step(spec, trunk)
+        with _loading_trunk(progress, spec, trunk):
             for (info, flat, tensor), entry in zip(
-                _allocate_trunk(self._packed.spec, device), self._packed.trunk, strict=True
+                _allocate_trunk(spec, trunk, device), self._packed.trunk, strict=True
             ):
                 self._read_trunk_tensor(entry, flat, step, check, progress)
                 tensors[info.name] = tensor
@@ -285,7 +292,7 @@ class CheckpointStore(SegmentStore):
     PlanMismatchError
         When the layout asks for another dtype than the model has, or for another calibration.
     UnknownEncodingError, GroupMismatchError
-        When its experts cannot be stored as the layout wants.
+        When its experts, or its trunk, cannot be stored as the layout wants.
     NonFiniteWeightError
         While reading, when a weight that is to be rounded is NaN or infinite.
     """
@@ -297,9 +304,11 @@ class CheckpointStore(SegmentStore):
         layout: Layout,
         calibration: Calibration | None = None,
     ) -> None:
+        require_trunk(layout.trunk)
         self._calibration = calibration_for(spec, layout, calibration)
         self._source = source
         self._spec = spec
+        self._trunk = layout.trunk
         self._cuts = {(cut.layer, BASE): cut for cut in layout.layers}
         self._cuts |= {(cut.layer, LOW): cut for cut in layout.low_layers}
         self._shapes: dict[tuple[int, Part, str], SegmentShape] = {}
@@ -361,11 +370,10 @@ class CheckpointStore(SegmentStore):
         progress: Progress = NO_PROGRESS,
     ) -> dict[str, torch.Tensor]:
         tensors = {}
-        step = _trunk_step(self._spec)
-        with _loading_trunk(progress, self._spec):
-            for info, flat, tensor in _allocate_trunk(self._spec, device):
-                bits = np.ascontiguousarray(self._source.trunk_tensor(info.name))
-                source = bits.reshape(-1).view(np.uint8)
+        step = _trunk_step(self._spec, self._trunk)
+        with _loading_trunk(progress, self._spec, self._trunk):
+            rooms = _allocate_trunk(self._spec, self._trunk, device)
+            for (info, flat, tensor), source in zip(rooms, self._trunk_bits(), strict=True):
                 # Through memory of ours: torch takes no array that may only be read.
                 for done in range(0, info.size_bytes, step.nbytes):
                     count = min(step.nbytes, info.size_bytes - done)
@@ -374,6 +382,11 @@ class CheckpointStore(SegmentStore):
                     progress.advance(count)
                 tensors[info.name] = tensor
         return tensors
+
+    def _trunk_bits(self) -> Iterator[Bits]:
+        """The bytes of every stored tensor, in their order."""
+        for part in trunk_parts(self._spec, self._trunk):
+            yield from stored_tensors(self._source.trunk_tensor(part.source.name), part)
 
     @override
     def close(self) -> None:

@@ -1,12 +1,16 @@
-"""The trunk's tensors by canonical name, and the one product that is made with most of them."""
+"""The trunk's tensors by name, and the products that are made with most of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
+from typing_extensions import override
 
-from moepack_runtime.products import linear
+from moepack_runtime.products import linear, several
+from moepack_runtime.quantised import Int8Matrix, product
 
 #: Torch's dtype for each that a model is loaded in, or its quantised experts, by safetensors' name.
 TORCH_DTYPE = {
@@ -19,11 +23,18 @@ TORCH_DTYPE = {
 }
 
 
-class Linear:
-    """``x W^T + b`` with the weight as [out, in]; no copy of either is made.
+class Linear(ABC):
+    """``x W^T + b`` with the weight as [out, in]; no copy of either is made."""
 
-    By :func:`moepack_runtime.products.linear`.
-    """
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] to [tokens, out]."""
+
+
+class ExactLinear(Linear):
+    """By :func:`moepack_runtime.products.linear`."""
 
     __slots__ = ("bias", "weight")
 
@@ -31,9 +42,31 @@ class Linear:
         self.weight = weight
         self.bias = bias
 
+    @override
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] to [tokens, out]."""
         return linear(x, self.weight, self.bias)
+
+
+class RoundedLinear(Linear):
+    """With a weight in codes, by :func:`moepack_runtime.quantised.product`."""
+
+    __slots__ = ("_bias", "_matrix")
+
+    def __init__(self, matrix: Int8Matrix, bias: torch.Tensor | None = None) -> None:
+        self._matrix = matrix
+        self._bias = bias
+
+    @override
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self._matrix, self._bias)
+
+
+def beside(maps: Sequence[Linear]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """What several maps make of one ``x``, each to the same bits as by itself."""
+    exact = [(each.weight, each.bias) for each in maps if isinstance(each, ExactLinear)]
+    if len(exact) == len(maps):
+        return lambda x: several(x, exact)
+    return lambda x: [each(x) for each in maps]
 
 
 class Weights:
@@ -54,6 +87,29 @@ class Weights:
         """The tensor, or None where the model has none of this name."""
         return self._trunk.get(self._prefix + name)
 
-    def linear(self, name: str) -> Linear:
-        """The linear map ``name.weight``, ``name.bias``."""
-        return Linear(self[f"{name}.weight"], self.get(f"{name}.bias"))
+    def linear(self, name: str, bias: str | None = None) -> Linear:
+        """The linear map ``name.weight`` (with ``name.scale``: in codes) and ``name.bias``.
+
+        ``bias``: the name of that, where it is another.
+        """
+        weight, added = self[f"{name}.weight"], self.get(bias or f"{name}.bias")
+        scale = self.get(f"{name}.scale")
+        if scale is None:
+            return ExactLinear(weight, added)
+        return RoundedLinear(Int8Matrix(weight, scale), added)
+
+    def embedding(self, name: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Rows of ``name.weight``: from ids, int64 [tokens], to [tokens, width].
+
+        Those of a table in codes are what its product would multiply with, in ``dtype``.
+        Meanwhile they take 5 bytes for each of their elements.
+        """
+        table, scale = self[f"{name}.weight"], self.get(f"{name}.scale")
+        if scale is None:
+            return lambda ids: F.embedding(ids, table)
+
+        def rows(ids: torch.Tensor) -> torch.Tensor:
+            floats = table.index_select(0, ids).float()
+            return floats.mul_(scale.index_select(0, ids).unsqueeze(1).float()).to(dtype)
+
+        return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -69,18 +70,18 @@ def test_transformers_reads_the_same_model_from_the_same_files(tmp_path: Path, k
     assert torch.equal(model(torch.tensor([PROMPT])).logits[0], logits)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "trunk"), [("bfloat16", "INT8"), ("float16", "")])
 @every_model
 @torch.inference_mode()
 def test_a_pack_of_a_quantised_model_is_that_of_the_dequantised_one(
-    tmp_path: Path, key: str, dtype: str
+    tmp_path: Path, key: str, dtype: str, trunk: str
 ) -> None:
     """But for the identity of the weights, which is that of the files."""
     source = quantised_model(key, tmp_path / "source", dtype)
     packs = []
     for folder in (source, dequantised_model(source, tmp_path / "plain")):
         checkpoint = Checkpoint.open(folder)
-        layout = mixed_layout(checkpoint.spec, (0.5, 1.0))
+        layout = dataclasses.replace(mixed_layout(checkpoint.spec, (0.5, 1.0)), trunk=trunk)
         place = placement(checkpoint.spec, layout, tops=2, bottoms=2, staging=2, context=96)
         packs.append(tmp_path / f"{folder.name}-pack")
         pack(checkpoint, plan_for(checkpoint.spec, layout, place), packs[-1])

@@ -1,9 +1,10 @@
-"""The golden packs: format versions 1 and 2, byte for byte, in a form that people can read.
+"""The golden packs: format versions 1 to 3, byte for byte, in a form that people can read.
 
 ``golden/manifest.json`` is the file itself; those of version 2 are in ``golden_quantised``, and
-of a mixed layer in ``golden_mixed``. A shard is its size, its header (the padding of spaces left
-out) and every row of sixteen bytes that is not zero. ``python -m tests.pack.golden_pack`` writes
-them anew: only together with a new format version, once moepack is released.
+of a mixed layer in ``golden_mixed``; that of version 3 is in ``golden_trunk``. A shard is its size,
+its header (the padding of spaces left out) and every row of sixteen bytes that is not zero.
+``python -m tests.pack.golden_pack`` writes them anew: only together with a new format version, once
+moepack is released.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.pack.fake_models import make_plan, make_spec
 GOLDEN = Path(__file__).with_name("golden")
 GOLDEN_QUANTISED = Path(__file__).with_name("golden_quantised")
 GOLDEN_MIXED = Path(__file__).with_name("golden_mixed")
+GOLDEN_TRUNK = Path(__file__).with_name("golden_trunk")
 ROW = 16
 
 
@@ -117,6 +119,28 @@ def golden_quantised_source(folder: Path) -> tuple[GridSource, Plan]:
     return source, make_plan(spec, [16, 32], encodings=["INT8", "INT4_G32"])
 
 
+class TrunkGridSource(GridSource):
+    """Three rows of the embedding on the grid of INT8, all others zero."""
+
+    def trunk_tensor(self, name: str) -> Bits:
+        if name != "embed.weight":
+            return super().trunk_tensor(name)
+        rows, columns = np.indices(self.spec.trunk[0].shape)
+        codes = np.where(columns == rows % 32, 127, (29 * rows + 53 * columns) % 255 - 127)
+        values = np.where(np.isin(rows, (0, 1, 256)), codes / 128, 0)
+        return np.asarray(np.asarray(values, np.float32).view(np.uint32) >> 16, np.uint16)
+
+
+def golden_trunk_source(folder: Path) -> tuple[TrunkGridSource, Plan]:
+    """An embedding of 257 tokens that is the head as well, and one expert as INT8."""
+    spec = make_spec(hidden=32, width=32, experts=1, moe_layers=1, dense_layers=0, vocab=257)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    source = TrunkGridSource(replace(spec, name="golden"), auxiliary_files=(tokenizer,))
+    plan = make_plan(spec, [32], encodings=["INT8"])
+    return source, replace(plan, layout=replace(plan.layout, trunk="INT8"))
+
+
 def dump(shard: bytes) -> str:
     """A shard as text."""
     header_bytes = 8 + int.from_bytes(shard[:8], "little")
@@ -150,6 +174,7 @@ SOURCES: dict[Path, Callable[[Path], tuple[CountingSource, Plan]]] = {
     GOLDEN: golden_source,
     GOLDEN_QUANTISED: golden_quantised_source,
     GOLDEN_MIXED: golden_mixed_source,
+    GOLDEN_TRUNK: golden_trunk_source,
 }
 
 

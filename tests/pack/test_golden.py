@@ -14,6 +14,7 @@ from tests.pack.golden_pack import (
     GOLDEN,
     GOLDEN_MIXED,
     GOLDEN_QUANTISED,
+    GOLDEN_TRUNK,
     SOURCES,
     dump,
     shards,
@@ -120,3 +121,33 @@ def test_the_golden_mixed_layer_holds_every_expert_in_its_encoding(tmp_path: Pat
     assert payload[:1024] == bytes(expected)
     # In BF16 minus a half, then minus a sixteenth.
     assert payload_of(model, found[1].id)[:4].hex() == "00bf80bd"
+
+
+def test_the_golden_trunk_of_int8_is_laid_out_as_the_format_says(tmp_path: Path) -> None:
+    """Codes of the embedding row by row; its scales, aligned, are the next tensor."""
+    model = written_long_ago(GOLDEN_TRUNK, tmp_path)
+    assert (tmp_path / "manifest.json").read_text().startswith('{"format":"moepack","version":3,')
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in model.trunk] == [
+        ("embed.weight", "I8", (257, 32)),
+        ("embed.scale", "BF16", (257,)),
+        ("layers.0.attn_norm.weight", "BF16", (32,)),
+        ("layers.0.router.weight", "BF16", (1, 32)),
+        ("layers.0.router.correction_bias", "F32", (1,)),
+        ("norm.weight", "BF16", (32,)),
+    ]
+    codes, scales, norm = model.trunk[:3]
+    assert [scales.offset_bytes, norm.offset_bytes] == [
+        codes.offset_bytes + 12288,
+        codes.offset_bytes + 16384,
+    ]
+    shard = (tmp_path / "trunk.safetensors").read_bytes()
+    told = (0, 1, 256)
+    expected = [
+        code_of_int8(row, column, 0) if row in told else 0
+        for row in range(257)
+        for column in range(32)
+    ]
+    assert shard[codes.offset_bytes :][: codes.size_bytes] == bytes(expected)
+    scale = {row: "003c" if row in told else "0000" for row in range(257)}  # 1/128, and 0
+    found = shard[scales.offset_bytes :][: scales.size_bytes]
+    assert found.hex(" ", 2) == " ".join(scale.values())

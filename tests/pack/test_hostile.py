@@ -65,12 +65,12 @@ def test_another_file_called_manifest(packed: Path, text: bytes) -> None:
     refuses(packed, PackFormatError, "does not start with the line of a moepack manifest")
 
 
-@pytest.mark.parametrize(("version", "cure"), [(3, "update moepack"), (0, "pack again")])
+@pytest.mark.parametrize(("version", "cure"), [(4, "update moepack"), (0, "pack again")])
 def test_another_version_is_seen_before_anything_else(
     packed: Path, version: int, cure: str
 ) -> None:
     change_manifest(packed, lambda document: document.clear(), version=version)
-    refuses(packed, PackVersionError, f"version {version}, this moepack reads 1 and 2; {cure}")
+    refuses(packed, PackVersionError, f"version {version}, this moepack reads 1, 2 and 3; {cure}")
 
 
 def test_a_manifest_with_one_changed_byte(packed: Path) -> None:

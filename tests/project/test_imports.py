@@ -26,6 +26,7 @@ SHARED = {
     "calibration",
     "segments",
     "layout",
+    "trunk",
     "plan",
     "budget",
     "working_memory",
