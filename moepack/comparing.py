@@ -37,16 +37,19 @@ def score_rows(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     exact_hidden: torch.Tensor | None = None,
+    exact_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> TokenScores:
     """Score tokens by the states that they are predicted from.
 
     All in float64, since the divergence of two good models is a small difference. Both models go
-    through the head in batches of one shape, so equal states give a divergence of exactly 0.
+    through a head in batches of one shape, so equal states give a divergence of exactly 0 where
+    they share it.
 
     Parameters
     ----------
     head
-        From [rows, hidden] to float32 logits [rows, vocab], of both models.
+        From [rows, hidden] to float32 logits [rows, vocab], of both models, unless there is
+        ``exact_head``, of the exact one.
     hidden, exact_hidden
         [rows, hidden], what the last layer leaves before each token.
     targets
@@ -60,7 +63,7 @@ def score_rows(
         if exact_hidden is None:
             return TokenScores(_array(nll))
         best = found.argmax(dim=-1)
-        exact = _log_probabilities(head(exact_hidden))
+        exact = _log_probabilities((exact_head or head)(exact_hidden))
         exact_nll = _at(exact, targets)
         agrees = (best == exact.argmax(dim=-1)).double()
         difference = found.neg_().add_(exact)

@@ -28,6 +28,9 @@ have their coarsest, is measured too: between these two the prediction for a cho
 with the floor and the scale that give both. The floor is as often for the better as for the worse:
 the loss on text grows by what is above it.
 
+What rounding the trunk does is measured by itself, and added: its errors are independent of those
+of the experts, and what is above the floor grows with their sum.
+
 Source: the recipe is that of MC (Huang et al. 2024, arXiv:2410.06270), which weighs an expert's
 error by powers of its frequency and weight; here both are inside the mean, and the layers are
 weighed by a measurement.
@@ -171,6 +174,9 @@ class DamageProfile:
         Digest of what rounding was weighed by (:mod:`moepack.calibration`); empty for nothing.
     misses : MissDamage or None
         What replacing missing experts does; None where it was not measured.
+    trunk_divergence : float or None
+        In nats a token, of the model with exact experts whose trunk's large matrices are INT8
+        (:mod:`moepack.trunk`); None where it was not measured.
     """
 
     version: int
@@ -187,9 +193,11 @@ class DamageProfile:
     layers: tuple[LayerDamage, ...]
     calibration: str = added(default="")
     misses: MissDamage | None = added(default=None)
+    trunk_divergence: float | None = added(default=None)
 
     def __post_init__(self) -> None:
         _require_figures("all layers", self.fine_divergence, self.coarse_divergence)
+        _require_figures("the trunk", self.trunk_divergence or 0.0)
 
     @property
     def scale(self) -> float:
@@ -203,6 +211,11 @@ class DamageProfile:
     def floor(self) -> float:
         """What any change at all comes to, nats a token."""
         return max(0.0, self.fine_divergence - self.scale * self._sums()[0])
+
+    @property
+    def trunk_cost(self) -> float:
+        """What rounding the trunk adds to the floor, nats a token; 0 where it was not measured."""
+        return max(0.0, (self.trunk_divergence or 0.0) - self.floor)
 
     def costs(self, layer: LayerDamage, names: tuple[str, ...]) -> Floats:
         """What each expert adds to the floor, [experts, names], nats a token.

@@ -13,11 +13,13 @@ A number of sequences go through the model together, layer by layer:
   alone.
 
 The logits of each copy beside those of the reference are its divergence. So one pass over the model
-measures them all.
+measures them all. What a trunk in 8 bits does (:mod:`moepack.trunk`) takes a second pass, over the
+reference text alone.
 
 Memory: two experts in the model's dtype and two in float32, what rounding one takes
 (:mod:`moepack.quantise`), and the hidden states of the sequences four times. Experts are read
-twice, once here and once by the engine; rounding takes far longer than that.
+twice, once here and once by the engine, and once more for the trunk; rounding takes far longer than
+that. The second pass takes the head once more, and the hidden states of the reference.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,8 +67,9 @@ if TYPE_CHECKING:
     from moepack_runtime.layer_loop import Hidden
 
     from moepack.checkpoint import Checkpoint
+    from moepack.layout import Layout
     from moepack.model_spec import ModelSpec
-    from moepack.plan import DeviceKind
+    from moepack.plan import DeviceKind, Placement
 
 #: The reference text: as many tokens as let its copies be about a chunk, within these.
 _REFERENCE_TOKENS = (256, 2048)
@@ -158,6 +162,9 @@ def measure_damage(
             progress.done()
             engine.observe(None)
         fine, coarse, *others = _divergences(engine, stream[len(calibration) :], reference)
+        exact = [block.hidden for block in stream[len(calibration) :][: len(reference)]]
+        del stream
+    trunk_divergence = _trunk_divergence(checkpoint, layout, placement, reference, exact, progress)
     of_rules, of_layers = others[: len(RULES)], others[len(RULES) :]
     found = recorder.calibration()
     damage = DamageProfile(
@@ -182,6 +189,7 @@ def measure_damage(
             )
         ),
         calibration=found.digest,
+        trunk_divergence=trunk_divergence,
         misses=MissDamage(
             low,
             tuple(
@@ -244,6 +252,48 @@ def _divergences(
                 total, tokens = total + float(kl.sum()), tokens + len(part)
         found.append(total / tokens)
     return found
+
+
+def _trunk_divergence(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    placement: Placement,
+    reference: Sequence[Sequence[int]],
+    exact: Sequence[torch.Tensor],
+    progress: Progress,
+) -> float:
+    """KL of the model with its trunk in 8 bits, and exact experts, on the reference text.
+
+    Parameters
+    ----------
+    exact
+        The last states of the exact model there, [tokens, hidden] of each sequence.
+    """
+    import torch
+    from moepack_runtime.exact_head import load_head
+    from moepack_runtime.loading import open_checkpoint
+
+    spec = checkpoint.spec
+    layout = replace(layout, trunk="INT8")
+    placement = streaming_placement(
+        spec,
+        layout,
+        placement.device,
+        placement.threads,
+        context_tokens=placement.context_tokens,
+        staging_experts=placement.staging_experts,
+    )
+    rows = rows_within(_LOGIT_BYTES, spec.vocab_size)
+    total, tokens = 0.0, 0
+    with open_checkpoint(checkpoint, spec, layout, placement, progress=progress) as engine:
+        head = load_head(checkpoint, spec, engine.device)
+        for block, base in zip(engine.survey(reference), exact, strict=True):
+            for part, of_base in _row_pairs(block.hidden, base, rows):
+                ids = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+                kl = score_rows(engine.logits, part, ids, of_base, head).kl
+                assert kl is not None
+                total, tokens = total + float(kl.sum()), tokens + len(part)
+    return total / tokens
 
 
 def _row_pairs(

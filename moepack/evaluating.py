@@ -2,9 +2,10 @@
 
 The two never run at the same time. First the exact checkpoint goes through the same runtime, with
 no expert resident, and what its last layer leaves for each scored token is kept in a file. Then the
-packed model runs as its plan has it, and for a few tokens at a time both states go through the
-head, which they share, and are compared. So a model that is larger than memory is evaluated under
-the budget of its plan, at the price of reading the whole of it for every few thousand tokens.
+packed model runs as its plan has it, and for a few tokens at a time both states go through the head
+and are compared. They share the head, unless the pack's is rounded. So a model that is larger than
+memory is evaluated under the budget of its plan, at the price of reading the whole of it for every
+few thousand tokens.
 
 A plan under which missing experts are replaced by low copies, or left out, is run as it generates:
 what is scored one token at a time. What is missing then depends on what the caches hold, so the
@@ -15,8 +16,9 @@ Peak memory of the fast tier: what the plan takes. The exact model gets the same
 what it does not need for experts in flight on more tokens at a time; the logits that are compared
 are as many as fit into the workspace of a step (of one token at least, 28 bytes for each entry of
 the vocabulary). Beside that: 32 bytes of RAM for each scored token and some for its ids; while the
-exact model's trunk is read, its largest tensor once more; and on disk 2 bytes (4 of a float32
-model) for each scored token and unit of the hidden size.
+exact model's trunk is read, its largest tensor once more; where the pack's trunk is rounded, the
+exact head in the fast tier; and on disk 2 bytes (4 of a float32 model) for each scored token and
+unit of the hidden size.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ from moepack.records import record
 from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
 from moepack.texts import Text
+from moepack.trunk import is_rounded
 from moepack.units import format_size
 from moepack.window_runs import WindowRun, decode_windows, run_windows
 from moepack.working_memory import hidden_bytes
@@ -191,12 +194,13 @@ def score_windows(
         As :func:`evaluate`.
     """
     if exact is None:
-        return _run_packed(packed, plan, passages, runs, None, progress)
+        return _run_packed(packed, plan, passages, runs, None, None, progress)
     _require_same_head(packed, exact)
     with KeptStates(scratch, packed.spec) as kept:
         _keep_exact(exact, plan, window_tokens, runs, kept, progress)
         kept.rewind()
-        return _run_packed(packed, plan, passages, runs, kept, progress)
+        other = exact if packed.layout.trunk else None
+        return _run_packed(packed, plan, passages, runs, kept, other, progress)
 
 
 def _passage(
@@ -236,11 +240,13 @@ def _window_tokens(spec: ModelSpec, placement: Placement, prefix_tokens: int) ->
 
 
 def _require_same_head(packed: PackedModel, exact: Checkpoint) -> None:
-    """The states of both go through the pack's norm and head."""
+    """The states of both go through the pack's norm and head, but for what of it is rounded."""
+    from moepack_runtime.exact_head import head_prefixes
+
     spec = packed.spec
-    heads = ("norm.", "embed." if spec.tied_embeddings else "head.")
+    exactly = {info.name for info in spec.trunk if not is_rounded(info, packed.layout.trunk)}
     for entry in packed.trunk:
-        if entry.name.startswith(heads):
+        if entry.name in exactly and entry.name.startswith(head_prefixes(spec)):
             bits = np.ascontiguousarray(exact.trunk_tensor(entry.name))
             if hashlib.sha256(bits.data).hexdigest() != entry.sha256:
                 raise PlanMismatchError(
@@ -323,10 +329,18 @@ def _run_packed(
     passages: Sequence[Passage],
     runs: Sequence[WindowRun],
     kept: KeptStates | None,
+    other: Checkpoint | None,
     progress: Progress,
 ) -> list[TokenScores]:
-    """Run the packed model, and score each text."""
+    """Run the packed model, and score each text.
+
+    Parameters
+    ----------
+    other
+        Whose head the states that are kept go through; None: through the pack's.
+    """
     import torch
+    from moepack_runtime.exact_head import load_head
     from moepack_runtime.loading import open_packed
     from moepack_runtime.memory import refusals_named
 
@@ -337,6 +351,8 @@ def _run_packed(
     found = [empty_scores(text.scored_tokens, compared=kept is not None) for text in passages]
     done = [0] * len(passages)
     with open_packed(packed, plan, progress=progress) as engine:
+        with refusals_named(engine.device, memory.total_bytes):
+            exact_head = None if other is None else load_head(other, packed.spec, engine.device)
 
         def take(text: int, rows: torch.Tensor, targets: Sequence[int]) -> None:
             for begin in range(0, len(targets), rows_at_once):
@@ -344,7 +360,7 @@ def _run_packed(
                 ids = torch.tensor(targets[begin : begin + rows_at_once], device=engine.device)
                 exact = None if kept is None else kept.read(len(part), engine.device)
                 with refusals_named(engine.device, memory.total_bytes):
-                    scores = score_rows(engine.logits, part, ids, exact)
+                    scores = score_rows(engine.logits, part, ids, exact, exact_head)
                 _require_probabilities(scores, passages[text].name)
                 found[text].put(done[text], scores)
                 done[text] += len(part)

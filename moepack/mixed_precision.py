@@ -93,18 +93,32 @@ def at_mean_bits(spec: ModelSpec, damage: DamageProfile, bits: float) -> MixedPr
     return _precision(spec, table, least_cost(table.size, table.cost, bound))
 
 
-def within_perplexity(spec: ModelSpec, damage: DamageProfile, percent: float) -> MixedPrecision:
+def within_perplexity(
+    spec: ModelSpec, damage: DamageProfile, percent: float, *, spent: float = 0.0
+) -> MixedPrecision:
     """The fewest bytes with which perplexity is predicted to grow by ``percent`` at the most.
+
+    Parameters
+    ----------
+    spent
+        What a rounded trunk adds to the loss already, nats a token.
 
     Raises
     ------
+    PlanError
+        When that is more than the bound.
     PlanMismatchError
         When damage was measured on another model.
     """
     table = _table(spec, damage)
-    return _precision(
-        spec, table, least_size(table.size, table.cost, math.log1p(max(0.0, percent) / 100))
-    )
+    bound = math.log1p(max(0.0, percent) / 100)
+    if spent > bound:
+        raise PlanError(
+            f"perplexity may grow by {percent:g}%, and is predicted to by "
+            f"{100 * math.expm1(spent):.3g}% of rounding the trunk alone; leave out --trunk, or "
+            "allow more"
+        )
+    return _precision(spec, table, least_size(table.size, table.cost, bound - spent))
 
 
 def uniform_precision(spec: ModelSpec, damage: DamageProfile, name: str) -> MixedPrecision:

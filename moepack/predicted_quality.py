@@ -6,6 +6,9 @@ From the damage that was measured (:mod:`moepack.damage`); how good a model real
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from moepack.damage import DamageProfile
@@ -13,7 +16,7 @@ from moepack.encodings import ENCODINGS, fitting
 from moepack.layout import Layout
 from moepack.mixed_precision import MixedPrecision, precision_of_layers, uniform_precision
 from moepack.model_spec import ModelSpec
-from moepack.records import record
+from moepack.records import added, record
 
 
 @record
@@ -42,7 +45,10 @@ class PredictedQuality:
         With as many bytes, had the experts that get more bits been drawn: what lies on the line
         between the uniform precisions of fewer and of more bytes.
     uniform : tuple of UniformQuality
-        By ascending bits. The model's own dtype is the last.
+        By ascending bits. The model's own dtype is the last. With the same trunk.
+    trunk_divergence : float or None
+        What of it comes of a rounded trunk by itself; None where the trunk is exact, or what
+        rounding it does has not been measured and is in none of these figures.
     as_measured : bool
         Whether the layout rounds its experts as they were rounded when damage was measured: by the
         same calibration, or none.
@@ -54,6 +60,7 @@ class PredictedQuality:
     at_random_divergence: float
     uniform: tuple[UniformQuality, ...]
     as_measured: bool
+    trunk_divergence: float | None = added(default=None)
 
 
 def predicted_quality(
@@ -80,13 +87,42 @@ def predicted_quality(
         (_uniform(name, uniform_precision(spec, damage, name)) for name in shared),
         key=lambda each: each.mean_bits,
     )
-    return PredictedQuality(
+    experts = PredictedQuality(
         mean_bits=found.mean_bits,
         divergence=found.divergence,
         perplexity_ratio=found.perplexity_ratio,
         at_random_divergence=_at_random(found, damage.floor, uniform),
         uniform=tuple(uniform),
-        as_measured=damage.calibration == layout.calibration,
+        as_measured=damage.calibration == layout.calibration or not layout.is_rounded,
+    )
+    if not layout.trunk or damage.trunk_divergence is None:
+        return experts
+    return _with_trunk(experts, damage)
+
+
+def _with_trunk(experts: PredictedQuality, damage: DamageProfile) -> PredictedQuality:
+    """What is above the floor adds up; the floor is there once."""
+    alone = damage.trunk_divergence
+    assert alone is not None, "of a trunk that was not measured"
+
+    def total(divergence: float) -> float:
+        return divergence + damage.trunk_cost if divergence else alone
+
+    ratio = math.exp(damage.trunk_cost)
+    return replace(
+        experts,
+        divergence=total(experts.divergence),
+        perplexity_ratio=experts.perplexity_ratio * ratio,
+        at_random_divergence=total(experts.at_random_divergence),
+        uniform=tuple(
+            replace(
+                each,
+                divergence=total(each.divergence),
+                perplexity_ratio=each.perplexity_ratio * ratio,
+            )
+            for each in experts.uniform
+        ),
+        trunk_divergence=alone,
     )
 
 
