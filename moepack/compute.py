@@ -17,7 +17,7 @@ from moepack import records
 from moepack.atomic import write_atomically
 from moepack.encodings import ENCODINGS
 from moepack.errors import ProfileError
-from moepack.records import record
+from moepack.records import added, record
 from moepack.timing import summarise
 
 if TYPE_CHECKING:
@@ -79,6 +79,21 @@ class QuantisedExpert:
 
 
 @record
+class RoundedLayer:
+    """What of a layer changes where the trunk's large matrices are INT8 (:mod:`moepack.trunk`).
+
+    Attributes
+    ----------
+    attention : Curve
+    ffn : Curve or None
+        As those of :class:`LayerCompute`.
+    """
+
+    attention: Curve
+    ffn: Curve | None
+
+
+@record
 class LayerCompute:
     """The pieces of all layers of one kind (equal attention and FFN).
 
@@ -106,6 +121,8 @@ class LayerCompute:
         wake one another, and the time until the first of it comes.
     quantised : tuple of QuantisedExpert
         The expert in every quantised encoding that fits it.
+    rounded : RoundedLayer or None
+        The pieces that have matrices of the trunk, where those are INT8; None: not known.
     """
 
     layers: tuple[int, ...]
@@ -118,6 +135,7 @@ class LayerCompute:
     fixed: Curve | None = None
     burst_s: float = 0.0
     quantised: tuple[QuantisedExpert, ...] = ()
+    rounded: RoundedLayer | None = added(default=None)
 
     def expert_times(self, encoding: str, *, cut: bool) -> Curve:
         """One routed expert in an encoding, in one segment or (``cut``) in two.
@@ -167,6 +185,8 @@ class ComputeProfile:
     spread : float
         Of the time of a token, or of a block, through the whole model, whichever varies more: the
         interquartile range between rounds over the median; 0 where derived.
+    rounded_head_s : float or None
+        ``head_s`` where the trunk's large matrices are INT8; None: not known.
     """
 
     version: int
@@ -181,6 +201,29 @@ class ComputeProfile:
     head_s: float
     spread: float
     layers: tuple[LayerCompute, ...]
+    rounded_head_s: float | None = added(default=None)
+
+    def with_trunk(self, encoding: str) -> ComputeProfile:
+        """The times of the model whose trunk is stored so; empty: as the checkpoint has it.
+
+        Raises
+        ------
+        ProfileError
+            When they are not known.
+        """
+        if not encoding:
+            return self
+        layers = [
+            replace(entry, attention=entry.rounded.attention, ffn=entry.rounded.ffn)
+            for entry in self.layers
+            if entry.rounded is not None
+        ]
+        if self.rounded_head_s is None or len(layers) < len(self.layers):
+            raise ProfileError(
+                f"the compute profile of {self.model_name} has no times of a trunk in {encoding}, "
+                "it was made by an older moepack; run moepack profile"
+            )
+        return replace(self, head_s=self.rounded_head_s, layers=tuple(layers))
 
     def layer(self, number: int) -> LayerCompute:
         """The entry that a decoder layer stands in."""
@@ -239,6 +282,13 @@ def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Compute
         whole, split = [item.whole for item in items], [item.split for item in items]
         return QuantisedExpert(items[0].encoding, curve(whole), curve(split))
 
+    def rounded(items: Sequence[RoundedLayer | None]) -> RoundedLayer | None:
+        there = [item for item in items if item is not None]
+        if not there:
+            return None
+        attention = curve([item.attention for item in there])
+        return RoundedLayer(attention, known([item.ffn for item in there]))
+
     def layer(entries: Sequence[LayerCompute]) -> LayerCompute:
         return LayerCompute(
             layers=entries[0].layers,
@@ -253,12 +303,20 @@ def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Compute
             quantised=tuple(
                 map(quantised, zip(*(each.quantised for each in entries), strict=True))
             ),
+            rounded=rounded([entry.rounded for entry in entries]),
         )
 
     head_s = middle([profile.head_s for profile in rounds])
     layers = zip(*(profile.layers for profile in rounds), strict=True)
     combined = tuple(layer(entries) for entries in layers)
-    return replace(rounds[0], head_s=head_s, layers=combined, spread=round(spread, 3))
+    heads_s = [each.rounded_head_s for each in rounds if each.rounded_head_s is not None]
+    return replace(
+        rounds[0],
+        head_s=head_s,
+        layers=combined,
+        spread=round(spread, 3),
+        rounded_head_s=middle(heads_s) if heads_s else None,
+    )
 
 
 def worthwhile_threads(spec: ModelSpec, profiles: Sequence[ComputeProfile]) -> ComputeProfile:

@@ -3,7 +3,8 @@
 Each kind of layer is measured in walks through its layers (:mod:`moepack.layer_walk`), which find
 weights where a run finds them: not in a processor's cache. The ways of having experts take turns
 within one walk after the other, so that a machine that slows down slows all of them. Peak memory
-beyond the engine's: 128 MiB of experts, or the experts of one token twice.
+beyond the engine's: 128 MiB of experts, or the experts of one token twice; and what
+:mod:`moepack.trunk_probe` says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moepack.compute import (
     COMPUTE_VERSION,
@@ -22,6 +23,7 @@ from moepack.compute import (
     Curve,
     LayerCompute,
     QuantisedExpert,
+    RoundedLayer,
     median_profile,
     worthwhile_threads,
 )
@@ -37,6 +39,7 @@ from moepack.hardware import HardwareProfile
 from moepack.layer_walk import Experts, Laps, LayerWalk, median_laps
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.timing import Stopwatch
+from moepack.trunk_probe import renumbered, rounded_walk
 
 if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
@@ -60,6 +63,7 @@ _LIMIT_S = 0.4
 # How a walk has its experts: as many as a token has, whole or in two segments; one; no experts at
 # all. And with all that a token has, or one of them, to be fetched.
 _MANY, _SPLIT, _ONE, _DENSE = "many", "split", "one", "dense"
+_TRUNK = "trunk"
 _ALL_MISSING, _ONE_MISSING = "all missing", "one missing"
 
 # How much of an expert its first segment is, in the two ways of cutting it.
@@ -123,12 +127,10 @@ def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -
     import torch
 
     spec = probe.engine.spec
-    layers, heads_s = [], []
+    found: list[_Kind] = []
     with torch.inference_mode():
         for numbers in kinds:
-            compute, head_s = _measure_kind(probe, tuple(numbers))
-            layers.append(compute)
-            heads_s.append(head_s)
+            found.append(_measure_kind(probe, tuple(numbers)))
             progress.advance(1)
     return ComputeProfile(
         version=COMPUTE_VERSION,
@@ -143,9 +145,10 @@ def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -
         ),
         recorded_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         context_tokens=_context_tokens(spec),
-        head_s=median(heads_s),
+        head_s=median(kind.head_s for kind in found),
         spread=0.0,
-        layers=tuple(layers),
+        layers=tuple(kind.layer for kind in found),
+        rounded_head_s=median(kind.rounded_head_s for kind in found),
     )
 
 
@@ -164,7 +167,7 @@ def _context_tokens(spec: ModelSpec) -> int:
     return min(CONTEXT_TOKENS, max(1, spec.context_length - _singles()))
 
 
-def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute, float]:
+def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> _Kind:
     """The layers of one kind, and the head behind them."""
     import torch
 
@@ -177,7 +180,8 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
     if moe is None:
         walk = LayerWalk(engine, numbers, context, stopwatch)
         found = {count: _take_turns(walk, count, {_DENSE: None})[_DENSE] for count in tokens}
-        return _dense_compute(numbers, found)
+        trunk = _rounded_laps(engine, numbers, tokens, stopwatch, None)
+        return _dense_compute(numbers, found, trunk)
     those = walked(probe, numbers)
     many = min(max(2, moe.top_k), those.experts)
     walk = LayerWalk(engine, those.numbers, context, stopwatch)
@@ -204,8 +208,30 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> tuple[LayerCompute,
         # By themselves, and not for as long: they are three times as many as the others.
         for count, of_count in laps.items():
             of_count.update(_take_turns(walk, count, rounded, _LIMIT_S / 2))
+        trunk = _rounded_laps(engine, those.numbers, [*laps], stopwatch, ways[_MANY])
     read_s = median(reads_s) if reads_s else None
-    return _moe_compute(probe, numbers, those.numbers, many, laps, read_s)
+    return _moe_compute(probe, numbers, those.numbers, many, laps, trunk, read_s)
+
+
+def _rounded_laps(
+    engine: Engine,
+    numbers: Sequence[int],
+    tokens: Sequence[int],
+    stopwatch: Stopwatch,
+    experts: Experts | None,
+) -> dict[int, Laps]:
+    """Walks through layers like these with a trunk in 8 bits, for each number of tokens."""
+    rounded = rounded_walk(engine, numbers)
+    walk = LayerWalk(rounded, range(len(numbers)), _context_tokens(engine.spec), stopwatch)
+    way = {_TRUNK: None if experts is None else renumbered(experts, numbers)}
+    return {count: _take_turns(walk, count, way, _LIMIT_S / 2)[_TRUNK] for count in tokens}
+
+
+def _rounded_layer(laps: Mapping[int, Laps], has_ffn: bool) -> RoundedLayer:
+    tokens = tuple(laps)
+    attention = Curve(tokens, tuple(lap.attention_s for lap in laps.values()))
+    ffn = Curve(tokens, tuple(lap.ffn_s for lap in laps.values()))
+    return RoundedLayer(attention, ffn if has_ffn else None)
 
 
 def _keeping(measured_s: Callable[[], float], kept_s: list[float]) -> Callable[[], None]:
@@ -249,13 +275,24 @@ def _take_turns(
     return {way: median_laps(laps) for way, laps in taken.items()}
 
 
+class _Kind(NamedTuple):
+    """The layers of one kind, and the head behind them, once more with a trunk in 8 bits."""
+
+    layer: LayerCompute
+    head_s: float
+    rounded_head_s: float
+
+
 def _dense_compute(
-    numbers: tuple[int, ...], laps: Mapping[int, Laps]
-) -> tuple[LayerCompute, float]:
+    numbers: tuple[int, ...], laps: Mapping[int, Laps], rounded: Mapping[int, Laps]
+) -> _Kind:
     tokens = tuple(laps)
     attention = Curve(tokens, tuple(lap.attention_s for lap in laps.values()))
     ffn = Curve(tokens, tuple(lap.ffn_s for lap in laps.values()))
-    return LayerCompute(numbers, attention, None, None, None, ffn), laps[1].head_s
+    layer = LayerCompute(
+        numbers, attention, None, None, None, ffn, rounded=_rounded_layer(rounded, has_ffn=True)
+    )
+    return _Kind(layer, laps[1].head_s, rounded[1].head_s)
 
 
 def _moe_compute(
@@ -264,8 +301,9 @@ def _moe_compute(
     walked_over: Sequence[int],
     many: int,
     laps: Mapping[int, Mapping[str, Laps]],
+    rounded: Mapping[int, Laps],
     read_s: float | None,
-) -> tuple[LayerCompute, float]:
+) -> _Kind:
     """What one expert adds is the difference between many and one; what is left is the pass."""
     tokens = tuple(laps)
     resident = [
@@ -317,8 +355,9 @@ def _moe_compute(
         transfer_s=transfer_s,
         burst_s=burst_s,
         quantised=tuple(quantised),
+        rounded=_rounded_layer(rounded, has_ffn=bool(moe.shared_intermediate_size)),
     )
-    return compute, alone.head_s
+    return _Kind(compute, alone.head_s, rounded[1].head_s)
 
 
 def _transfer_and_burst_s(one_s: float, all_s: float, many: int) -> tuple[float, float]:

@@ -11,14 +11,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from moepack.timing import Stopwatch
 
 if TYPE_CHECKING:
     import torch
-    from moepack_runtime.engine import Engine
+    from moepack_runtime.kv_cache import KvCache
+    from moepack_runtime.model import Decoder
     from moepack_runtime.router import Routing
+    from moepack_runtime.token_graphs import TokenGraphs
+
+    from moepack.model_spec import ModelSpec
 
 #: Runs the routed experts of a layer on [tokens, hidden], with so many experts for every token.
 ExpertPass = Callable[[int, "torch.Tensor", int], "torch.Tensor"]
@@ -50,6 +54,30 @@ class Laps(NamedTuple):
         return self.attention_s + self.router_s + self.ffn_s
 
 
+class Walkable(Protocol):
+    """What is walked through: an engine, or layers like a model's."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def kv(self) -> KvCache:
+        """Its cache."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Its layers."""
+
+    @property
+    def token_graphs(self) -> TokenGraphs | None:
+        """Their recorded steps, on a device."""
+
+
 class LayerWalk:
     """Walks through some layers of one kind.
 
@@ -66,7 +94,7 @@ class LayerWalk:
     """
 
     def __init__(
-        self, engine: Engine, numbers: Sequence[int], context_tokens: int, stopwatch: Stopwatch
+        self, engine: Walkable, numbers: Sequence[int], context_tokens: int, stopwatch: Stopwatch
     ) -> None:
         import torch
         from moepack_runtime.sampling import Sampler, SamplingParams

@@ -154,6 +154,7 @@ class Optimised:
                 for choice, cut in zip(optimum.choices, self._problems.cuts, strict=True)
             ),
             PREFILL_BLOCK_TOKENS,
+            trunk=request.trunk,
         )
         layers = [
             _place(index, choice, self._tables) for index, choice in enumerate(optimum.choices)
@@ -185,6 +186,7 @@ def _spare_bytes(
         else request.keep_layout.prefill_block_tokens,
         threads=request.compute.threads,
         encodings=request.encodings,
+        trunk=request.trunk,
     )
     return request.fast_budget_bytes - fixed - staging * frame_bytes
 

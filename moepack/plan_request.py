@@ -55,6 +55,9 @@ class PlanRequest:
         Which missing experts are replaced by it, or left out; None: none.
     calibration : str
         Digest of what rounding is weighed by; empty for nothing. A layout that is kept has its own.
+    trunk : str
+        What the trunk's large matrices are stored in (:mod:`moepack.trunk`); empty: as the
+        checkpoint has them. That of a layout that is kept.
     """
 
     spec: ModelSpec
@@ -78,6 +81,7 @@ class PlanRequest:
     low: str = ""
     on_miss: OnMiss | None = None
     calibration: str = ""
+    trunk: str = ""
 
     @property
     def stored(self) -> tuple[Stored, ...]:
@@ -112,7 +116,7 @@ class PlanRequest:
         UnknownEncodingError, GroupMismatchError
             When the experts cannot be stored so.
         """
-        return uniform_layout(self.spec, ratio, encodings=self.stored)
+        return replace(uniform_layout(self.spec, ratio, encodings=self.stored), trunk=self.trunk)
 
     @property
     def whole_layout(self) -> Layout:
@@ -165,6 +169,7 @@ def _least_bytes(request: PlanRequest) -> int:
         layout.prefill_block_tokens,
         threads=request.compute.threads,
         encodings=layout.encodings | low,
+        trunk=layout.trunk,
     ) + staging_bytes(request.spec, layout, 1)
 
 
@@ -188,6 +193,19 @@ def require_matching(request: PlanRequest) -> None:
         raise CapabilityError(
             "experts of one layer in several encodings; this engine wants those of a layer alike: "
             "choose one encoding with --quality"
+        )
+    if request.trunk not in request.engine.trunks:
+        raise CapabilityError(
+            f"the trunk in {request.trunk}; this engine computes with "
+            f"{' or '.join(name or request.spec.dtype for name in request.engine.trunks)}: "
+            "leave out --trunk"
+        )
+    kept = request.keep_layout
+    if kept is not None and kept.trunk != request.trunk:
+        raise PlanMismatchError(
+            f"the pack whose layout is kept has its trunk in {kept.trunk or request.spec.dtype}, "
+            f"asked for was {request.trunk or request.spec.dtype}; plan without --keep-layout, and "
+            "pack again"
         )
     digest = request.spec.digest
     owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]

@@ -29,11 +29,13 @@ from moepack.compute import (
     Curve,
     LayerCompute,
     QuantisedExpert,
+    RoundedLayer,
     worthwhile_threads,
 )
 from moepack.encodings import ENCODINGS, Encoding, fitting
 from moepack.hardware import HardwareProfile
-from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
+from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec, TensorInfo
+from moepack.trunk import is_rounded
 from moepack.working_memory import dequantised_rows
 
 #: Where the curves have points.
@@ -57,6 +59,9 @@ KERNEL_TOKENS = {"int8": 32, "int4": 80}
 
 # Weights times tokens that the kernels take in a second on one thread: with AVX-512, 31 to 47 G.
 _KERNEL_RATE = 35e9
+
+# The one encoding that a trunk may have.
+_ROUNDED = "INT8"
 
 # What dequantising one weight reads and writes, in bytes, and how many operations a part of a
 # matrix takes: counted in moepack_runtime.quantised.
@@ -98,6 +103,7 @@ def _derive(roofline: _Roofline) -> ComputeProfile:
         head_s=roofline.head_s(),
         spread=0.0,
         layers=tuple(roofline.layer(tuple(numbers)) for numbers in kinds.values()),
+        rounded_head_s=roofline.head_s(_ROUNDED),
     )
 
 
@@ -122,13 +128,17 @@ class _Roofline:
             expert_split=self._expert(number, segments=2) if routed else None,
             quantised=self._quantised(number) if routed else (),
             ffn=self._linear(ffn, _FFN_LAUNCHES) if ffn else None,
+            rounded=RoundedLayer(
+                _curve(lambda tokens: self._attention_s(number, tokens, _ROUNDED)),
+                self._linear(ffn, _FFN_LAUNCHES, _ROUNDED) if ffn else None,
+            ),
             fixed=self._linear((), _PASS_LAUNCHES) if routed else None,
         )
 
-    def head_s(self) -> float:
+    def head_s(self, trunk: str = "") -> float:
         """Embedding, final norm, head and sampling of one token."""
-        elements = self.spec.vocab_size * self.spec.hidden_size
-        return self._seconds(1, [elements], launches=_HEAD_LAUNCHES)
+        name = "embed.weight" if self.spec.tied_embeddings else "head.weight"
+        return self._trunk_s(1, self._matrices(name), trunk, launches=_HEAD_LAUNCHES)
 
     def _quantised(self, number: int) -> tuple[QuantisedExpert, ...]:
         """In every encoding that fits."""
@@ -173,17 +183,28 @@ class _Roofline:
             + self._seconds(tokens, [elements])
         )
 
-    def _linear(self, matrices: Sequence[int], launches: int) -> Curve:
-        return _curve(lambda tokens: self._seconds(tokens, matrices, launches=launches))
+    def _linear(self, matrices: Sequence[TensorInfo], launches: int, trunk: str = "") -> Curve:
+        return _curve(lambda tokens: self._trunk_s(tokens, matrices, trunk, launches=launches))
 
-    def _attention_s(self, number: int, tokens: int) -> float:
+    def _trunk_s(
+        self, tokens: int, matrices: Sequence[TensorInfo], trunk: str = "", *, launches: int = 0
+    ) -> float:
+        """Products with matrices of a trunk that is stored so."""
+        seconds = launches * self.hardware.launch_s
+        for info in matrices:
+            outputs, inputs = info.shape
+            stored = ENCODINGS[trunk] if trunk and is_rounded(info, trunk) else None
+            seconds += self._product_s(tokens, outputs, inputs, stored)
+        return seconds
+
+    def _attention_s(self, number: int, tokens: int, trunk: str = "") -> float:
         """One token behind the context, or a block at the beginning of a sequence."""
         spec = self.spec.layers[number].attention
         rows = tokens if tokens > 1 else self.context_tokens
         if spec.window is not None:
             rows = min(rows, spec.window)
         prefix = f"layers.{number}.attn."
-        seconds = self._seconds(tokens, self._matrices(prefix), launches=_ATTENTION_LAUNCHES)
+        seconds = self._trunk_s(tokens, self._matrices(prefix), trunk, launches=_ATTENTION_LAUNCHES)
         rate = self.hardware.attention_rate(self.spec.dtype, self.threads)
         width, shared = spec.head_dim + spec.value_dim, spec.num_heads > spec.num_kv_heads
         mla = spec.mla
@@ -195,17 +216,17 @@ class _Roofline:
                 width, shared = latent, True
             else:
                 kv_b = self._matrices(f"{prefix}kv_b.")
-                seconds += self._seconds(rows, kv_b) - self._seconds(tokens, kv_b)
+                seconds += self._trunk_s(rows, kv_b) - self._trunk_s(tokens, kv_b)
         if tokens == 1:
             cache_bytes = rows * spec.cache_width * DTYPE_BYTES[self.spec.dtype]
             read = rate.grouped_bytes_per_s if shared else rate.cache_bytes_per_s
             return seconds + cache_bytes / read
         return seconds + 2 * tokens * rows * spec.num_heads * width / rate.block_flop_per_s
 
-    def _matrices(self, *prefixes: str) -> list[int]:
-        """Weights of each of the trunk's matrices under any of these prefixes."""
+    def _matrices(self, *prefixes: str) -> list[TensorInfo]:
+        """The trunk's matrices under any of these prefixes."""
         return [
-            tensor.elements
+            tensor
             for tensor in self.spec.trunk
             if len(tensor.shape) == 2 and tensor.name.startswith(prefixes)
         ]

@@ -87,10 +87,14 @@ def _pieces(measured: LayerCompute, derived: LayerCompute) -> Iterator[Checked]:
 
 
 def _curves(entry: LayerCompute) -> dict[str, Curve]:
-    """Those that there are, by their names; quantised experts as ``expert INT8``."""
+    """Those that there are, by their names; in an encoding as ``expert INT8``."""
     pieces = ("attention", "router", "fixed", "expert", "expert_split", "ffn")
     found = {piece: curve for piece in pieces if (curve := getattr(entry, piece)) is not None}
     for item in entry.quantised:
         found[f"expert {item.encoding}"] = item.whole
         found[f"expert_split {item.encoding}"] = item.split
+    if entry.rounded is not None:
+        found["attention INT8"] = entry.rounded.attention
+        if entry.rounded.ffn is not None:
+            found["ffn INT8"] = entry.rounded.ffn
     return found

@@ -15,6 +15,7 @@ from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import CheckpointError, TextError
 from moepack.shipped import SHIPPED_MODEL, shipped_model, shipped_texts
+from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -83,7 +84,12 @@ def evaluate(
         for expert in range(packed.spec.moe(cut.layer).num_experts)
     )
     emit(
-        {"model": plan.model_name, "encodings": encodings, **evaluation_document(found)},
+        {
+            "model": plan.model_name,
+            "encodings": encodings,
+            "trunk": trunk_name(packed.layout.trunk),
+            **evaluation_document(found),
+        },
         as_json=json,
         view=lambda: evaluation_view(
             found, model=plan.model_name, encodings=encodings, exact=exact.told

@@ -11,6 +11,7 @@ from moepack import records
 from moepack.cli.models import is_pack, open_source
 from moepack.cli.options import JsonOption, lengths
 from moepack.cli.output import emit
+from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def pack_document(packed: PackedModel) -> dict[str, object]:
         "weights_digest": manifest.weights_digest,
         "prefill_block_tokens": packed.layout.prefill_block_tokens,
         "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
+        "trunk": trunk_name(packed.layout.trunk),
+        "trunk_bytes": sum(tensor.size_bytes for tensor in packed.trunk),
         "shards": len(manifest.shards),
         "segments": len(packed.entries),
         "layers": [

@@ -33,10 +33,13 @@ from moepack.cli.planning import (
 from moepack.cli.precision import (
     BitsOption,
     QualityOption,
+    TrunkOption,
     asked_precision,
+    asked_trunk,
     measured_damage,
     require_bounded,
 )
+from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ def plan(
     link: LinkOption = None,
     quality: QualityOption = None,
     bits: BitsOption = None,
+    trunk: TrunkOption = None,
     on_miss: OnMissOption = None,
     miss_thresholds: MissThresholdsOption = None,
     no_calibration: NoCalibrationOption = False,
@@ -132,7 +136,8 @@ def plan(
     case = open_case(workspace, model, conditions)
     kept = kept_layout(case) if keep_layout else None
     low = asked_low(case, on_miss, kept)
-    precision = asked_precision(case, quality, bits, kept, low=on_miss is not None)
+    stored = asked_trunk(case, trunk, quality, kept)
+    precision = asked_precision(case, quality, bits, kept, low=on_miss is not None, trunk=stored)
     request = dataclasses.replace(
         case.request,
         fast_budget_bytes=asked.most_bytes,
@@ -141,6 +146,8 @@ def plan(
         encoding=precision.encoding,
         by_expert=precision.by_expert,
         low=low,
+        trunk=stored,
+        compute=case.request.compute.with_trunk(stored),
         on_miss=asked_thresholds(case, on_miss, miss_thresholds, low),
     )
     request = with_asked_calibration(case, request, ignored=no_calibration)
@@ -198,6 +205,7 @@ def plan_document(plan: Plan) -> dict[str, object]:
         **({} if placement.host is None else {"host": records.to_data(placement.host)}),
         **_low_document(plan),
         **({"calibration": plan.layout.calibration} if plan.layout.calibration else {}),
+        **({"trunk": trunk_name(plan.layout.trunk)} if plan.layout.trunk else {}),
         "staging_experts": placement.staging_experts,
         "layers": [
             _without_nulls(

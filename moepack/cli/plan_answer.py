@@ -90,7 +90,7 @@ def find_answer(planner: Planner, asked: Asked, damage: DamageProfile | None = N
     spec = planner.request.spec
     precision = precision_of(spec, shown.layout)
     quality = None
-    if damage is not None and precision.quality != "exact":
+    if damage is not None and (precision.quality != "exact" or shown.layout.trunk):
         quality = predicted_quality(spec, damage, shown.layout)
     answer = Answer(plan, swept, explanation, shown, precision, quality)
     if asked.page is not None:

@@ -10,6 +10,7 @@ import typer
 from moepack.cli.options import usage
 from moepack.cli.output import note
 from moepack.errors import ProfileError
+from moepack.trunk import trunk_name
 
 if TYPE_CHECKING:
     from moepack.cli.planning import Case
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Mean bits that can be asked for.
 LEAST_BITS, MOST_BITS = 4.0, 16.0
+
+# What a trunk may be asked for, and how layouts spell it.
+_TRUNKS = {"exact": "", "int8": "INT8"}
 
 _EXPECTED = "expected exact, int8, int4, or a bound on the growth of perplexity as in 0.5%"
 
@@ -90,6 +94,56 @@ BitsOption = Annotated[
 ]
 
 
+@usage
+def trunk_precision(text: str) -> str:
+    """What the trunk is to be stored in, as layouts spell it."""
+    if text not in _TRUNKS:
+        raise ValueError(f"{text!r}: expected {' or '.join(_TRUNKS)}")
+    return _TRUNKS[text]
+
+
+TrunkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--trunk",
+        parser=trunk_precision,
+        metavar="exact|int8",
+        help="In what everything but the routed experts is stored: exact is the checkpoint's own "
+        "dtype; int8, which is lossy, rounds the large matrices of attention, of dense and shared "
+        "FFNs, of head and embedding. Routers, norms and what is small stay exact. Default: exact; "
+        "with --keep-layout, what the pack has.",
+        show_default=False,
+    ),
+]
+
+
+def asked_trunk(case: Case, trunk: str | None, quality: Quality | None, kept: Layout | None) -> str:
+    """What the trunk is to be stored in (:mod:`moepack.trunk`).
+
+    Raises
+    ------
+    ProfileError
+        When perplexity is bounded, and what rounding the trunk does to it has not been measured.
+    """
+    if kept is not None:
+        if trunk is not None and trunk != kept.trunk:
+            raise typer.BadParameter(
+                f"the trunk of the pack whose layout is kept is {trunk_name(kept.trunk)}; leave "
+                "out one of the two",
+                param_hint="'--trunk'",
+            )
+        return kept.trunk
+    if trunk and quality is not None and quality.percent is not None:
+        damage = measured_damage(case)
+        if damage is not None and damage.trunk_divergence is None:
+            raise ProfileError(
+                f"what rounding the trunk of {case.source.record.name} does has not been measured "
+                f"here, so a bound of {quality.percent:g}% cannot be kept with --trunk "
+                f"{trunk_name(trunk)}; run moepack profile --bits"
+            )
+    return trunk or ""
+
+
 class AskedPrecision(NamedTuple):
     """What experts are to be stored in: see :class:`moepack.plan_request.PlanRequest`."""
 
@@ -98,7 +152,13 @@ class AskedPrecision(NamedTuple):
 
 
 def asked_precision(
-    case: Case, quality: Quality | None, bits: float | None, kept: Layout | None, *, low: bool
+    case: Case,
+    quality: Quality | None,
+    bits: float | None,
+    kept: Layout | None,
+    *,
+    low: bool,
+    trunk: str = "",
 ) -> AskedPrecision:
     """What experts are to be stored in; nothing: as in the layout that is kept, or the model.
 
@@ -106,6 +166,8 @@ def asked_precision(
     ----------
     low
         Whether low copies are wanted as well.
+    trunk
+        What the trunk is stored in: what that costs leaves less for experts.
 
     Raises
     ------
@@ -142,7 +204,7 @@ def asked_precision(
             "--quality exact or int8",
             param_hint=f"'{chosen}'",
         )
-    return AskedPrecision(by_expert=_best(case, quality, bits).encodings)
+    return AskedPrecision(by_expert=_best(case, quality, bits, trunk).encodings)
 
 
 def require_bounded(case: Case, quality: Quality | None, request: PlanRequest) -> None:
@@ -180,7 +242,7 @@ def _chosen_by_damage(quality: Quality | None, bits: float | None) -> str | None
     return "--bits"
 
 
-def _best(case: Case, quality: Quality | None, bits: float | None) -> MixedPrecision:
+def _best(case: Case, quality: Quality | None, bits: float | None, trunk: str) -> MixedPrecision:
     from moepack.mixed_precision import at_mean_bits, within_perplexity
 
     spec, damage = case.source.spec, measured_damage(case)
@@ -193,7 +255,9 @@ def _best(case: Case, quality: Quality | None, bits: float | None) -> MixedPreci
         return at_mean_bits(spec, damage, bits)
     assert quality is not None, "neither bits nor a bound"
     assert quality.percent is not None, "neither bits nor a bound"
-    found = within_perplexity(spec, damage, quality.percent)
+    found = within_perplexity(
+        spec, damage, quality.percent, spent=damage.trunk_cost if trunk else 0.0
+    )
     if all(name == spec.dtype for names in found.encodings for name in names):
         note(
             f"within {quality.percent:g}% no expert can be rounded: the plan is of the exact model"

@@ -211,6 +211,8 @@ def _as_planned(request: PlanRequest, plan: Plan, conditions: Conditions) -> Pla
         engine=FULL_ENGINE if assumed else request.engine,
         assumed_engine=assumed,
         # The strategies in the precision of the plan that they stand beside.
+        trunk=plan.layout.trunk,
+        compute=request.compute.with_trunk(plan.layout.trunk),
         by_expert=tuple(
             tuple(map(cut.encoding_of, range(request.spec.moe(cut.layer).num_experts)))
             for cut in plan.layout.layers

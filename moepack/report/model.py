@@ -12,6 +12,7 @@ from moepack.needs import needs
 from moepack.pack import PackReport
 from moepack.report.tables import by_layer, columns, facts
 from moepack.source_formats import SourceSize
+from moepack.trunk import trunk_name
 from moepack.units import format_duration, format_rate, format_size
 from moepack.verify import VerifyReport
 
@@ -81,7 +82,7 @@ def pack_view(packed: PackedModel) -> RenderableType:
             ("architecture", spec.architecture),
             ("layout", manifest.layout_digest[:16]),
             ("on disk", format_size(sum(shard.size_bytes for shard in manifest.shards))),
-            ("trunk", format_size(spec.trunk_bytes)),
+            ("trunk", _trunk_words(packed)),
             ("segments", f"{len(packed.entries)} in {len(manifest.shards) - 1} shards"),
         ]
     )
@@ -102,6 +103,15 @@ def pack_view(packed: PackedModel) -> RenderableType:
         ),
     )
     return Group(overview, "", layers)
+
+
+def _trunk_words(packed: PackedModel) -> str:
+    size_bytes = sum(tensor.size_bytes for tensor in packed.trunk)
+    if not packed.layout.trunk:
+        return format_size(size_bytes)
+    name = trunk_name(packed.layout.trunk)
+    exact_bytes = packed.spec.trunk_bytes
+    return f"{format_size(size_bytes)} in {name} ({format_size(exact_bytes)} exact)"
 
 
 def _encodings(spec: ModelSpec, cut: LayerLayout) -> str:

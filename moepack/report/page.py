@@ -14,7 +14,13 @@ from moepack.report.explain import WHAT_IF_HEAD, limit_sentence, what_if_cells
 from moepack.report.layer_charts import budgets_chart, hit_chart, layers_chart
 from moepack.report.layers import pool_sentence
 from moepack.report.markup import Child, Element, element, to_html
-from moepack.report.plan import host_sentence, memory_rows, planner_sentence, precision_words
+from moepack.report.plan import (
+    host_sentence,
+    memory_rows,
+    planner_sentence,
+    precision_words,
+    trunk_rows,
+)
 from moepack.report.strategies import HEAD, reasons, standing_sentences, strategy_rows
 from moepack.report.sweep import SWEEP_HEAD, sweep_cells, sweep_sentences
 from moepack.report.sweep_charts import sweep_charts
@@ -230,6 +236,7 @@ def _made_from(plan: Plan, precision: Precision) -> Element:
     made = plan.provenance
     rows = [
         ("experts", precision_words(precision)),
+        *trunk_rows(plan),
         ("hardware", made.hardware + (" (this machine)" if made.hardware_is_this_machine else "")),
         ("compute", made.compute),
         ("routing", made.routing),

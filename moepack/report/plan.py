@@ -14,6 +14,7 @@ from moepack.report.classes import classes_view, quality_rows
 from moepack.report.layers import layers_view
 from moepack.report.strategies import strategies_view
 from moepack.report.tables import columns, facts, figure
+from moepack.trunk import trunk_name
 from moepack.units import format_duration, format_size
 
 
@@ -27,6 +28,7 @@ def plan_view(
         [
             ("model", plan.model_name),
             ("experts", experts_words(plan, precision) + _rounding_words(plan)),
+            *trunk_rows(plan, quality),
             *(() if quality is None else quality_rows(quality)),
             ("hardware", plan.provenance.hardware),
             ("device", placement.device),
@@ -84,6 +86,19 @@ def experts_words(plan: Plan, precision: Precision) -> str:
     if plan.placement.on_miss is None or precision.quality != "exact":
         return precision_words(precision)
     return f"{precision.mean_bits:.3g} bits a weight, of missing ones fewer or none"
+
+
+def trunk_rows(plan: Plan, quality: PredictedQuality | None = None) -> list[tuple[str, str]]:
+    """That the trunk is rounded, where it is, and whether what that does is known."""
+    if not plan.layout.trunk:
+        return []
+    words = f"{trunk_name(plan.layout.trunk)}: rounded, but for routers, norms and what is small"
+    alone = None if quality is None else quality.trunk_divergence
+    if alone is not None:
+        words += f"; alone KL {figure(alone)} nats, which is in the prediction"
+    elif quality is not None:
+        words += "; what that does is not in the prediction (measured by moepack profile --bits)"
+    return [("trunk", words)]
 
 
 def _rounding_words(plan: Plan) -> str:

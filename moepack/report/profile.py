@@ -83,7 +83,7 @@ def profile_view(
         [
             ("model", summary.model_name),
             ("threads", str(compute.threads)),
-            ("head", f"{format_duration(compute.head_s)} a token"),
+            ("head", _head(compute)),
             ("roofline", _roofline(check)),
             ("routing", f"{summary.tokens} tokens of {len(summary.sources)} texts"),
         ]
@@ -97,6 +97,13 @@ def profile_view(
         "",
         routing_view(summary),
     )
+
+
+def _head(compute: ComputeProfile) -> str:
+    words = f"{format_duration(compute.head_s)} a token"
+    if compute.rounded_head_s is None:
+        return words
+    return f"{words}, {format_duration(compute.rounded_head_s)} in int8"
 
 
 def _roofline(check: RooflineCheck) -> str:

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from moepack.margin import WHOLE_EXPERT_CACHES, best_baseline
 from moepack.plan import Plan
 from moepack.precision import Precision
-from moepack.report.plan import precision_words
+from moepack.report.plan import precision_words, trunk_rows
 from moepack.report.plot import Plot, Series
 from moepack.report.scale import axis
 from moepack.report.tables import columns, facts
@@ -33,6 +33,7 @@ def sweep_view(swept: Sweep, precision: Precision, marked: Plan | None = None) -
             [
                 ("model", swept.plans[0].model_name),
                 ("experts", precision_words(precision)),
+                *trunk_rows(swept.plans[0]),
                 ("hardware", swept.plans[0].provenance.hardware),
             ]
         ),

@@ -10,9 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from moepack.checkpoint import Checkpoint
 from moepack.cli.app import main
+from moepack.damage_probe import Measured, measure_damage
 from moepack.presets import preset_path
+from moepack.workspace import Workspace
 from tests.conftest import TinyFolder
+
+_WORDS = "red green blue one two three stone water kalt warm nah fern gross klein alt neu"
 
 
 class Outcome(NamedTuple):
@@ -88,6 +93,26 @@ def packed(_packed_once: Path, measured: Path) -> Path:
     (record,) = measured.glob("models/*/model.json")
     record.write_text(record.read_text().replace(str(_packed_once), str(measured)))
     return record.parent / "pack"
+
+
+@pytest.fixture(scope="session")
+def rounded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """What rounding does to the model."""
+    text = tmp_path_factory.mktemp("texts") / "text.txt"
+    text.write_text(" ".join(f"{word} {number}" for number in range(5) for word in _WORDS.split()))
+    return measure_damage(Checkpoint.open(model), device="cpu", texts=[text])
+
+
+@pytest.fixture
+def profiled(measured: Path, model: Path, moepack: Moepack, rounded: Measured) -> Path:
+    """A workspace that knows what rounding does to the model, and has a plan."""
+    budget = ("--vram", "4M", "--context", "256", "--prompt", "64", "--new", "64")
+    assert moepack("plan", model, *budget).code == 0
+    folder = Workspace.locate().current()
+    assert folder is not None
+    rounded.damage.save(folder.folder)
+    rounded.calibration.save(folder.folder)
+    return measured
 
 
 @pytest.fixture

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moepack.checkpoint import Checkpoint
-from moepack.damage_probe import Measured, measure_damage
-from moepack.workspace import Workspace
 from tests.cli.conftest import Moepack
 from tests.cli.test_commands import no_nulls
 
 BUDGET = ("--vram", "4M", "--context", "256", "--prompt", "64", "--new", "64")
-
-WORDS = "red green blue one two three stone water kalt warm nah fern gross klein alt neu"
-
-
-@pytest.fixture(scope="module")
-def rounded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    text = tmp_path_factory.mktemp("texts") / "text.txt"
-    text.write_text(" ".join(f"{word} {number}" for number in range(5) for word in WORDS.split()))
-    return measure_damage(Checkpoint.open(model_folder), device="cpu", texts=[text])
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_folder: Any) -> Path:
-    folder = tiny_folder("qwen3_moe", "plain")
-    assert isinstance(folder, Path)
-    return folder
-
-
-@pytest.fixture
-def profiled(measured: Path, model: Path, moepack: Moepack, rounded: Measured) -> Path:
-    """A workspace that knows what rounding does to the model's experts."""
-    assert moepack("plan", model, *BUDGET).code == 0
-    folder = Workspace.locate().current()
-    assert folder is not None
-    rounded.damage.save(folder.folder)
-    rounded.calibration.save(folder.folder)
-    return measured
 
 
 def test_every_command_works_on_experts_of_several_precisions(

@@ -32,11 +32,11 @@ def test_what_the_roofline_derives_stands_beside_what_was_measured(
     assert document.keys() == {"hardware", "compute", "roofline", "routing"}
     check = document["roofline"]
     assert {piece["piece"] for piece in check["pieces"]} == {
-        *("attention", "router", "fixed", "expert", "expert_split"),
+        *("attention", "attention INT8", "router", "fixed", "expert", "expert_split"),
         *("expert INT8", "expert_split INT8", "expert INT4_G32", "expert_split INT4_G32"),
     }
     (entry,) = document["compute"]["layers"]
-    curves = dict(entry)
+    curves = {**entry, "attention INT8": entry["rounded"]["attention"]}
     for item in entry["quantised"]:
         curves[f"expert {item['encoding']}"] = item["whole"]
         curves[f"expert_split {item['encoding']}"] = item["split"]

@@ -79,7 +79,7 @@ def test_what_is_derived_from_the_same_rates_is_no_different() -> None:
     assert check.token_ratio == check.block_ratio == 1.0
     assert within(check)
     assert {piece.piece for piece in check.pieces} == {
-        *("attention", "router", "fixed", "expert", "expert_split"),
+        *("attention", "attention INT8", "router", "fixed", "expert", "expert_split"),
         # Of groups only 32 divides its hidden size, 128, and its experts' width, 96.
         *("expert INT8", "expert_split INT8", "expert INT4_G32", "expert_split INT4_G32"),
     }

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from moepack.compute import ComputeProfile, Curve, block_seconds, token_seconds, worthwhile_threads
+from moepack.compute import (
+    COMPUTE_VERSION,
+    ComputeProfile,
+    Curve,
+    RoundedLayer,
+    block_seconds,
+    load_compute,
+    median_profile,
+    token_seconds,
+    worthwhile_threads,
+)
+from moepack.errors import ProfileError
 from tests.pack.fake_models import make_spec
 from tests.support.routed import compute_of, layer_compute
 
@@ -14,7 +26,9 @@ ROUTED = dataclasses.replace(
     layer_compute([1, 2], attention=2.0, expert=3.0, ffn=0.5), fixed=Curve((1, 16), (1.0, 4.0))
 )
 DENSE = layer_compute([0], attention=2.0, expert=None, ffn=7.0)
-PROFILE = compute_of(SPEC, [DENSE, ROUTED], head_s=11.0)
+PROFILE = dataclasses.replace(
+    compute_of(SPEC, [DENSE, ROUTED], head_s=11.0), version=COMPUTE_VERSION
+)
 
 
 def test_around_its_experts_a_layer_takes_everything_else() -> None:
@@ -42,3 +56,50 @@ def test_a_second_thread_must_be_worth_it(share: float, threads: int) -> None:
 
     found = worthwhile_threads(SPEC, [profile(1.0, 1), profile(share, 2)])
     assert found.threads == threads
+
+
+def with_rounded(profile: ComputeProfile, attention_s: float, head_s: float) -> ComputeProfile:
+    """In 8 bits a dense layer takes a second for its FFN."""
+    layers = tuple(
+        dataclasses.replace(
+            entry,
+            rounded=RoundedLayer(
+                Curve((1,), (attention_s,)), None if entry.ffn is None else Curve((1,), (1.0,))
+            ),
+        )
+        for entry in profile.layers
+    )
+    return dataclasses.replace(profile, layers=layers, rounded_head_s=head_s)
+
+
+def test_a_rounded_trunk_has_times_of_its_own() -> None:
+    rounded = with_rounded(PROFILE, 0.25, 5.0)
+    assert rounded.with_trunk("") is rounded
+    found = rounded.with_trunk("INT8")
+    assert found.head_s == 5.0
+    assert found.layer(0).around_s(1) == 0.25 + 1.0
+    assert found.layer(1).around_s(1) == 0.25 + 0.0 + 1.0 + 1.0
+    assert found.layer(1).expert == ROUTED.expert, "experts are none of it"
+    with pytest.raises(ProfileError, match=r"no times of a trunk in INT8.*run moepack profile"):
+        PROFILE.with_trunk("INT8")
+    partly = dataclasses.replace(rounded, layers=(rounded.layers[0], ROUTED))
+    with pytest.raises(ProfileError):
+        partly.with_trunk("INT8")
+
+
+def test_times_of_a_rounded_trunk_are_medians_and_survive_a_file(tmp_path: Path) -> None:
+    rounds = [with_rounded(PROFILE, attention_s, attention_s) for attention_s in (3.0, 1.0, 2.0)]
+    found = median_profile(SPEC, rounds)
+    assert found.rounded_head_s == 2.0
+    assert [entry.rounded.attention.seconds for entry in found.layers if entry.rounded] == [
+        (2.0,),
+        (2.0,),
+    ]
+    found.save(tmp_path / "compute.yaml")
+    assert load_compute(tmp_path / "compute.yaml") == found
+
+
+def test_a_profile_without_them_is_written_as_before(tmp_path: Path) -> None:
+    PROFILE.save(tmp_path / "compute.yaml")
+    assert "rounded" not in (tmp_path / "compute.yaml").read_text()
+    assert load_compute(tmp_path / "compute.yaml") == PROFILE

@@ -11,6 +11,7 @@ from moepack.hardware import HardwareProfile, find_hardware
 from moepack.model_spec import AttentionSpec, LayerSpec, MlaSpec, ModelSpec, TensorInfo
 from moepack.rates import AttentionRate, MatmulCurve, MatmulPoint, MemoryRate
 from moepack.roofline import KERNEL_TOKENS, TOKENS, derive_compute
+from moepack.trunk import rounded_matrices
 from tests.pack.fake_models import make_spec
 
 #: A gigabyte and a teraflop a second, nothing else.
@@ -194,3 +195,25 @@ def test_the_profile_says_that_it_was_derived_and_from_what() -> None:
     for entry in profile.layers:
         blocks = entry.attention.seconds[1:]  # the first point is behind a context, these are not
         assert all(more > 0.999 * less for less, more in pairwise(blocks))
+
+
+def test_a_rounded_trunk_reads_fewer_bytes_and_nothing_else_changes() -> None:
+    """One token on a machine where memory is all that takes time."""
+    spec = model()
+    found = derive_compute(spec, PLAIN, context_tokens=0)
+    rounded = found.with_trunk("INT8")
+    codes = rounded_matrices(spec, "INT8")
+    assert {info.name for info in codes} >= {"layers.1.attn.q.weight"}
+    for number in (0, 1):
+        prefix = f"layers.{number}.attn."
+        saved = sum(
+            info.elements * 2 - (info.elements + 2 * info.shape[0])
+            for info in codes
+            if info.name.startswith(prefix)
+        )
+        exact_s = found.layer(number).attention.at(1)
+        assert exact_s - rounded.layer(number).attention.at(1) == pytest.approx(
+            saved / 1e9, rel=1e-4
+        )
+    assert rounded.layer(1).router == found.layer(1).router
+    assert rounded.layer(1).expert == found.layer(1).expert
