@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import pytest
 import torch
 from moepack_runtime.ffn import FfnWeights, gated_ffn
 from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.model import Decoder
+from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.model_spec import (
     AttentionSpec,
@@ -16,11 +20,16 @@ from moepack.model_spec import (
     MoeSpec,
     RopeSpec,
     RouterSpec,
+    TensorInfo,
 )
-from moepack.working_memory import workspace_bytes
+from moepack.quantise import stored_tensors
+from moepack.trunk import trunk_parts
+from moepack.working_memory import hidden_bytes, workspace_bytes
 from tests.support.memory import peak_bytes
 
 HIDDEN, CONTEXT, BLOCK = 256, 512, 128
+# Numpy knows no bfloat16.
+BITS = {"F32": torch.int32, "BF16": torch.int16}
 MOE = MoeSpec(16, 4, 256, RouterSpec())
 
 GROUPED = AttentionSpec(8, 2, 64, 64, 64, 0.125)
@@ -54,11 +63,25 @@ def trunk_shapes(attention: AttentionSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def rounded(spec: ModelSpec, trunk: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same trunk in 8 bits, as an engine has it."""
+    found = {}
+    for part in trunk_parts(spec, "INT8"):
+        bits = trunk[part.source.name].view(BITS[spec.dtype]).numpy()
+        for tensor, stored in zip(part.tensors, stored_tensors(bits, part), strict=True):
+            flat = torch.from_numpy(stored.copy()).view(TORCH_DTYPE[tensor.dtype])
+            found[tensor.name] = flat.view(tensor.shape)
+    return found
+
+
+@pytest.mark.parametrize("stored", ["", "INT8"])
 @pytest.mark.parametrize("block", [BLOCK, 1])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("name", ATTENTIONS)
 @torch.inference_mode()
-def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str, block: int) -> None:
+def test_a_step_stays_within_the_planned_workspace(
+    name: str, dtype: str, block: int, stored: str
+) -> None:
     attention = ATTENTIONS[name]
     spec = ModelSpec(
         name=name,
@@ -84,9 +107,11 @@ def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str, block:
     kv = KvCache.allocate(
         spec, context_tokens=CONTEXT, block_tokens=block, device=torch.device("cpu")
     )
-    decoder = Decoder(spec, trunk, kv)
+    infos = tuple(TensorInfo(key, dtype, shape) for key, shape in shapes.items())
+    spec = dataclasses.replace(spec, trunk=infos)
+    decoder = Decoder(spec, rounded(spec, trunk) if stored else trunk, kv)
     layer = decoder.layers[0]
-    planned = workspace_bytes(spec, CONTEXT, block)
+    planned = workspace_bytes(spec, CONTEXT, block, trunk=stored)
 
     x = torch.randn(block, HIDDEN).to(storage)
 
@@ -100,3 +125,5 @@ def test_a_step_stays_within_the_planned_workspace(name: str, dtype: str, block:
     expert = FfnWeights(*(torch.randn(256, 256).to(storage) for _ in range(3)))
     assert peak_bytes(lambda: gated_ffn(x, expert, MOE.activation_spec)) <= planned
     assert peak_bytes(lambda: decoder.logits(x[:1])) <= planned
+    ids = torch.arange(CONTEXT) % 512
+    assert peak_bytes(lambda: decoder.embed(ids)) <= hidden_bytes(spec, CONTEXT)
