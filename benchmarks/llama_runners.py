@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.gguf_kinds import BF16, Kind
 from benchmarks.gguf_text import text_of, tokens_of
 from benchmarks.peer_process import Watched
 from benchmarks.peer_runners import Generation, Measured, Runner, measured_of
@@ -109,13 +110,18 @@ def find_sibling(path: Path | None, name: str) -> Path | None:
     return find_binary(folder, (name,))
 
 
+def of_kind(name: str, kind: Kind) -> str:
+    """What a program is called with a file of a kind."""
+    return name if kind == BF16 else f"{name} {kind.told}"
+
+
 def llama_runners(
     name: str,
     binary: Path | None,
     gguf: Path | str,
     device: Path | str,
     threads: tuple[int, ...],
-    kind: str = "BF16",
+    kind: Kind = BF16,
 ) -> list[Runner]:
     """The variants of llama.cpp, or of what came from it, that this binary can run.
 
@@ -126,17 +132,16 @@ def llama_runners(
     device
         A block device over the GGUF that reads little ahead, or why there is none.
     kind
-        What the experts in the file are stored in.
+        Of the file.
     """
-    if kind != "BF16":
-        name = f"{name} {kind}"
+    name = of_kind(name, kind)
     if binary is None:
         absent = "no binary was given, or it is not there"
-        return [LlamaRunner(name, threads, absent, kind)]
+        return [LlamaRunner(name, threads, absent, kind.name)]
     if isinstance(gguf, str):
-        return [LlamaRunner(name, threads, gguf, kind)]
+        return [LlamaRunner(name, threads, gguf, kind.name)]
     known = subprocess.run([str(binary), "--help"], capture_output=True, text=True, check=False)
-    plain = LlamaRunner(name, threads, "", kind, binary, gguf)
+    plain = LlamaRunner(name, threads, "", kind.name, binary, gguf)
     return list(_variants(plain, known.stdout + known.stderr, device))
 
 
@@ -168,7 +173,7 @@ def _variants(plain: LlamaRunner, options: str, device: Path | str) -> Iterator[
         yield variant("direct I/O", "--direct-io", "--no-mmap")
     else:
         yield variant("direct I/O", absent="this version has none")
-    if plain.kind != "BF16":  # of which there is nothing to repack
+    if plain.kind != BF16.name:  # of which there is nothing to repack
         if as_stored:
             yield variant("repacked", of=replace(plain, extra=common))
         elif "--run-time-repack" in options:

@@ -17,16 +17,20 @@ from typing import Any, NamedTuple
 
 from benchmarks.accelerate_offload import INDEX_FILE
 from benchmarks.gguf_kinds import BF16, Kind
+from benchmarks.peer_precision import Asked, TrunkName
+from benchmarks.peer_report import Bar
 from benchmarks.peer_runners import SPARE_BYTES
 from moepack.budget import stored_bytes
 from moepack.calibration import CALIBRATION_FILE
 from moepack.checkpoint import Checkpoint
+from moepack.compute import load_compute
 from moepack.errors import MoepackError
 from moepack.hardware import load_hardware
 from moepack.layout import LayerLayout
 from moepack.layouts import uniform_layout
 from moepack.plan import load_plan
-from moepack.precision import QualityName, encoding_of
+from moepack.precision import encoding_of
+from moepack.trunk import stored_trunk
 from moepack.workspace import ModelFolder, Workspace
 
 #: The process takes more than was measured of a bare one: modules that only a run needs.
@@ -38,28 +42,6 @@ _BOUNDS = frozenset({"resident", "belady"})
 
 class NotPreparedError(MoepackError):
     """A step before the measurement failed."""
-
-
-class Bar(NamedTuple):
-    """The speed of a link that carries exactly what the best online policy misses.
-
-    Attributes
-    ----------
-    policy : str
-        The strategy that misses the fewest bytes in the replay of the recorded routing.
-    bandwidth_bytes_per_s : float
-        Of the disk as profiled, at the size of an expert.
-    """
-
-    policy: str
-    missed_bytes_per_token: float
-    bandwidth_bytes_per_s: float
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """None where nothing is missed."""
-        missed = self.missed_bytes_per_token
-        return self.bandwidth_bytes_per_s / missed if missed else None
 
 
 class Packed(NamedTuple):
@@ -106,7 +88,9 @@ class PeerModel:
         """Of a process that has loaded torch and nothing else, as profiled."""
         return load_hardware(self._workspace.hardware_path).process_base_bytes
 
-    def profile(self, texts: Sequence[Path] = (), *, bits: bool = False) -> None:
+    def profile(
+        self, texts: Sequence[Path] = (), *, bits: bool = False, trunk: TrunkName = "exact"
+    ) -> None:
         """Measure the machine and the model, unless that has been done in this scratch folder.
 
         Parameters
@@ -116,36 +100,43 @@ class PeerModel:
         bits
             Also what rounding is weighed by: plans then are calibrated, as they are by default
             for whoever has measured it.
+        trunk
+            What plans will be asked for: a profile of before there were such trunks is renewed.
 
         Raises
         ------
         NotPreparedError
             With what moepack said.
         """
-        known = self._known()
-        done = known is not None and known.routing_path.exists()
-        if bits and known is not None:
-            done = done and (known.folder / CALIBRATION_FILE).exists()
-        if not done:
+        if not self._is_profiled(bits, trunk):
             named = [argument for text in texts for argument in ("--text", str(text))]
             self._moepack("profile", str(self.folder), *named, *(("--bits",) if bits else ()))
 
-    def encoding(self, asked: QualityName) -> str:
-        """What the routed experts are stored in."""
-        return encoding_of(self.spec, asked)
+    def _is_profiled(self, bits: bool, trunk: TrunkName) -> bool:
+        known = self._known()
+        if known is None or not known.routing_path.exists():
+            return False
+        if bits and not (known.folder / CALIBRATION_FILE).exists():
+            return False
+        return trunk == "exact" or load_compute(known.compute_path).rounded_head_s is not None
 
-    def stored_bytes(self, asked: QualityName) -> int:
-        """Of all weights, the experts stored as asked."""
-        if asked == "exact":
-            return self.size_bytes
+    def encoding(self, asked: Asked) -> str:
+        """What the routed experts are stored in."""
+        return encoding_of(self.spec, asked.quality)
+
+    def stored_bytes(self, asked: Asked) -> int:
+        """Of all weights, stored as asked."""
+        trunk = sum(tensor.size_bytes for tensor in stored_trunk(self.spec, asked.stored_trunk))
+        if asked.quality == "exact":
+            return self.spec.experts_bytes + trunk
         experts = sum(
             self.spec.moe(cut.layer).num_experts * stored_bytes(self.spec, cut, "top")
             for cut in self._whole(asked)
         )
-        return experts + self.spec.trunk_bytes
+        return experts + trunk
 
     def prepare(
-        self, limit_bytes: int, asked: QualityName, *, prompt_tokens: int, new_tokens: int
+        self, limit_bytes: int, asked: Asked, *, prompt_tokens: int, new_tokens: int
     ) -> Prepared:
         """Plan for a control group of this size, and pack.
 
@@ -164,12 +155,12 @@ class PeerModel:
         lengths = ("--prompt", str(prompt_tokens), "--new", str(new_tokens))
         context = ("--context", str(prompt_tokens + new_tokens))
         budgets = ("--vram", str(vram_bytes), "--ram", str(ram_bytes))
-        name = f"{asked}-{limit_bytes}-{prompt_tokens}-{new_tokens}"
+        name = f"{asked.name}-{limit_bytes}-{prompt_tokens}-{new_tokens}"
         packed = self.packed(asked, (*budgets, *lengths, *context), self._scratch / "plans" / name)
         threads = load_plan(packed.plan).placement.threads
         return Prepared(packed, threads, self._bar(packed.document, asked))
 
-    def packed(self, asked: QualityName, options: Sequence[str], folder: Path) -> Packed:
+    def packed(self, asked: Asked, options: Sequence[str], folder: Path) -> Packed:
         """What ``moepack plan`` and ``moepack pack`` make of such options.
 
         Plans are kept in ``folder`` and packs by their layout, so that a measurement need not wait
@@ -182,7 +173,7 @@ class PeerModel:
         """
         plan, told = folder / "plan.json", folder / "told.json"
         if not told.exists() or told.stat().st_mtime < self._profiled_s():
-            said = self._moepack("plan", str(self.folder), "--quality", asked, *options, "--json")
+            said = self._moepack("plan", str(self.folder), *asked.options, *options, "--json")
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._known_folder().plan_path, plan)
             told.write_text(said)
@@ -225,10 +216,11 @@ class PeerModel:
         CheckpointError, GroupMismatchError, QuantiserError
             When the given one is another's, or none can be written.
         """
-        from benchmarks.gguf_export import expert_types, require_ours, write
+        from benchmarks.gguf_export import expert_types, require_ours, trunk_types, write
 
         for path in given:
-            if set(expert_types(path)) == {kind.name}:
+            types = expert_types(path), trunk_types(path)
+            if tuple(map(set, types)) == ({kind.name}, {kind.trunk}):
                 require_ours(path, self.checkpoint)
                 return path
         path = self._gguf_path(kind)
@@ -240,7 +232,9 @@ class PeerModel:
         return path
 
     def _gguf_path(self, kind: Kind) -> Path:
-        suffix = "" if kind is BF16 else f"-{kind.name}"
+        suffix = "" if kind == BF16 else f"-{kind.name}"
+        if kind.trunk != BF16.trunk:
+            suffix += f"-trunk-{kind.trunk}"
         return self._scratch / f"{self.checkpoint.weights_digest[:16]}{suffix}.gguf"
 
     def _known(self) -> ModelFolder | None:
@@ -259,12 +253,12 @@ class PeerModel:
             paths += [known.compute_path, known.routing_path, known.folder / CALIBRATION_FILE]
         return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
-    def _whole(self, asked: QualityName) -> tuple[LayerLayout, ...]:
+    def _whole(self, asked: Asked) -> tuple[LayerLayout, ...]:
         """Whole experts, stored as asked."""
         name = self.encoding(asked)
         return uniform_layout(self.spec, 1.0, encodings=(name,) * len(self.spec.moe_layers)).layers
 
-    def _bar(self, document: dict[str, Any], asked: QualityName) -> Bar:
+    def _bar(self, document: dict[str, Any], asked: Asked) -> Bar:
         missed = {
             name: float(baseline["link_bytes_per_token"])
             for name, baseline in document["baselines"].items()

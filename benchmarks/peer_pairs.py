@@ -7,29 +7,10 @@ is no larger than the peer's there (:mod:`benchmarks.peer_quality`), in the same
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from benchmarks.peer_model import Bar
-from benchmarks.peer_report import OWN, Row, Verdict, judge, sentence
-from moepack.precision import QualityName
-
-
-class Precision(NamedTuple):
-    """What moepack is asked for, and the kinds of GGUF that move about as many bytes."""
-
-    asked: QualityName
-    kinds: tuple[str, ...]
-
-
-#: By bits of a weight.
-PRECISIONS = MappingProxyType(
-    {
-        16: Precision("exact", ("BF16",)),
-        8: Precision("int8", ("Q8_0",)),
-        4: Precision("int4", ("Q4_0", "Q4_K")),
-    }
-)
+from benchmarks.peer_precision import Asked, Precision
+from benchmarks.peer_report import OWN, Bar, Row, Verdict, judge, sentence
 
 
 class Pair(NamedTuple):
@@ -40,23 +21,27 @@ class Pair(NamedTuple):
     why: str
 
 
-def pairs(bits: int, encoding: str, quality: Mapping[str, Any] | None) -> list[Pair]:
-    """The pairs at so many bits.
+def pairs(both: Precision, encoding: str, quality: Mapping[str, Any] | None) -> list[Pair]:
+    """The pairs of such a precision.
 
     Parameters
     ----------
     encoding
         What moepack's experts are stored in, in the model whose speed is measured.
     quality
-        What :func:`benchmarks.peer_quality.measure` has found; None where it has not been.
+        What :func:`benchmarks.peer_quality.measure` has found with such a trunk; None where it has
+        not been.
     """
-    asked, kinds = PRECISIONS[bits]
-    if asked == "exact":
+    asked, kinds = both.asked, [kind.name for kind in both.kinds]
+    if asked == Asked("exact"):
         return [Pair(kind, counts=True, why="the same weights") for kind in kinds]
     if quality is None:
-        why = "quality has not been measured: python -m benchmarks.peer_quality"
+        why = (
+            "quality has not been measured: python -m benchmarks.peer_quality --trunk "
+            f"{asked.trunk}"
+        )
         return [Pair(kind, counts=False, why=why) for kind in kinds]
-    own = quality["moepack"][asked]
+    own = quality["moepack"][asked.quality]
     return [_pair(kind, encoding, own, quality["peers"].get(kind, {})) for kind in kinds]
 
 

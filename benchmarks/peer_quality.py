@@ -1,6 +1,7 @@
 """How much each encoding loses on the shipped model: moepack's and the peers', on the same tokens.
 
     python -m benchmarks.peer_quality --scratch DIR --llama-cpp PATH
+    python -m benchmarks.peer_quality --scratch DIR --llama-cpp PATH --trunk int8
 
 The texts that ship with moepack, the parts that ``moepack eval`` scores of them (nothing was fitted
 to those), in windows of 1024 tokens. llama-perplexity scores the second half of a window but for
@@ -15,6 +16,8 @@ moepack's experts are rounded as they are for whoever has run ``moepack profile 
 by the inputs that it has seen, in the parts of the texts that are not scored. It is run here, once
 for a scratch folder, in a workspace apart from that of :mod:`benchmarks.peers`, whose measurements
 of the machine stay as they are. llama.cpp's kinds are rounded without an importance matrix.
+
+Trunks are as the model has them, or rounded on both sides: moepack's to int8, llama.cpp's to Q8_0.
 
 A kind that llama-quantize cannot store on this model is told as what it stored instead. Nothing
 here depends on how busy the machine is. The last line is one JSON object.
@@ -38,6 +41,7 @@ from benchmarks.gguf_text import text_of
 from benchmarks.llama_perplexity import compared, first_scored, keep_probabilities
 from benchmarks.llama_runners import find_sibling
 from benchmarks.peer_model import PeerModel
+from benchmarks.peer_precision import TRUNKS, Asked, TrunkName, suffix_of
 from benchmarks.peer_report import say
 from benchmarks.setting import named
 from moepack.errors import MoepackError
@@ -63,17 +67,20 @@ _BUDGET_BYTES = 128 << 20
 
 
 class Found(NamedTuple):
-    """One way to store the experts.
+    """One way to store a model.
 
     Attributes
     ----------
-    stored : str
-        What they really are in.
+    stored, trunk : str
+        What experts and trunk really are in.
     calibrated : bool
-        Whether rounding was weighed by what their inputs are like.
+        Whether rounding of experts was weighed by what their inputs are like.
+    bits_per_weight : float
+        Of the experts.
     """
 
     stored: str
+    trunk: str
     calibrated: bool
     bits_per_weight: float
     quality: Quality
@@ -84,6 +91,7 @@ class Found(NamedTuple):
         assert near is not None, "the exact model was at hand"
         return {
             "stored": self.stored,
+            "trunk": self.trunk,
             "calibrated": self.calibrated,
             "bits_per_weight": self.bits_per_weight,
             "kl": near.kl.value,
@@ -138,28 +146,33 @@ def _texts(folder: Path, most_windows: int | None) -> _Texts:
     return _Texts(passages, runs)
 
 
-def _own(model: PeerModel, texts: _Texts, scratch: Path) -> Iterator[tuple[str, Found]]:
-    for asked in OWN:
-        say(f"moepack {asked}")
+def _own(
+    model: PeerModel, texts: _Texts, trunk: TrunkName, scratch: Path
+) -> Iterator[tuple[str, Found]]:
+    for name in OWN:
+        asked = Asked(name, trunk)
+        say(f"moepack {asked.name}")
         made = model.packed(
-            asked, ("--vram", str(_BUDGET_BYTES), "--context", str(WINDOW_TOKENS)), scratch / asked
+            asked, ("--vram", str(_BUDGET_BYTES), "--context", str(WINDOW_TOKENS)), scratch / name
         )
         packed, plan = PackedModel.open(made.pack), load_plan(made.plan)
         scores = score_windows(
             packed, plan, texts.passages, texts.runs, WINDOW_TOKENS, model.checkpoint, scratch
         )
-        stored = "+".join(sorted({cut.encoding for cut in plan.layout.layers}))
-        bits = precision_of(model.spec, plan.layout).mean_bits
-        yield asked, Found(stored, bool(plan.layout.calibration), bits, quality(scores))
+        layout = plan.layout
+        stored = "+".join(sorted({cut.encoding for cut in layout.layers}))
+        calibrated, bits = bool(layout.calibration), precision_of(model.spec, layout).mean_bits
+        own_trunk = layout.trunk or model.spec.dtype
+        yield name, Found(stored, own_trunk, calibrated, bits, quality(scores))
 
 
 def _peers(
-    model: PeerModel, texts: _Texts, llama_cpp: Path | None, scratch: Path
+    model: PeerModel, texts: _Texts, trunk: TrunkName, llama_cpp: Path | None, scratch: Path
 ) -> Iterator[tuple[str, Found | str]]:
     """Each kind, or why there is nothing to say of it."""
     import gguf
 
-    from benchmarks.gguf_export import expert_types
+    from benchmarks.gguf_export import expert_types, trunk_types
     from benchmarks.gguf_tensors import bits_per_weight
 
     program = find_sibling(llama_cpp, "llama-perplexity")
@@ -173,9 +186,10 @@ def _peers(
     say("llama.cpp BF16")
     keep_probabilities(program, model.gguf(BF16), text, exact, windows)
     for kind in _KINDS:
-        say(f"llama.cpp {kind}")
+        rounded = KINDS[kind].with_trunk(TRUNKS[trunk])
+        say(f"llama.cpp {rounded.told}")
         try:
-            path = model.gguf(KINDS[kind], quantiser=quantiser)
+            path = model.gguf(rounded, quantiser=quantiser)
         except MoepackError as failure:
             yield kind, f"absent: {failure}"
             continue
@@ -186,8 +200,8 @@ def _peers(
         )
         keep_probabilities(program, path, text, other, windows)
         scores = _by_text(texts, compared(exact, other))
-        stored = "+".join(sorted(types))
-        yield kind, Found(stored, False, bits / types.total(), quality(scores))
+        stored, in_trunk = ("+".join(sorted(found)) for found in (types, trunk_types(path)))
+        yield kind, Found(stored, in_trunk, False, bits / types.total(), quality(scores))
 
 
 def _by_text(texts: _Texts, windows: Iterator[TokenScores]) -> list[TokenScores]:
@@ -201,20 +215,21 @@ def _by_text(texts: _Texts, windows: Iterator[TokenScores]) -> list[TokenScores]
 
 
 def measure(
-    scratch: Path, llama_cpp: Path | None, most_windows: int | None = None
+    scratch: Path, llama_cpp: Path | None, trunk: TrunkName, most_windows: int | None = None
 ) -> dict[str, Any]:
-    """Everything, as JSON says it."""
+    """Everything with such a trunk, as JSON says it."""
     model = PeerModel(shipped_model(), scratch, _HOME)
     say("moepack profile --bits, unless it is known")
-    model.profile(bits=True)
+    model.profile(bits=True, trunk=trunk)
     texts = _texts(model.folder, most_windows)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="quality.") as folder:
-        own = dict(_own(model, texts, Path(folder)))
-        peers = dict(_peers(model, texts, llama_cpp, Path(folder)))
+        own = dict(_own(model, texts, trunk, Path(folder)))
+        peers = dict(_peers(model, texts, trunk, llama_cpp, Path(folder)))
     return {
         "model": model.spec.name,
         "window_tokens": WINDOW_TOKENS,
         "tokens": texts.scored_tokens,
+        "trunk": trunk,
         "moepack": {name: found.document() for name, found in own.items()},
         "peers": {
             kind: {"failure": found} if isinstance(found, str) else found.document()
@@ -225,18 +240,18 @@ def measure(
 
 def table(document: Mapping[str, Any]) -> Iterator[str]:
     """Lines of a table in Markdown."""
-    yield "| | experts in | bits a weight | KL, nats | same first choice |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| | experts in | bits a weight | trunk in | KL, nats | same first choice |"
+    yield "| --- " * 6 + "|"
     rows = {f"moepack {name}": found for name, found in document["moepack"].items()}
     rows |= {f"llama.cpp {kind}": found for kind, found in document["peers"].items()}
     for name, found in rows.items():
         if "failure" in found:
-            yield f"| {name} | {found['failure']} | | | |"
+            yield f"| {name} | {found['failure']} | | | | |"
             continue
         low, high = found["kl_interval"]
         interval = "" if low is None else f" ({low:.5f} to {high:.5f})"
         yield (
-            f"| {name} | {found['stored']} | {found['bits_per_weight']:.2f} "
+            f"| {name} | {found['stored']} | {found['bits_per_weight']:.2f} | {found['trunk']} "
             f"| {found['kl']:.5f}{interval} | {found['top1_agreement']:.1%} |"
         )
 
@@ -247,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, required=True, metavar="DIR")
     parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a folder of its programs")
     parser.add_argument(
+        "--trunk", choices=TRUNKS, default="exact", help="int8: rounded on both sides"
+    )
+    parser.add_argument(
         "--windows", type=int, metavar="N", help="of each text at the most; default: all"
     )
     return named(_run, parser.parse_args(arguments))
@@ -254,21 +272,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     args.scratch.mkdir(parents=True, exist_ok=True)
-    document = measure(args.scratch, args.llama_cpp, args.windows)
-    kept_at(args.scratch).write_text(json.dumps(document, indent=1))
+    document = measure(args.scratch, args.llama_cpp, args.trunk, args.windows)
+    kept_at(args.scratch, args.trunk).write_text(json.dumps(document, indent=1))
     print("\n".join(table(document)))
     print(json.dumps(document))
     return 0
 
 
-def kept_at(scratch: Path) -> Path:
-    """Where the figures are kept."""
-    return scratch / "quality.json"
+def kept_at(scratch: Path, trunk: TrunkName) -> Path:
+    """Where the figures with such a trunk are kept."""
+    return scratch / f"quality{suffix_of(trunk)}.json"
 
 
-def kept_quality(scratch: Path) -> dict[str, Any] | None:
+def kept_quality(scratch: Path, trunk: TrunkName) -> dict[str, Any] | None:
     """The figures that were measured in this scratch folder; None where none were."""
-    path = kept_at(scratch)
+    path = kept_at(scratch, trunk)
     if not path.exists():
         return None
     document: dict[str, Any] = json.loads(path.read_text())

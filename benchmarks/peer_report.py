@@ -7,13 +7,34 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.peer_model import Bar
 from benchmarks.peer_runners import Measured
 from moepack.units import format_rate, format_size
 
 OWN = "moepack"
 PEER_FACTOR = 2.5
 LINK_FACTOR = 0.9
+
+
+class Bar(NamedTuple):
+    """The speed of a link that carries exactly what the best online policy misses.
+
+    Attributes
+    ----------
+    policy : str
+        The strategy that misses the fewest bytes in the replay of the recorded routing.
+    bandwidth_bytes_per_s : float
+        Of the disk as profiled, at the size of an expert.
+    """
+
+    policy: str
+    missed_bytes_per_token: float
+    bandwidth_bytes_per_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None where nothing is missed."""
+        missed = self.missed_bytes_per_token
+        return self.bandwidth_bytes_per_s / missed if missed else None
 
 
 class Row(NamedTuple):

@@ -3,6 +3,7 @@
     python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --ik-llama-cpp PATH
     python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --bits 8 4 --only-prepare
     python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --bits 8 4
+    python -m benchmarks.peers MODEL --scratch DIR --llama-cpp PATH --bits 4 --trunk int8
 
 For each share of the model's size every program runs in a memory control group of that size, the
 whole process inside, its files dropped from the page cache before; the programs take turns, in
@@ -12,9 +13,11 @@ each number of threads and each variant is tried in the first round and the fast
 mapped over the file and over a loop device that reads no more than 128 KiB ahead; weights are not
 repacked, and of the kinds with fewer bits also are. moepack is planned for the limit less 100 MiB.
 
-With fewer bits the routed experts are rounded on both sides and nothing else is; the size is that
-of what is then stored, the larger one of both. What that loses is measured apart, on the model that
-ships with moepack (:mod:`benchmarks.peer_quality`), and a pair counts where moepack loses no more.
+With fewer bits the routed experts are rounded on both sides, and with ``--trunk int8`` the trunk's
+large matrices as well, to int8 and to Q8_0. The size is that of what is then stored, the larger one
+of both. What that loses is measured apart, on the model that ships with moepack
+(:mod:`benchmarks.peer_quality`, with the same ``--trunk``), and a pair counts where moepack loses
+no more.
 
 Printed are medians over the rounds. The bar for moepack is ``min(2.5 * the best peer, 0.9 * disk
 bandwidth / bytes missed by the best online policy in the plan's replay)`` in decoding, at shares
@@ -37,13 +40,14 @@ import numpy as np
 from moepack_runtime.tokenizer import Tokenizer
 
 from benchmarks.control_group import Interface
-from benchmarks.gguf_kinds import KINDS, Kind
-from benchmarks.llama_runners import find_binary, find_sibling, llama_runners
+from benchmarks.gguf_kinds import Kind
+from benchmarks.llama_runners import find_binary, find_sibling, llama_runners, of_kind
 from benchmarks.loop_device import LoopDevice, NoLoopDeviceError
-from benchmarks.peer_model import Bar, NotPreparedError, PeerModel
-from benchmarks.peer_pairs import PRECISIONS, judge_pairs, pairs, told
+from benchmarks.peer_model import NotPreparedError, PeerModel
+from benchmarks.peer_pairs import judge_pairs, pairs, told
+from benchmarks.peer_precision import BITS, ROUNDED_BITS, TRUNKS, Precision, precision
 from benchmarks.peer_quality import kept_quality
-from benchmarks.peer_report import OWN, say, table
+from benchmarks.peer_report import OWN, Bar, say, table
 from benchmarks.peer_rounds import compare
 from benchmarks.peer_runners import (
     Generation,
@@ -62,7 +66,10 @@ TRANSFORMERS = "transformers + accelerate"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table and verdicts for every share, and one line of JSON."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.trunk != "exact" and not set(args.bits) <= set(ROUNDED_BITS):
+        parser.error(f"--trunk {args.trunk} goes with --bits {' or '.join(map(str, ROUNDED_BITS))}")
     # So that groups, devices and programs are taken down then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return named(_run, args)
@@ -73,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     args.scratch.mkdir(parents=True, exist_ok=True)
     model = PeerModel(args.model, args.scratch)
     say(f"{model.spec.name}: {format_size(model.size_bytes)}; profile, unless it is known")
-    model.profile(args.text)
+    model.profile(args.text, trunk=args.trunk)
     generation = _generation(args, model)
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="run.") as own:
         found = [_at_bits(args, model, generation, bits, Path(own)) for bits in args.bits]
@@ -84,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         "new_tokens": args.new,
         "temperature": args.temperature,
         "rounds": args.rounds,
+        "trunk": args.trunk,
         "bits": found,
     }
     print(json.dumps(document))
@@ -94,14 +102,15 @@ def _at_bits(
     args: argparse.Namespace, model: PeerModel, generation: Generation, bits: int, scratch: Path
 ) -> dict[str, Any]:
     """Measure at every share, with so many bits a weight."""
-    with _peers(args, model, bits) as peers:
-        stored = [model.stored_bytes(PRECISIONS[bits].asked)]
+    both = precision(bits, args.trunk)
+    with _peers(args, model, both) as peers:
+        stored = [model.stored_bytes(both.asked)]
         stored += [path.stat().st_size for each in peers for path in each.files if path.is_file()]
         shares = [
             _share(args, model, generation, bits, share, max(stored), peers, scratch)
             for share in args.shares
         ]
-    return {"bits": bits, "stored_bytes": max(stored), "shares": shares}
+    return {"bits": bits, "trunk": args.trunk, "stored_bytes": max(stored), "shares": shares}
 
 
 def _share(
@@ -115,9 +124,10 @@ def _share(
     scratch: Path,
 ) -> dict[str, Any]:
     """Measure at one share, and print it."""
-    asked = PRECISIONS[bits].asked
+    both = precision(bits, args.trunk)
+    asked, what = both.asked, f"{bits} bits{both.told}"
     limit_bytes = int(share * stored_bytes)
-    say(f"{bits} bits, {share:.0%}, {format_size(limit_bytes)}: plan and pack, unless it is there")
+    say(f"{what}, {share:.0%}, {format_size(limit_bytes)}: plan and pack, unless it is there")
     bar = Bar("", 0.0, 0.0)
     prediction: Any = None
     try:
@@ -138,11 +148,9 @@ def _share(
         scratch=scratch,
     )
     kinds = {each.name: each.kind for each in peers}
-    encoding = model.encoding(asked)
-    judged = judge_pairs(pairs(bits, encoding, kept_quality(args.scratch)), rows, kinds, bar)
-    print(
-        f"\n{bits} bits, {share:.0%} of {format_size(stored_bytes)}: {format_size(limit_bytes)}\n"
-    )
+    quality = kept_quality(args.scratch, asked.trunk)
+    judged = judge_pairs(pairs(both, model.encoding(asked), quality), rows, kinds, bar)
+    print(f"\n{what}, {share:.0%} of {format_size(stored_bytes)}: {format_size(limit_bytes)}\n")
     print("\n".join(table(rows)))
     for each in judged:
         print(f"\n{told(each, rows, kinds, bar, share)}", flush=True)
@@ -157,36 +165,42 @@ def _share(
 
 
 @contextlib.contextmanager
-def _peers(args: argparse.Namespace, model: PeerModel, bits: int) -> Iterator[list[Runner]]:
+def _peers(args: argparse.Namespace, model: PeerModel, both: Precision) -> Iterator[list[Runner]]:
     """Everybody but moepack. What is absent is among them, with the reason."""
     threads = tuple(args.threads)
     left_out = tuple(args.skip)
     runners: list[Runner] = []
-    if bits == 16 and not (left_out and TRANSFORMERS.startswith(left_out)):
+    if both.asked.quality == "exact" and not (left_out and TRANSFORMERS.startswith(left_out)):
         runners.append(_transformers(model, threads))
     binaries = {
         "llama.cpp": find_binary(args.llama_cpp, ("llama-completion", "llama-cli")),
         "ik_llama.cpp": find_binary(args.ik_llama_cpp, ("llama-cli",)),
     }
     with contextlib.ExitStack() as stack:
-        for kind in (KINDS[name] for name in PRECISIONS[bits].kinds):
+        for kind in both.kinds:
             gguf: Path | str = "no binary was given, or it is not there"
             device: Path | str = "there is no GGUF to map"
-            if any(binaries.values()):
+            # A kind that everybody leaves out is not even made: it may not fit on the disk.
+            programs = {
+                name: binary
+                for name, binary in binaries.items()
+                if not (left_out and of_kind(name, kind).startswith(left_out))
+            }
+            if any(programs.values()):
                 gguf = _gguf(args, model, kind)
             if isinstance(gguf, Path):
                 try:
                     device = stack.enter_context(LoopDevice(gguf)).path
                 except NoLoopDeviceError as failure:
                     device = str(failure)
-            for name, binary in binaries.items():
-                runners += llama_runners(name, binary, gguf, device, threads, kind.name)
+            for name, binary in programs.items():
+                runners += llama_runners(name, binary, gguf, device, threads, kind)
         yield [each for each in runners if not left_out or not each.name.startswith(left_out)]
 
 
 def _gguf(args: argparse.Namespace, model: PeerModel, kind: Kind) -> Path | str:
     """The file, or why there is none."""
-    say(f"the GGUF in {kind.name}, unless it is there")
+    say(f"the GGUF in {kind.told}, unless it is there")
     try:
         return model.gguf(kind, args.gguf, quantiser=find_sibling(args.llama_cpp, "llama-quantize"))
     except MoepackError as failure:
@@ -227,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="on the disk that is to be measured; profiles, plans, packs and GGUFs stay there",
     )
-    parser.add_argument("--bits", type=int, nargs="+", choices=PRECISIONS, default=[16])
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=[16])
+    parser.add_argument(
+        "--trunk", choices=TRUNKS, default="exact", help="int8: rounded on both sides"
+    )
     where = "the program, or a folder with it (build/bin is looked into)"
     parser.add_argument(
         "--llama-cpp",

@@ -14,6 +14,7 @@ import transformers
 
 from benchmarks.gguf_kinds import KINDS
 from benchmarks.gguf_text import text_of
+from benchmarks.peer_model import PeerModel
 from moepack.checkpoint import Checkpoint
 from moepack.errors import CheckpointError, GroupMismatchError
 from tests.support.tiny_models import TINY_MODELS, TinyModel, randomise
@@ -186,6 +187,17 @@ def test_a_trunk_is_rounded_within_a_step_and_nothing_else_is(kind: str, tmp_pat
     assert changed.issuperset(TRUNK.values())
     for name in set(after) - changed:
         np.testing.assert_array_equal(after[name].data, before[name].data)
+
+
+def test_files_of_another_trunk_have_names_of_their_own(tmp_path: Path) -> None:
+    saved(tiny_of("olmoe"), tmp_path / "model")
+    model = PeerModel(tmp_path / "model", tmp_path)
+    kinds = [KINDS["Q8_0"], KINDS["Q8_0"].with_trunk("Q8_0"), KINDS["Q4_0"].with_trunk("Q8_0")]
+    made = [model.gguf(kind) for kind in kinds]
+    assert sorted(tmp_path.glob("*.gguf")) == sorted(made)
+    moved = [path.rename(tmp_path / f"{number}") for number, path in enumerate(made)]
+    assert [model.gguf(kind, moved) for kind in kinds] == moved, "given ones are told apart"
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_a_kind_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy.typing as npt
 import pytest
 
 from benchmarks.llama_perplexity import PerplexityError, compared, first_scored, kept_tokens
-from benchmarks.peer_model import Bar, PeerModel
+from benchmarks.peer_model import PeerModel
 from benchmarks.peer_pairs import Pair, judge_pairs, pairs, told
-from benchmarks.peer_quality import shared_windows
-from benchmarks.peer_report import row_of
+from benchmarks.peer_precision import TRUNKS, precision
+from benchmarks.peer_quality import kept_at, kept_quality, shared_windows, table
+from benchmarks.peer_report import Bar, row_of
 from benchmarks.peer_runners import Measured
 from moepack.calibration import CALIBRATION_FILE
 from moepack.shipped import shipped_model
@@ -116,19 +118,50 @@ def test_a_pair_counts_where_moepack_loses_no_more() -> None:
         Q4_0={"stored": "Q4_0", "kl": 0.008},
         Q4_K={"stored": "Q5_0", "kl": 0.007},
     )
-    (eight,) = pairs(8, "INT8", quality)
+    int8, int4 = precision(8, "exact"), precision(4, "exact")
+    (eight,) = pairs(int8, "INT8", quality)
     assert not eight.counts
     assert "KL 0.00100, the peer's 0.00090" in eight.why
-    equal, other = pairs(4, "INT4_G32", quality)
+    equal, other = pairs(int4, "INT4_G32", quality)
     assert (equal.kind, equal.counts) == ("Q4_0", True)
     assert (other.kind, other.counts) == ("Q4_K", False)
     assert "Q5_0, which is what llama-quantize stores there for Q4_K" in other.why
-    assert [pair.counts for pair in pairs(4, "INT4_G64", quality)] == [False, False]
-    assert [pair.counts for pair in pairs(16, "BF16", None)] == [True]
-    (unknown,) = pairs(8, "INT8", None)
+    assert [pair.counts for pair in pairs(int4, "INT4_G64", quality)] == [False, False]
+    assert [pair.counts for pair in pairs(precision(16, "exact"), "BF16", None)] == [True]
+    (unknown,) = pairs(precision(8, "int8"), "INT8", None)
     assert not unknown.counts
-    (absent,) = pairs(8, "INT8", measured_quality(Q8_0={"failure": "absent: no program"}))
+    assert unknown.why.endswith("benchmarks.peer_quality --trunk int8")
+    (absent,) = pairs(int8, "INT8", measured_quality(Q8_0={"failure": "absent: no program"}))
     assert absent == Pair("Q8_0", counts=False, why="absent: no program")
+
+
+def test_quality_is_of_one_trunk(tmp_path: Path) -> None:
+    for kl, trunk in zip((0.0008, 0.0012), TRUNKS, strict=True):
+        own = {"stored": "INT8", "kl": kl}
+        document = {"moepack": {"int8": own}, "peers": {"Q8_0": {"stored": "Q8_0", "kl": 0.001}}}
+        kept_at(tmp_path, trunk).write_text(json.dumps(document))
+    assert kept_quality(tmp_path / "elsewhere", "exact") is None
+    counts = {}
+    for trunk in TRUNKS:
+        (pair,) = pairs(precision(8, trunk), "INT8", kept_quality(tmp_path, trunk))
+        counts[trunk] = pair.counts
+    assert counts == {"exact": True, "int8": False}
+
+
+def test_the_table_says_what_trunks_are_in() -> None:
+    found = {
+        "stored": "INT8",
+        "trunk": "INT8",
+        "bits_per_weight": 8.1,
+        "kl": 0.001,
+        "kl_interval": [0.0009, 0.0011],
+        "top1_agreement": 0.98,
+    }
+    peers = {"Q8_0": {**found, "stored": "Q8_0", "trunk": "Q8_0"}, "Q4_K": {"failure": "absent"}}
+    lines = list(table({"moepack": {"int8": found}, "peers": peers}))
+    assert len({line.count("|") for line in lines}) == 1
+    column = [name.strip() for name in lines[0].split("|")].index("trunk in")
+    assert [line.split("|")[column].strip() for line in lines[2:]] == ["INT8", "Q8_0", ""]
 
 
 def test_a_pair_is_judged_by_its_own_programs() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.control_group import ControlGroup, Interface, NoControlGroupError
+from benchmarks.gguf_kinds import KINDS
 from benchmarks.gguf_text import text_of, tokens_of
 from benchmarks.llama_runners import (
     LlamaRunner,
@@ -18,11 +19,14 @@ from benchmarks.llama_runners import (
     llama_runners,
     parse_timings,
 )
-from benchmarks.peer_model import Bar
+from benchmarks.peer_model import PeerModel
+from benchmarks.peer_precision import TRUNKS, Asked, precision
 from benchmarks.peer_process import Watched, run_watched
-from benchmarks.peer_report import Row, judge, row_of, sentence, table
+from benchmarks.peer_report import Bar, Row, judge, row_of, sentence, table
 from benchmarks.peer_rounds import chosen
 from benchmarks.peer_runners import Generation, Measured
+from benchmarks.peers import main
+from moepack.shipped import shipped_model
 from moepack.units import MIB
 
 #: The end of what llama-completion printed here.
@@ -210,11 +214,44 @@ def test_files_of_fewer_bits_are_tried_repacked_as_well(tmp_path: Path) -> None:
     generation = Generation((1, 2), (1,), 4, 1.0)
     fewer = {
         each.name: each.command(generation, 1, 1, tmp_path)
-        for each in llama_runners("l", program, tmp_path / "b.gguf", near, (1,), "Q4_0")
+        for each in llama_runners("l", program, tmp_path / "b.gguf", near, (1,), KINDS["Q4_0"])
     }
     assert "--no-repack" not in fewer["l Q4_0, repacked"]
     assert "--no-repack" in fewer["l Q4_0, mmap, 128 KiB ahead"]
     assert str(near) in fewer["l Q4_0, mmap, 128 KiB ahead"]
     assert fewer["l Q4_0, direct I/O"][-2:] == ["--load-mode", "dio"]
-    (missing,) = llama_runners("l", program, "it cannot be made", near, (1,), "Q4_K")
-    assert (missing.name, missing.absent, missing.kind) == ("l Q4_K", "it cannot be made", "Q4_K")
+    rounded = KINDS["Q4_K"].with_trunk("Q8_0")
+    (missing,) = llama_runners("l", program, "it cannot be made", near, (1,), rounded)
+    assert (missing.name, missing.absent) == ("l Q4_K (trunk Q8_0)", "it cannot be made")
+    assert missing.kind == "Q4_K"
+
+
+def test_a_rounded_trunk_goes_with_rounded_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["model", "--scratch", "scratch", "--bits", "16", "4", "--trunk", "int8"])
+    assert "--trunk int8 goes with --bits 8 or 4" in capsys.readouterr().err
+
+
+def test_trunks_are_rounded_on_both_sides() -> None:
+    for bits, quality in ((8, "int8"), (4, "int4")):
+        plain, rounded = precision(bits, "exact"), precision(bits, "int8")
+        assert plain.asked.options == ("--quality", quality)
+        assert rounded.asked.options == ("--quality", quality, "--trunk", "int8")
+        assert plain.asked.name != rounded.asked.name
+        assert {kind.trunk for kind in plain.kinds} == {"BF16"}
+        assert {kind.trunk for kind in rounded.kinds} == {"Q8_0"}
+        assert [kind.name for kind in plain.kinds] == [kind.name for kind in rounded.kinds]
+
+
+def test_what_is_stored_has_its_trunk_in_codes_and_scales(tmp_path: Path) -> None:
+    model = PeerModel(shipped_model(), tmp_path)
+    codes = ["embed", "head", "attn.q", "attn.k", "attn.v", "attn.o"]
+    saved_bytes = 0
+    for info in model.spec.trunk:
+        if info.name.removesuffix(".weight").endswith(tuple(codes)):
+            outputs, inputs = info.shape
+            saved_bytes += 2 * outputs * inputs - (outputs * inputs + 2 * outputs)
+    assert saved_bytes > 0
+    exact, rounded = (model.stored_bytes(Asked("int4", trunk)) for trunk in TRUNKS)
+    assert exact - rounded == saved_bytes
+    assert model.stored_bytes(Asked("exact")) == model.size_bytes
