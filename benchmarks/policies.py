@@ -147,7 +147,7 @@ def lines_of(
         plan = plans[name]
         compute = setting.compute
         replays = replay_run(setting.spec, compute, planner.link, plan.layout, plan.placement, run)
-        replayed = mean_of(replays[1:])  # the first one warms up
+        replayed = mean_of(replays[len(setting.prompts) :])  # the first ones warm up
         compute_s = float(replayed.tpot_s - replayed.layer_wait_s.sum())
         used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
         demand_bytes = median(runs, lambda run: run.demand_bytes_per_token)

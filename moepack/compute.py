@@ -123,6 +123,9 @@ class LayerCompute:
         The expert in every quantised encoding that fits it.
     rounded : RoundedLayer or None
         The pieces that have matrices of the trunk, where those are INT8; None: not known.
+    prompt_transfer_s, prompt_burst_s : float or None
+        ``transfer_s`` and ``burst_s`` in a pass over a prompt, which computes meanwhile instead of
+        waiting; None where they were not measured apart.
     """
 
     layers: tuple[int, ...]
@@ -136,6 +139,17 @@ class LayerCompute:
     burst_s: float = 0.0
     quantised: tuple[QuantisedExpert, ...] = ()
     rounded: RoundedLayer | None = added(default=None)
+    prompt_transfer_s: float | None = added(default=None)
+    prompt_burst_s: float | None = added(default=None)
+
+    @property
+    def of_prompt(self) -> tuple[float, float]:
+        """What one transfer, and transferring anything, costs the thread that computes a prompt."""
+        transfer_s, burst_s = self.prompt_transfer_s, self.prompt_burst_s
+        return (
+            self.transfer_s if transfer_s is None else transfer_s,
+            self.burst_s if burst_s is None else burst_s,
+        )
 
     def expert_times(self, encoding: str, *, cut: bool) -> Curve:
         """One routed expert in an encoding, in one segment or (``cut``) in two.
@@ -182,6 +196,10 @@ class ComputeProfile:
         Every layer of the model stands in exactly one.
     head_s : float
         Embedding, final norm, head and sampling of one token.
+    yardstick_s : float
+        What :mod:`moepack.yardstick` took on average while all of this was measured, on as many
+        threads: all times are for that speed of the processor. 0 where derived, or where a device
+        computes.
     spread : float
         Of the time of a token, or of a block, through the whole model, whichever varies more: the
         interquartile range between rounds over the median; 0 where derived.
@@ -201,6 +219,7 @@ class ComputeProfile:
     head_s: float
     spread: float
     layers: tuple[LayerCompute, ...]
+    yardstick_s: float = added(default=0.0)
     rounded_head_s: float | None = added(default=None)
 
     def with_trunk(self, encoding: str) -> ComputeProfile:
@@ -278,6 +297,10 @@ def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Compute
         there = [item for item in curves if item is not None]
         return curve(there) if there else None
 
+    def among(values: Sequence[float | None]) -> float | None:
+        there = [value for value in values if value is not None]
+        return middle(there) if there else None
+
     def quantised(items: Sequence[QuantisedExpert]) -> QuantisedExpert:
         whole, split = [item.whole for item in items], [item.split for item in items]
         return QuantisedExpert(items[0].encoding, curve(whole), curve(split))
@@ -304,6 +327,8 @@ def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Compute
                 map(quantised, zip(*(each.quantised for each in entries), strict=True))
             ),
             rounded=rounded([entry.rounded for entry in entries]),
+            prompt_transfer_s=among([entry.prompt_transfer_s for entry in entries]),
+            prompt_burst_s=among([entry.prompt_burst_s for entry in entries]),
         )
 
     head_s = middle([profile.head_s for profile in rounds])
@@ -316,6 +341,49 @@ def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> Compute
         layers=combined,
         spread=round(spread, 3),
         rounded_head_s=middle(heads_s) if heads_s else None,
+    )
+
+
+def at_pace(profile: ComputeProfile, factor: float) -> ComputeProfile:
+    """The same on a processor that takes ``factor`` times as long for everything."""
+
+    def curve(item: Curve) -> Curve:
+        return Curve(item.tokens, tuple(seconds * factor for seconds in item.seconds))
+
+    def known(item: Curve | None) -> Curve | None:
+        return None if item is None else curve(item)
+
+    def times(value: float | None) -> float | None:
+        return None if value is None else value * factor
+
+    layers = tuple(
+        replace(
+            entry,
+            attention=curve(entry.attention),
+            router=known(entry.router),
+            expert=known(entry.expert),
+            expert_split=known(entry.expert_split),
+            ffn=known(entry.ffn),
+            fixed=known(entry.fixed),
+            transfer_s=entry.transfer_s * factor,
+            burst_s=entry.burst_s * factor,
+            quantised=tuple(
+                replace(item, whole=curve(item.whole), split=curve(item.split))
+                for item in entry.quantised
+            ),
+            rounded=entry.rounded
+            and RoundedLayer(curve(entry.rounded.attention), known(entry.rounded.ffn)),
+            prompt_transfer_s=times(entry.prompt_transfer_s),
+            prompt_burst_s=times(entry.prompt_burst_s),
+        )
+        for entry in profile.layers
+    )
+    return replace(
+        profile,
+        head_s=profile.head_s * factor,
+        rounded_head_s=times(profile.rounded_head_s),
+        layers=layers,
+        yardstick_s=profile.yardstick_s * factor,
     )
 
 

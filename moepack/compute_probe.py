@@ -2,21 +2,24 @@
 
 Each kind of layer is measured in walks through its layers (:mod:`moepack.layer_walk`), which find
 weights where a run finds them: not in a processor's cache. The ways of having experts take turns
-within one walk after the other, so that a machine that slows down slows all of them. Peak memory
-beyond the engine's: 128 MiB of experts, or the experts of one token twice; and what
-:mod:`moepack.trunk_probe` says.
+within one walk after the other, so that a machine that slows down slows all of them; and beside
+each walk a yardstick is read, by which all times are told for one speed of the processor
+(:mod:`moepack.yardstick`). Peak memory beyond the engine's: 128 MiB of experts, or the experts of
+one token twice; and what :mod:`moepack.trunk_probe` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from moepack.budget import stored_bytes
 from moepack.compute import (
     COMPUTE_VERSION,
     ComputeProfile,
@@ -24,6 +27,7 @@ from moepack.compute import (
     LayerCompute,
     QuantisedExpert,
     RoundedLayer,
+    at_pace,
     median_profile,
     worthwhile_threads,
 )
@@ -31,21 +35,24 @@ from moepack.encodings import QUANTISED, fitting
 from moepack.expert_probe import (
     Probe,
     missing_experts,
+    priced_in_order_s,
     priced_missing_s,
     resident_experts,
     walked,
 )
 from moepack.hardware import HardwareProfile
 from moepack.layer_walk import Experts, Laps, LayerWalk, median_laps
+from moepack.layouts import layer_layout
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.timing import Stopwatch
 from moepack.trunk_probe import renumbered, rounded_walk
+from moepack.yardstick import MixedYardstick, SteadyPace
 
 if TYPE_CHECKING:
     from moepack_runtime.engine import Engine
     from moepack_runtime.store import ExpertSource
 
-    from moepack.model_spec import LayerSpec, ModelSpec
+    from moepack.model_spec import LayerSpec, ModelSpec, MoeSpec
 
 #: Numbers of tokens measured, up to the length of a prefill block.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -59,6 +66,9 @@ CONTEXT_TOKENS = 512
 _ROUNDS = 3
 _WALKS = 7
 _LIMIT_S = 0.4
+
+# Rows of an expert beside which a prompt's transfers are measured.
+_PROMPT_TOKENS = 64
 
 # How a walk has its experts: as many as a token has, whole or in two segments; one; no experts at
 # all. And with all that a token has, or one of them, to be fetched.
@@ -108,29 +118,40 @@ def measure_compute(
         "items",
     )
     rounds: dict[int, list[ComputeProfile]] = {threads: [] for threads in sorted(counts)}
+    paces: dict[int, SteadyPace] = {}
     try:
         for _ in range(_ROUNDS):
             for threads, measured in rounds.items():
                 torch.set_num_threads(threads)
-                measured.append(_measure(probe, list(kinds.values()), progress))
+                if threads not in paces:
+                    # What computes on a device is none of the processor's.
+                    yardstick = MixedYardstick() if hardware.device == "cpu" else None
+                    paces[threads] = SteadyPace(yardstick)
+                pace = paces[threads]
+                measured.append(_measure(probe, list(kinds.values()), pace, progress))
     finally:
         progress.done()
         engine.reset()
-    found = [median_profile(engine.spec, measured) for measured in rounds.values()]
+    found = [
+        at_pace(median_profile(engine.spec, measured), paces[threads].mean_slowness)
+        for threads, measured in rounds.items()
+    ]
     best = worthwhile_threads(engine.spec, found)
     torch.set_num_threads(best.threads)
     return best
 
 
-def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -> ComputeProfile:
-    """Measure with the present number of threads."""
+def _measure(
+    probe: Probe, kinds: Sequence[Sequence[int]], pace: SteadyPace, progress: Progress
+) -> ComputeProfile:
+    """Measure with the present number of threads; all times are for the pace's first speed."""
     import torch
 
     spec = probe.engine.spec
     found: list[_Kind] = []
     with torch.inference_mode():
         for numbers in kinds:
-            found.append(_measure_kind(probe, tuple(numbers)))
+            found.append(_measure_kind(probe, tuple(numbers), pace))
             progress.advance(1)
     return ComputeProfile(
         version=COMPUTE_VERSION,
@@ -149,6 +170,7 @@ def _measure(probe: Probe, kinds: Sequence[Sequence[int]], progress: Progress) -
         spread=0.0,
         layers=tuple(kind.layer for kind in found),
         rounded_head_s=median(kind.rounded_head_s for kind in found),
+        yardstick_s=pace.first_s,
     )
 
 
@@ -159,7 +181,7 @@ def probe_context_tokens(spec: ModelSpec) -> int:
 
 def _singles() -> int:
     """Walks with one token behind one context: each lengthens it by one."""
-    ways = max(5, len(_RATIOS) * len(QUANTISED))
+    ways = max(6, len(_RATIOS) * len(QUANTISED))
     return ways * (_WALKS + 1)
 
 
@@ -167,7 +189,14 @@ def _context_tokens(spec: ModelSpec) -> int:
     return min(CONTEXT_TOKENS, max(1, spec.context_length - _singles()))
 
 
-def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> _Kind:
+class _Turns(NamedTuple):
+    """Medians of each way, for the pace's first speed, and how slow the processor was meanwhile."""
+
+    laps: dict[str, Laps]
+    slowness: float
+
+
+def _measure_kind(probe: Probe, numbers: tuple[int, ...], pace: SteadyPace) -> _Kind:
     """The layers of one kind, and the head behind them."""
     import torch
 
@@ -179,8 +208,9 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> _Kind:
     stopwatch = Stopwatch(synchronize)
     if moe is None:
         walk = LayerWalk(engine, numbers, context, stopwatch)
-        found = {count: _take_turns(walk, count, {_DENSE: None})[_DENSE] for count in tokens}
-        trunk = _rounded_laps(engine, numbers, tokens, stopwatch, None)
+        dense: dict[str, Experts | None] = {_DENSE: None}
+        found = {count: _take_turns(walk, count, dense, pace).laps[_DENSE] for count in tokens}
+        trunk = _rounded_laps(engine, numbers, tokens, stopwatch, None, pace)
         return _dense_compute(numbers, found, trunk)
     those = walked(probe, numbers)
     many = min(max(2, moe.top_k), those.experts)
@@ -194,8 +224,8 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> _Kind:
                 (ways if stored is None else rounded)[_way(way, stored)] = Experts(run, many)
                 if _way(way, stored) == _MANY:
                     ways[_ONE] = Experts(run, 1)
-        missing = stack.enter_context(missing_experts(probe, numbers[0]))
-        laps = {count: _take_turns(walk, count, ways) for count in tokens if count > 1}
+        missing = stack.enter_context(missing_experts(probe, those))
+        laps = {count: _take_turns(walk, count, ways, pace).laps for count in tokens if count > 1}
         fetched = {
             _ALL_MISSING: Experts(missing.every, moe.top_k),
             _ONE_MISSING: Experts(missing.one, moe.top_k),
@@ -203,14 +233,20 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...]) -> _Kind:
         reads_s: list[float] = []
         beside = None if missing.read_s is None else _keeping(missing.read_s, reads_s)
         # One token is what most of a generation is made of.
-        alone = _take_turns(walk, 1, {**ways, **fetched}, 5 * _LIMIT_S, beside)
-        laps = {1: alone, **laps}
+        alone = _take_turns(walk, 1, {**ways, **fetched}, pace, 5 * _LIMIT_S, beside)
+        laps = {1: alone.laps, **laps}
+        of_prompt = max(count for count in tokens if count <= _PROMPT_TOKENS)
+        prompt = _take_turns(walk, of_prompt, {_MANY: ways[_MANY], **fetched}, pace, 2 * _LIMIT_S)
         # By themselves, and not for as long: they are three times as many as the others.
         for count, of_count in laps.items():
-            of_count.update(_take_turns(walk, count, rounded, _LIMIT_S / 2))
-        trunk = _rounded_laps(engine, those.numbers, [*laps], stopwatch, ways[_MANY])
+            of_count.update(_take_turns(walk, count, rounded, pace, _LIMIT_S / 2).laps)
+        trunk = _rounded_laps(engine, those.numbers, [*laps], stopwatch, ways[_MANY], pace)
     read_s = median(reads_s) if reads_s else None
-    return _moe_compute(probe, numbers, those.numbers, many, laps, trunk, read_s)
+    kind = _moe_compute(probe, numbers, those.numbers, many, laps, trunk, read_s, alone.slowness)
+    if moe.top_k > 1:
+        layer = _with_prompt(probe, kind.layer, moe, prompt, of_prompt, len(those.numbers))
+        kind = kind._replace(layer=layer)
+    return kind
 
 
 def _rounded_laps(
@@ -219,12 +255,15 @@ def _rounded_laps(
     tokens: Sequence[int],
     stopwatch: Stopwatch,
     experts: Experts | None,
+    pace: SteadyPace,
 ) -> dict[int, Laps]:
     """Walks through layers like these with a trunk in 8 bits, for each number of tokens."""
     rounded = rounded_walk(engine, numbers)
     walk = LayerWalk(rounded, range(len(numbers)), _context_tokens(engine.spec), stopwatch)
     way = {_TRUNK: None if experts is None else renumbered(experts, numbers)}
-    return {count: _take_turns(walk, count, way, _LIMIT_S / 2)[_TRUNK] for count in tokens}
+    return {
+        count: _take_turns(walk, count, way, pace, _LIMIT_S / 2).laps[_TRUNK] for count in tokens
+    }
 
 
 def _rounded_layer(laps: Mapping[int, Laps], has_ffn: bool) -> RoundedLayer:
@@ -232,6 +271,34 @@ def _rounded_layer(laps: Mapping[int, Laps], has_ffn: bool) -> RoundedLayer:
     attention = Curve(tokens, tuple(lap.attention_s for lap in laps.values()))
     ffn = Curve(tokens, tuple(lap.ffn_s for lap in laps.values()))
     return RoundedLayer(attention, ffn if has_ffn else None)
+
+
+def _with_prompt(
+    probe: Probe, compute: LayerCompute, moe: MoeSpec, turns: _Turns, tokens: int, layers: int
+) -> LayerCompute:
+    """What transfers cost the thread that computes a prompt, by what its walks take longer."""
+    assert compute.expert is not None, "layers with experts"
+    number = compute.layers[0]
+    size_bytes = stored_bytes(
+        probe.engine.spec, layer_layout(probe.engine.spec, number, 1.0), "top"
+    )
+    # As it was meanwhile: see beyond_s.
+    link_s = probe.hardware.link_seconds(size_bytes) / turns.slowness
+    expert_s = compute.expert.at(tokens)
+    alone = turns.laps[_MANY]
+
+    def beyond_s(way: str, missing: int) -> float:
+        found = turns.laps[way]
+        longer_s = found.around_s + found.experts_s - alone.around_s - alone.experts_s
+        longer_s += (found.head_s - alone.head_s) / layers
+        there = moe.top_k - missing
+        priced_s = priced_in_order_s(link_s, expert_s, there=there, missing=missing)
+        return longer_s - (priced_s - moe.top_k * expert_s)
+
+    transfer_s, burst_s = _transfer_and_burst_s(
+        beyond_s(_ONE_MISSING, 1), beyond_s(_ALL_MISSING, moe.top_k), moe.top_k
+    )
+    return replace(compute, prompt_transfer_s=transfer_s, prompt_burst_s=burst_s)
 
 
 def _keeping(measured_s: Callable[[], float], kept_s: list[float]) -> Callable[[], None]:
@@ -247,13 +314,16 @@ def _take_turns(
     walk: LayerWalk,
     tokens: int,
     ways: Mapping[str, Experts | None],
+    pace: SteadyPace,
     limit_s: float | None = None,
     beside: Callable[[], object] | None = None,
-) -> dict[str, Laps]:
+) -> _Turns:
     """Walk in every way, one behind the other, several times; the medians of each.
 
     Parameters
     ----------
+    pace
+        Is read beside every walk.
     limit_s
         After so long, no more walks are begun; None: :data:`_LIMIT_S`.
     beside
@@ -264,15 +334,19 @@ def _take_turns(
     taken: dict[str, list[Laps]] = {way: [] for way in ways}
     for experts in ways.values():
         walk.walk(tokens, experts)
+    slowness: list[float] = []
     begin_s = perf_counter()
     for _ in range(_WALKS):
+        pace.begin()
         for way, experts in ways.items():
-            taken[way].append(walk.walk(tokens, experts))
+            found = walk.walk(tokens, experts)
+            slowness.append(pace.slowness())
+            taken[way].append(Laps(*(piece_s / slowness[-1] for piece_s in found)))
         if beside is not None:
             beside()
         if perf_counter() - begin_s > (_LIMIT_S if limit_s is None else limit_s):
             break
-    return {way: median_laps(laps) for way, laps in taken.items()}
+    return _Turns({way: median_laps(laps) for way, laps in taken.items()}, median(slowness))
 
 
 class _Kind(NamedTuple):
@@ -303,6 +377,7 @@ def _moe_compute(
     laps: Mapping[int, Mapping[str, Laps]],
     rounded: Mapping[int, Laps],
     read_s: float | None,
+    slowness: float,
 ) -> _Kind:
     """What one expert adds is the difference between many and one; what is left is the pass."""
     tokens = tuple(laps)
@@ -330,14 +405,21 @@ def _moe_compute(
         """What a layer takes longer than the cost model says when it has to fetch experts.
 
         The whole walk is compared: readers that wake, and what they drive out of the caches, slow
-        down what follows as well.
+        down what follows as well. A link does not slow down with the processor, so all is compared
+        as it was, and only what is left is the processor's.
         """
         found = laps[1][way]
         longer_s = found.around_s + found.experts_s - alone.around_s
         longer_s += (found.head_s - alone.head_s) / len(walked_over)
-        return longer_s - priced_missing_s(
-            probe, numbers[0], fixed_s[0], expert.at(1), missing=missing, read_s=read_s
+        priced_s = priced_missing_s(
+            probe,
+            numbers[0],
+            fixed_s[0] * slowness,
+            expert.at(1) * slowness,
+            missing=missing,
+            read_s=read_s,
         )
+        return longer_s - priced_s / slowness
 
     transfer_s, burst_s = _transfer_and_burst_s(
         beyond_s(_ONE_MISSING, 1), beyond_s(_ALL_MISSING, moe.top_k), moe.top_k

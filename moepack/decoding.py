@@ -67,6 +67,8 @@ class Replayed(NamedTuple):
     substituted_rate, skipped_rate : float
         Of the experts activated while decoding: those that were missing and were replaced by their
         low copies, or left out.
+    prompt_wait_s : float
+        Of ``ttft_s``, what the compute waited for the link.
     """
 
     ttft_s: float
@@ -83,6 +85,7 @@ class Replayed(NamedTuple):
     disk_s: float = 0.0
     substituted_rate: float = 0.0
     skipped_rate: float = 0.0
+    prompt_wait_s: float = 0.0
 
     @property
     def link_bytes_per_token(self) -> float:

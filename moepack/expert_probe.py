@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from moepack.hardware import HardwareProfile
 from moepack.layer_walk import ExpertPass
 from moepack.layout import Layout
 from moepack.layouts import layer_layout
-from moepack.plan import LayerPlacement
+from moepack.plan import LayerPlacement, Policy
 from moepack.segments import SegmentId
 from moepack.timing import Stopwatch
 from moepack.units import MIB
@@ -89,8 +90,8 @@ def resident_experts(
 class Missing(NamedTuple):
     """Passes over a layer with all experts of a token missing, and with one of them.
 
-    Whatever layer is asked for, one and the same is run. ``read_s`` reads one expert and says how
-    long that took, where experts are so large that a link carries one at a time.
+    ``read_s`` reads one expert and says how long that took, where experts are so large that a link
+    carries one at a time.
     """
 
     every: ExpertPass
@@ -99,33 +100,46 @@ class Missing(NamedTuple):
 
 
 @contextmanager
-def missing_experts(probe: Probe, number: int) -> Iterator[Missing]:
-    """The expert half of a layer over a file: a transfer for each missing expert."""
+def missing_experts(probe: Probe, those: Walked) -> Iterator[Missing]:
+    """The expert half of some layers over a file: a transfer for each missing expert.
+
+    As in a run, a transfer brings what was not there for long, moves into a slot, and something
+    else leaves for it.
+    """
     from moepack_runtime.measuring_stores import ScratchStore
 
-    spec = probe.engine.spec
-    cut = layer_layout(spec, number, 1.0)
-    shape = layer_segment(spec, cut, "top")
+    spec, number = probe.engine.spec, those.numbers[0]
+    cuts = tuple(layer_layout(spec, each, 1.0) for each in those.numbers)
+    shape = layer_segment(spec, cuts[0], "top")
     assert shape is not None
     moe = spec.moe(number)
     with tempfile.TemporaryDirectory(dir=probe.scratch, prefix=".probe.") as folder:
         path = Path(folder) / "experts"
         try:
-            store = ScratchStore(path, probe.source, number, shape, moe.top_k)
+            store = ScratchStore(path, probe.source, those.numbers, shape, those.experts)
         except OSError as failure:
             raise output_error(path, failure) from failure
-        layout = Layout(spec.digest, (cut,))
+        layout = Layout(spec.digest, cuts)
         there = min(moe.top_k, moe.num_experts) - 1
+        more = moe.num_experts > moe.top_k  # else nothing could leave
         with ExitStack() as stack:
-            every = stack.enter_context(_open(probe, layout, store, slots=0, keeps=0))
-            one = stack.enter_context(_open(probe, layout, store, slots=there, keeps=there))
+            every = stack.enter_context(
+                _open(
+                    probe,
+                    layout,
+                    store,
+                    slots=min(moe.top_k, moe.num_experts - moe.top_k),
+                    keeps=0,
+                    moves=more,
+                )
+            )
+            one = stack.enter_context(
+                _open(probe, layout, store, slots=there + more, keeps=there, moves=more)
+            )
             alone = probe.hardware.device == "cpu"
             alone &= probe.hardware.disk.readers_for(shape.stored_bytes) == 1
-            yield Missing(
-                lambda _, hidden, count: every(number, hidden, count),
-                lambda _, hidden, count: one(number, hidden, count),
-                _reader(store, number, shape.stored_bytes, moe.top_k) if alone else None,
-            )
+            reads = _reader(store, number, shape.stored_bytes, those.experts) if alone else None
+            yield Missing(every, one, reads)
 
 
 def _reader(
@@ -148,12 +162,24 @@ def _reader(
 
 @contextmanager
 def _open(
-    probe: Probe, layout: Layout, store: SegmentStore, *, slots: int, keeps: int
+    probe: Probe,
+    layout: Layout,
+    store: SegmentStore,
+    *,
+    slots: int,
+    keeps: int,
+    moves: bool = False,
 ) -> Iterator[ExpertPass]:
     """Passes in which all tokens choose the same experts: the next ones every time.
 
-    Where experts are resident they are among those; but for the first ``keeps``, which are resident
-    and chosen every time, beside others that are not.
+    Parameters
+    ----------
+    slots
+        Of each layer; where nothing ever misses, the experts are among those that they hold.
+    keeps
+        The first so many experts are resident and chosen every time, beside others that are not.
+    moves
+        What is fetched stays until something else is. Otherwise it is dropped again.
     """
     import torch
     from moepack_runtime.experts import ExpertMemory
@@ -165,18 +191,19 @@ def _open(
     places = []
     for cut in layout.layers:
         everyone = tuple(range(spec.moe(cut.layer).num_experts))
-        places.append(LayerPlacement(cut.layer, 0, slots, slots, "pinned", everyone))
+        policy: Policy = "lru" if moves else "pinned"
+        places.append(LayerPlacement(cut.layer, 0, slots, slots, policy, everyone))
     staging = max(spec.moe(cut.layer).top_k for cut in layout.layers)
     with open_transfer(spec, layout, store, probe.hardware.device) as transfer:
         memory = ExpertMemory(spec, layout, places, staging_experts=staging, transfer=transfer)
         memory.warm()
-        turn = 0
+        turns: Counter[int] = Counter()
 
         def run(number: int, hidden: torch.Tensor, count: int) -> torch.Tensor:
-            nonlocal turn
-            among = spec.moe(number).num_experts if keeps or not slots else slots
+            among = spec.moe(number).num_experts if moves or keeps or not slots else slots
+            turn = turns[number]
             more = [keeps + (turn + place) % (among - keeps) for place in range(count - keeps)]
-            turn += len(more)
+            turns[number] += len(more)
             chosen = sorted((*range(keeps), *more))
             ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
             weights = torch.full(ids.shape, 1 / count, device=hidden.device)
@@ -188,6 +215,14 @@ def _open(
             return total.to(hidden.dtype)
 
         yield run
+
+
+def priced_in_order_s(link_s: float, expert_s: float, *, there: int, missing: int) -> float:
+    """What the replay says of a prompt's experts: first those that are there, then the others."""
+    now_s = there * expert_s
+    for number in range(1, missing + 1):
+        now_s = max(now_s, number * link_s) + expert_s
+    return now_s
 
 
 def priced_missing_s(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepack.records import record
+from moepack.records import added, record
 
 
 @record
@@ -13,6 +13,10 @@ class Prediction:
     ``slow_bytes`` are all experts', of which a device's host may hold some
     (:class:`moepack.footprint.HostTier`); ``disk_bytes_per_token`` is what of the bytes over the
     link it has to read first.
+
+    ``yardstick_s`` is how fast the processor was that the times are for
+    (:mod:`moepack.yardstick`); 0 where that is not known. Of ``ttft_s`` and ``tpot_s`` the link has
+    ``ttft_wait_s`` and ``tpot_wait_s``: they do not change with the processor.
     """
 
     ttft_s: float
@@ -25,6 +29,9 @@ class Prediction:
     slow_bytes: int
     band: float
     disk_bytes_per_token: float = 0.0
+    yardstick_s: float = added(default=0.0)
+    ttft_wait_s: float = added(default=0.0)
+    tpot_wait_s: float = added(default=0.0)
 
 
 @record

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from moepack_runtime.stats import LayerStats, RunStats
     from moepack_runtime.tokenizer import Tokenizer
 
+    from moepack.yardstick import PaceKeeper
+
 #: Texts measured: one could lie by its subject, and more take longer than they teach.
 NUM_TEXTS = 3
 
@@ -52,12 +54,15 @@ def shipped_prompts(tokenizer: Tokenizer, length: int) -> list[list[int]]:
 def warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     """Leave out of a measurement what is not priced.
 
-    The first pass of a process picks its kernels, one for every shape, and reads every file for
-    the first time. With the last prompt, so that the first finds other experts.
+    The first pass of a process picks its kernels, one for every shape, takes memory that no pass
+    has used before, and reads every file for the first time. What one prompt leaves of that to
+    another is a sixth of its time on a small model: so every prompt runs once. The last one does so
+    last, so that the first finds other experts.
     """
     from moepack_runtime.sampling import Sampler
 
-    list(engine.generate(prompts[-1], max_new_tokens=2, sampler=Sampler()))
+    for prompt in prompts:
+        list(engine.generate(prompt, max_new_tokens=2, sampler=Sampler()))
 
 
 def draw(engine: Engine, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
@@ -73,18 +78,29 @@ def measure(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
+    keeper: PaceKeeper | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> tuple[RunStats, list[int]]:
-    """Generate after each prompt. Returns the mean over the prompts, and every token drawn."""
+    """Generate after each prompt. Returns the mean over the prompts, and every token drawn.
+
+    Parameters
+    ----------
+    keeper
+        Notes how fast the processor is meanwhile.
+    """
     runs: list[RunStats] = []
     tokens: list[int] = []
     warm_up(engine, prompts)
     progress.start("measure (tokens)", len(prompts) * new_tokens, "items")
     try:
         for prompt in prompts:
-            for token in draw(engine, prompt, new_tokens):
+            if keeper is not None:
+                keeper.begin()
+            for count, token in enumerate(draw(engine, prompt, new_tokens), 1):
                 tokens.append(token)
                 progress.advance(1)
+                if keeper is not None:
+                    keeper.drawn(count)
             runs.append(engine.stats())
     finally:
         progress.done()

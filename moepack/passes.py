@@ -168,7 +168,7 @@ def read_seconds(
     return np.where(reads, segments.reading_s(experts), 0.0)
 
 
-def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:
+def disturbance_s(fetch_s: Seconds, segments: Segments, *, of_prompt: bool = False) -> Seconds:
     """What transfers cost the computing thread: each its share, the first one the burst's as well.
 
     Parameters
@@ -178,7 +178,10 @@ def disturbance_s(fetch_s: Seconds, segments: Segments) -> Seconds:
     """
     comes = fetch_s > 0
     first = comes & (np.cumsum(comes, axis=-1) == 1)
-    return np.asarray(comes * segments.transfer_s[:, None] + first * segments.burst_s[:, None])
+    each_s, first_s = segments.transfer_s, segments.burst_s
+    if of_prompt:
+        each_s, first_s = segments.prompt_transfer_s, segments.prompt_burst_s
+    return np.asarray(comes * each_s[:, None] + first * first_s[:, None])
 
 
 def ahead_seconds(

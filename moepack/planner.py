@@ -296,6 +296,9 @@ def _prediction(request: PlanRequest, chosen: Contender, price: Replayed) -> Pre
         slow_bytes=slow_bytes(request.spec, chosen.layout),
         band=(MEASURED_BAND if measured else DERIVED_BAND) * (1.0 + request.compute.spread),
         disk_bytes_per_token=price.disk_bytes,
+        yardstick_s=request.compute.yardstick_s,
+        ttft_wait_s=price.prompt_wait_s,
+        tpot_wait_s=float(price.layer_wait_s.sum()),
     )
 
 

@@ -66,6 +66,12 @@ def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, fram
     return np.asarray(now_s + fixed.tail_s)
 
 
+def computing_s(passes: PromptPasses, fixed: FixedTimes) -> Seconds:
+    """What of that the compute needs, [prompts]; the rest it waits for the link."""
+    each_s = fixed.before_s.sum() + fixed.guess_s.sum() + fixed.after_s.sum() + fixed.tail_s
+    return np.asarray(passes.compute_s.sum(axis=(1, 2)) + each_s)
+
+
 def _elapsed(idle: C, run: _Advance[C], layers: int, asks: bool) -> Seconds:
     """Seconds of each prompt through all its layers, each of which is a lane of ``idle``."""
     lanes = len(idle.now_s)
@@ -106,7 +112,7 @@ def _work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> Work:
         fetch_s,
         ahead_s,
         _brought_by(fetch_s, ahead_s),
-        np.tile(segments.transfer_s, prompts),
+        np.tile(segments.prompt_transfer_s, prompts),
     )
 
 

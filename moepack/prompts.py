@@ -152,7 +152,7 @@ def prompt_passes(
     )
     flat = (*used.shape[:2], used.shape[2] * parts)
     fetch_s = fetch_s.reshape(flat)
-    compute_s = compute_s.reshape(flat) + disturbance_s(fetch_s, segments)
+    compute_s = compute_s.reshape(flat) + disturbance_s(fetch_s, segments, of_prompt=True)
     made = PromptPasses(compute_s, fetch_s, ahead_s)
     if segments.from_disk is None:
         return made

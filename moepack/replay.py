@@ -30,7 +30,7 @@ from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.passes import Oracle, decode_passes, guessed_layers
 from moepack.plan import Placement
-from moepack.prefilling import prefill
+from moepack.prefilling import computing_s, prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import Segments, behind_ram, segments_of
@@ -100,7 +100,7 @@ class Replayer:
         segments = segments_of(self._spec, self._compute, layout, self._link)
         segments = behind_ram(segments, self._spec, layout, placement, self._disk)
         guessed = guessed_layers(placement, segments, self._tables.layers)
-        ttft_s = self._prefill_s(layout, placement, segments, guessed, oracle)
+        ttft_s, wait_s = self._prefill_s(layout, placement, segments, guessed, oracle)
         found = self._found if oracle == "none" else perfect(self._found)
         fixed = fixed_times(self._spec, self._compute, (1,), guessed)
         if placement.on_miss is not None and oracle == "none":
@@ -109,12 +109,12 @@ class Replayer:
             stepped = stepped_decoding(
                 tables, caches, found, placement, segments, fixed, as_ready=as_ready
             )
-            return stepped.replayed(ttft_s)
+            return stepped.replayed(ttft_s)._replace(prompt_wait_s=wait_s)
         passes = decode_passes(tables, found, placement, segments, oracle)
         frames = placement.staging_experts
         decoding = Decoding if passes.read_s is None else TierDecoding
         run = decoding(passes, found, fixed, segments, as_ready=as_ready, frames=frames)
-        return run.replayed(ttft_s)
+        return run.replayed(ttft_s)._replace(prompt_wait_s=wait_s)
 
     def _prefill_s(
         self,
@@ -123,8 +123,8 @@ class Replayer:
         segments: Segments,
         guessed: Sequence[bool],
         oracle: Oracle,
-    ) -> float:
-        """Mean seconds to the first token over the prompts."""
+    ) -> tuple[float, float]:
+        """Mean seconds to the first token over the prompts, and what of them is waiting."""
         block_tokens = layout.prefill_block_tokens
         if block_tokens not in self._prompts:
             self._prompts[block_tokens] = prompts_of(
@@ -138,4 +138,5 @@ class Replayer:
             self._compute, self._tables, prompts, layout, placement, segments, oracle
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
-        return float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())
+        ttft_s = float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())
+        return ttft_s, max(0.0, ttft_s - float(computing_s(passes, fixed).mean()))

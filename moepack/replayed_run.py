@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def record_run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Trace:
-    """What :func:`moepack.measuring.measure` runs, as a trace, its warm-up as the first sequence.
+    """What :func:`moepack.measuring.measure` runs, as a trace, its warm-up as the first sequences.
 
     One sequence for each generation: its prompt is *fit*, what was decoded behind it is *test*. The
     last token that is drawn goes through no layer. Observing takes time, and changes nothing of
@@ -48,7 +48,8 @@ def record_run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int
 
     recorder = RoutingRecorder(engine)
     engine.observe(recorder)
-    lengths = [(len(prompts[-1]), 1), *((len(prompt), new_tokens - 1) for prompt in prompts)]
+    warming = [(len(prompt), 1) for prompt in prompts]
+    lengths = [*warming, *((len(prompt), new_tokens - 1) for prompt in prompts)]
     try:
         warm_up(engine, prompts)
         for prompt in prompts:

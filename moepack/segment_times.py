@@ -48,6 +48,8 @@ class Segments(NamedTuple):
         What one transfer costs the computing thread, [L].
     burst_s
         What having to transfer anything in a pass costs it, [L].
+    prompt_transfer_s, prompt_burst_s
+        The same of a pass over a prompt.
     has_top, interior
         Whether a layer has tops, and whether it has bottoms as well, [L].
     read_s
@@ -68,6 +70,8 @@ class Segments(NamedTuple):
     share: Seconds
     transfer_s: Seconds
     burst_s: Seconds
+    prompt_transfer_s: Seconds
+    prompt_burst_s: Seconds
     has_top: Flags
     interior: Flags
     read_s: Seconds | None = None
@@ -133,6 +137,7 @@ def _segments_of(
     ]
     compute_s = np.array(expert_s)[:, None] * share
     transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
+    prompt_transfer_s, prompt_burst_s = np.array([entry.of_prompt for entry in entries]).T
     link_s = seconds_of(sizes, link)
     if not interior.any():  # one segment each: the part that is there
         sizes = sizes.sum(axis=1, keepdims=True)
@@ -147,6 +152,8 @@ def _segments_of(
         share,
         transfer_s,
         burst_s,
+        prompt_transfer_s,
+        prompt_burst_s,
         has_top,
         interior,
         classes=classes,

@@ -6,11 +6,11 @@ A variant is an ordinary request; what is planned for it says what one would gai
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from moepack.budget import slow_bytes
-from moepack.compute import ComputeProfile, Curve, LayerCompute
+from moepack.compute import ComputeProfile, at_pace
 from moepack.placements import free_bytes
 from moepack.plan import Plan
 from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest
@@ -96,14 +96,17 @@ def with_disk(request: PlanRequest, factor: float) -> PlanRequest:
 
 def with_compute(request: PlanRequest, factor: float) -> PlanRequest:
     """A processor that takes ``1 / factor`` of the time for everything."""
-    return replace(request, compute=_quicker(request.compute, factor))
+    return replace(request, compute=at_pace(request.compute, 1.0 / factor))
 
 
 def without_transfer_cost(compute: ComputeProfile) -> ComputeProfile:
     """Transfers that cost the computing thread nothing beside the link's own time."""
+    free: dict[str, Any] = dict.fromkeys(
+        ("transfer_s", "burst_s", "prompt_transfer_s", "prompt_burst_s"), 0.0
+    )
     return replace(
         compute,
-        layers=tuple(replace(entry, transfer_s=0.0, burst_s=0.0) for entry in compute.layers),
+        layers=tuple(replace(entry, **free) for entry in compute.layers),
     )
 
 
@@ -114,33 +117,4 @@ def _faster(link: LinkCurve, factor: float) -> LinkCurve:
         points=tuple(
             replace(point, bytes_per_s=point.bytes_per_s * factor) for point in link.points
         ),
-    )
-
-
-def _quicker(compute: ComputeProfile, factor: float) -> ComputeProfile:
-    def quicker(curve: Curve) -> Curve:
-        return replace(curve, seconds=tuple(each / factor for each in curve.seconds))
-
-    def layer(entry: LayerCompute) -> LayerCompute:
-        curves: dict[str, Any] = {
-            field.name: quicker(curve)
-            for field in fields(entry)
-            if isinstance(curve := getattr(entry, field.name), Curve)
-        }
-        quantised = (
-            replace(item, whole=quicker(item.whole), split=quicker(item.split))
-            for item in entry.quantised
-        )
-        return replace(
-            entry,
-            transfer_s=entry.transfer_s / factor,
-            burst_s=entry.burst_s / factor,
-            quantised=tuple(quantised),
-            **curves,
-        )
-
-    return replace(
-        compute,
-        head_s=compute.head_s / factor,
-        layers=tuple(layer(entry) for entry in compute.layers),
     )

@@ -18,9 +18,11 @@ from moepack.cli.options import JsonOption, LinkOption, PackOption, TraceOption
 from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
 from moepack.cli.replanning import replan_live
+from moepack.drift import slowness
 from moepack.errors import DriftError
 from moepack.measuring import measure, shipped_prompts
 from moepack.workspace import Workspace
+from moepack.yardstick import MixedYardstick, PaceKeeper
 
 
 def bench(
@@ -70,21 +72,26 @@ def bench(
             )
             session.engine.observe_time(timeline)
             replans = replan_live(session.engine, plan, link_of(workspace, plan), replan_every)
+            keeper = PaceKeeper(MixedYardstick()) if plan.prediction.yardstick_s else None
             measured, tokens = measure(
-                session.engine, prompts, new_tokens, progress=TerminalProgress()
+                session.engine, prompts, new_tokens, keeper=keeper, progress=TerminalProgress()
             )
+            pace = None if keeper is None else keeper.pace()
     text = session.tokenizer.decode(tokens)
-    drifts = drift_of(plan, measured)
+    drifts = drift_of(plan, measured, pace)
     if "ttft_s" not in drifts:
         note(f"the first token is not compared: planned for {plan.placement.prompt_tokens} tokens")
     emit(
-        run_document(workspace, plan, measured, tokens=tokens, text=text, replans=replans),
+        run_document(
+            workspace, plan, measured, tokens=tokens, text=text, replans=replans, pace=pace
+        ),
         as_json=json,
         view=lambda: run_view(
             measured,
             drifts,
             plan.prediction.band,
             link_efficiency(workspace, plan, measured),
+            slowness(plan.prediction, pace),
         ),
     )
     outside = [metric for metric, drift in drifts.items() if not drift.in_band]

@@ -14,7 +14,7 @@ from moepack.cli.options import Link
 from moepack.cli.output import note
 from moepack.cli.progress import TerminalProgress
 from moepack.cli.replanning import ReplanReport
-from moepack.drift import Drift, compare
+from moepack.drift import Drift, compare, slowness
 from moepack.errors import CheckpointError, PackError, PlanMismatchError
 from moepack.units import format_duration, format_rate, format_size
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moepack.model_spec import ModelSpec
     from moepack.plan import Plan
     from moepack.workspace import Workspace
+    from moepack.yardstick import Pace
 
 
 #: What the parts of the bytes over the link are called in JSON.
@@ -175,15 +176,20 @@ def traced(path: Path | None) -> Iterator[ChromeTrace | None]:
                 note(f"the trace was full: {trace.dropped:,} later events are not in it")
 
 
-def drift_of(plan: Plan, stats: RunStats) -> dict[str, Drift]:
+def drift_of(plan: Plan, stats: RunStats, pace: Pace | None = None) -> dict[str, Drift]:
     """What was predicted beside what was measured.
 
     The first token is compared only after a prompt as long as the one that was priced.
+
+    Parameters
+    ----------
+    pace
+        How fast the processor was meanwhile, where somebody looked.
     """
     measured = dataclasses.asdict(stats)
     if stats.prompt_tokens != plan.placement.prompt_tokens:
         del measured["ttft_s"]
-    return compare(plan.prediction, measured)
+    return compare(plan.prediction, measured, pace)
 
 
 def link_of(workspace: Workspace, plan: Plan) -> LinkSeconds | None:
@@ -217,11 +223,13 @@ def run_document(
     tokens: list[int],
     text: str,
     replans: Sequence[ReplanReport] = (),
+    pace: Pace | None = None,
 ) -> dict[str, object]:
     """What ``--json`` says of a generation; what was not measured, or did not happen, is absent."""
     measured = records.to_data(stats) | {"link_efficiency": link_efficiency(workspace, plan, stats)}
     for field, name in _LINK_PARTS.items():
         measured[name] = measured.pop(field)
+    slow = slowness(plan.prediction, pace)
     measured["layers"] = [_present(layer) for layer in measured["layers"]] or None
     return {
         "tokens": tokens,
@@ -230,8 +238,9 @@ def run_document(
         "prediction": records.to_data(plan.prediction),
         "drift": {
             metric: _present(dataclasses.asdict(drift))
-            for metric, drift in drift_of(plan, stats).items()
+            for metric, drift in drift_of(plan, stats, pace).items()
         },
+        **({} if slow is None else {"slowness": slow._asdict()}),
         **({"replans": [records.to_data(each) for each in replans]} if replans else {}),
     }
 

@@ -17,6 +17,9 @@ from moepack.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
     from moepack_runtime.stats import LayerStats, RunStats
+
+    from moepack.yardstick import Pace
+
 #: More layers than this share rows.
 MOST_ROWS = 16
 
@@ -35,20 +38,28 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def drift_view(drifts: Mapping[str, Drift], band: float) -> Table:
-    """Predicted beside measured, with the ratio and whether it lies in the band."""
-    rows = []
+    """Predicted beside measured, with the ratio and whether it lies in the band.
+
+    What is expected at the speed that the processor had meanwhile stands between the two.
+    """
+    rows: list[tuple[str | Text, ...]] = []
+    paced = any(drift.expected != drift.predicted for drift in drifts.values())
     for metric, drift in drifts.items():
         name, text = _METRICS[metric]
+        predicted = [text(drift.predicted), *([text(drift.expected)] if paced else [])]
         ratio = "-" if drift.ratio is None else f"{drift.ratio:.2f}"
         mark = Text("in band", "green") if drift.in_band else Text("outside", "red")
-        rows.append((name, text(drift.predicted), text(drift.measured), ratio, mark))
-    return columns(
-        ("", "predicted", "measured", "ratio", f"band {1 / band:.2f} to {band:.2f}"), rows
-    )
+        rows.append((name, *predicted, text(drift.measured), ratio, mark))
+    titles = ("predicted", *(("at this pace",) if paced else ()), "measured", "ratio")
+    return columns(("", *titles, f"band {1 / band:.2f} to {band:.2f}"), rows)
 
 
 def run_view(
-    stats: RunStats, drifts: Mapping[str, Drift], band: float, efficiency: float | None
+    stats: RunStats,
+    drifts: Mapping[str, Drift],
+    band: float,
+    efficiency: float | None,
+    slow: Pace | None = None,
 ) -> RenderableType:
     """A measurement: what was predicted of it, what else there is, and its layers.
 
@@ -56,8 +67,12 @@ def run_view(
     ----------
     efficiency
         Rate of the link over what it gives at that size, where that is known.
+    slow
+        How many times as long the processor took as when it was profiled, where that is known.
     """
-    parts: list[RenderableType] = [drift_view(drifts, band), "", facts(_facts(stats, efficiency))]
+    told = [] if slow is None else [("processor", _pace_text(slow))]
+    told += _facts(stats, efficiency)
+    parts: list[RenderableType] = [drift_view(drifts, band), "", facts(told)]
     if stats.layers:
         parts += ["", _layers_table(stats.layers)]
     return Group(*parts)
@@ -92,6 +107,14 @@ def _facts(stats: RunStats, efficiency: float | None) -> Iterator[tuple[str, str
     else:
         process = f"the process itself {format_size(stats.process_base_bytes)}"
     yield "memory", f"{format_size(stats.peak_fast_bytes)} of the fast tier; {process}"
+
+
+def _pace_text(slow: Pace) -> str:
+    """``took 1.31 times as long as when it was profiled beside prompts, 1.02 beside tokens``."""
+    return (
+        f"took {slow.prompt_s:.2f} times as long as when it was profiled beside prompts, "
+        f"{slow.token_s:.2f} beside tokens"
+    )
 
 
 def _bytes_text(stats: RunStats) -> str:

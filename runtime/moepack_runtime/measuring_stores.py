@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,16 @@ class ExpertsAlone(SegmentStore):
 
 
 class ScratchStore(ExpertsAlone):
-    """Whole experts of one layer, laid out and read as in a packed folder.
+    """Whole experts of some layers, laid out and read as in a packed folder.
 
-    Expert ``e`` is read where expert ``e mod count`` lies. Peak memory: one expert.
+    Expert ``e`` is read where expert ``e mod count`` of its layer lies. Peak memory: one expert.
 
     Parameters
     ----------
     path
         Written here; the caller removes it.
     shape
-        Of a whole expert of ``layer``.
+        Of a whole expert of any of ``layers``.
 
     Raises
     ------
@@ -54,14 +55,21 @@ class ScratchStore(ExpertsAlone):
     """
 
     def __init__(
-        self, path: Path, source: ExpertSource, layer: int, shape: SegmentShape, count: int
+        self,
+        path: Path,
+        source: ExpertSource,
+        layers: Sequence[int],
+        shape: SegmentShape,
+        count: int,
     ) -> None:
         self._shape = shape
         self._count = count
+        self._first = {layer: place * count for place, layer in enumerate(layers)}
         with path.open("wb") as out:
-            for expert in range(count):
-                payload = cut_expert(source.expert(layer, expert), shape, "top")
-                out.write(payload.ljust(shape.stored_bytes, b"\0"))
+            for layer in layers:
+                for expert in range(count):
+                    payload = cut_expert(source.expert(layer, expert), shape, "top")
+                    out.write(payload.ljust(shape.stored_bytes, b"\0"))
             out.flush()
         self._file = DirectFile(path)
 
@@ -71,7 +79,7 @@ class ScratchStore(ExpertsAlone):
 
     @override
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
-        place = segment.expert % self._count
+        place = self._first[segment.layer] + segment.expert % self._count
         block = np.asarray(destination)[: self._shape.stored_bytes]
         self._file.read_into(block, place * self._shape.stored_bytes)
 

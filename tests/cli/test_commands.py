@@ -174,9 +174,21 @@ def test_run_and_bench_answer_with_the_documented_keys(
             sum(document.get(part, 0) for part in parts)
         )
         for drift in document["drift"].values():
-            assert drift.keys() >= {"predicted", "measured", "in_band"}
+            assert drift.keys() >= {"predicted", "expected", "measured", "in_band"}
         assert no_nulls(document)
     assert len(bench["tokens"]) == 3 * 4
+    assert "slowness" not in bench, "nobody measured how fast this processor is"
+    plan = packed.parent / "plan.json"
+    text = plan.read_text()
+    assert "yardstick_s" not in text
+    plan.write_text(text.replace('"tpot_s":', '"yardstick_s": 1e-05, "tpot_s":', 1))
+    bench = moepack("bench", "--prompt", "16", "--new", "4", "--json").document
+    slow = bench["slowness"]["token_s"]
+    assert slow > 1, "no processor does in ten microseconds what the yardstick is"
+    tpot, prediction = bench["drift"]["tpot_s"], bench["prediction"]
+    wait_s = prediction.get("tpot_wait_s", 0.0)
+    assert tpot["expected"] == pytest.approx(wait_s + (prediction["tpot_s"] - wait_s) * slow)
+    assert tpot["ratio"] == pytest.approx(tpot["measured"] / tpot["expected"])
 
 
 def no_nulls(value: Any) -> bool:

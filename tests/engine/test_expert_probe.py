@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ class Counted:
 
     products = 0
     reads = 0
+    slowness = 1.0
 
     def __init__(self, synchronize: object = None) -> None:
         del synchronize
@@ -39,7 +41,14 @@ class Counted:
     def lap(self) -> float:
         seconds = 5.0 + 3.0 * Counted.products + 7.0 * Counted.reads + 11.0 * (Counted.reads > 0)
         Counted.products = Counted.reads = 0
-        return seconds
+        return seconds * Counted.slowness
+
+
+class Clock:
+    """A yardstick that takes a second where the processor is not slow."""
+
+    def read_s(self) -> float:
+        return Counted.slowness
 
 
 @pytest.fixture(name="counting")
@@ -60,6 +69,7 @@ def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moepack_runtime.grouped.gated_ffn", counted)
     monkeypatch.setattr(ScratchStore, "read_into", counted_read)
     monkeypatch.setattr(compute_probe, "Stopwatch", Counted)
+    monkeypatch.setattr(compute_probe, "MixedYardstick", Clock)
     monkeypatch.setattr(compute_probe, "_WALKS", 2)
 
 
@@ -98,6 +108,33 @@ def test_pieces_of_a_layer_are_told_apart(
     # But for the link's own time, which is no disturbance.
     assert layer.transfer_s == pytest.approx(7.0, rel=1e-3)
     assert layer.burst_s == pytest.approx(11.0, rel=1e-3)
+    assert layer.of_prompt == pytest.approx((7.0, 11.0), rel=1e-3)
+    assert profile.yardstick_s == 1.0
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_processor_that_slows_down_meanwhile_changes_nothing_but_the_speed(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_turns = compute_probe._take_turns
+
+    def at_changing_speed(*arguments: Any, **options: Any) -> Any:
+        # With one token, as with many; three is no multiple of how many kinds of turns there are.
+        monkeypatch.setattr(Counted, "slowness", Counted.slowness % 3 + 1)
+        return take_turns(*arguments, **options)
+
+    monkeypatch.setattr(compute_probe, "_take_turns", at_changing_speed)
+    profile = measured(Checkpoint.open(tiny_folder("qwen3_moe", "plain")), tmp_path)
+    (layer,) = profile.layers
+    mean_s = profile.yardstick_s
+    assert 1.0 < mean_s < 3.0
+    assert layer.attention.seconds == pytest.approx([5.0 * mean_s] * len(layer.attention.tokens))
+    assert layer.expert is not None
+    assert layer.expert.seconds == pytest.approx([3.0 * mean_s] * len(layer.expert.tokens))
+    assert profile.head_s == pytest.approx(5.0 * mean_s)
+    assert layer.transfer_s == pytest.approx(7.0 * mean_s, rel=1e-3)
+    assert layer.burst_s == pytest.approx(11.0 * mean_s, rel=1e-3)
+    assert layer.of_prompt == pytest.approx((7.0 * mean_s, 11.0 * mean_s), rel=1e-3)
 
 
 def test_layers_are_walked_until_no_cache_holds_them(

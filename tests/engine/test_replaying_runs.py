@@ -92,10 +92,9 @@ def test_what_a_run_hit_and_fetched_is_found_again(ratio: float, options: dict[s
         stats, _ = measure(engine, prompts(), NEW_TOKENS)
     hardware = find_hardware("cpu-nvme4")
     compute = derive_compute(spec, hardware)
-    warm_up, *found = replay_run(
-        spec, compute, hardware.link_seconds, layout, place, recorded(ratio)
-    )
-    assert warm_up.events == len(spec.moe_layers)
+    replays = replay_run(spec, compute, hardware.link_seconds, layout, place, recorded(ratio))
+    warm_up, found = replays[: len(prompts())], replays[len(prompts()) :]
+    assert all(each.events == len(spec.moe_layers) for each in warm_up)
     told = mean_of(found)
     assert told.hit_rate == pytest.approx(stats.hit_rate)
     assert told.demand_bytes + told.ahead_used_bytes == pytest.approx(
@@ -132,7 +131,8 @@ def test_what_a_run_replaced_and_left_out_is_found_again(
         run = record_run(engine, prompts(), NEW_TOKENS)
     hardware = find_hardware("cpu-nvme4")
     compute = derive_compute(spec, hardware)
-    _, *found = replay_run(spec, compute, hardware.link_seconds, layout, place, run)
+    replays = replay_run(spec, compute, hardware.link_seconds, layout, place, run)
+    found = replays[len(prompts()) :]
     told = mean_of(found)
     assert stats.substituted_rate
     assert stats.skipped_rate

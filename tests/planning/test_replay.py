@@ -239,6 +239,22 @@ def test_a_prompt_through_two_layers_takes_what_it_takes_by_hand() -> None:
     """
     found = replayed(*by_hand(slots=1), part="fit", prompt_tokens=3)
     assert found.ttft_s == pytest.approx((12 + 12 + 1) * 1e-3)
+    # Of the 12 it waits 2 for expert 0, between shared expert and arrival.
+    assert found.prompt_wait_s == pytest.approx(2 * 2e-3)
+
+
+def test_transfers_cost_a_prompt_what_was_measured_beside_prompts() -> None:
+    """Expert 0 now takes until 9.75, expert 1 until 11.75, expert 2 until 13; tokens as before."""
+    setting, layout, place = by_hand(slots=1)
+    (entry,) = setting.compute.layers
+    costly = dataclasses.replace(entry, prompt_transfer_s=0.25e-3, prompt_burst_s=0.5e-3)
+    compute = dataclasses.replace(setting.compute, layers=(costly,))
+    before = replayed(setting, layout, place, part="fit", prompt_tokens=3)
+    found = replayed(
+        dataclasses.replace(setting, compute=compute), layout, place, part="fit", prompt_tokens=3
+    )
+    assert found.ttft_s == pytest.approx((13 + 13 + 1) * 1e-3)
+    assert found.tpot_s == before.tpot_s
 
 
 def test_a_prompt_finds_what_was_fetched_ahead_of_its_second_layer() -> None:

@@ -8,7 +8,9 @@ import pytest
 from moepack_runtime.stats import LayerStats, RunStats
 from rich.console import Console
 
+from moepack.drift import Drift
 from moepack.report.run import MOST_ROWS, run_view
+from moepack.yardstick import Pace
 
 MIB = 1 << 20
 
@@ -48,6 +50,16 @@ def shown(stats: RunStats, efficiency: float | None = 0.94) -> list[str]:
     with console.capture() as captured:
         console.print(run_view(stats, {}, 1.5, efficiency))
     return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_what_was_expected_at_this_pace_stands_beside_what_was_predicted() -> None:
+    drift = Drift(predicted=0.1, measured=0.16, ratio=1.0, in_band=True, expected=0.16)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(run_view(stats(layers=0), {"tpot_s": drift}, 1.5, None, Pace(1.2, 1.6)))
+    text = captured.get()
+    assert "predicted  at this pace  measured  ratio" in " ".join(text.split("\n"))
+    assert "took 1.20 times as long as when it was profiled beside prompts, 1.60 beside" in text
 
 
 def test_every_figure_is_there_once() -> None:

@@ -1,0 +1,55 @@
+"""A processor that is not always as fast: what is measured is told for one speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from moepack.yardstick import MixedYardstick, PaceKeeper, SteadyPace
+
+
+class Readings:
+    """A yardstick that reads what it is told to."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self._seconds = iter(seconds)
+
+    def read_s(self) -> float:
+        return next(self._seconds)
+
+
+def test_what_was_measured_is_compared_with_readings_before_and_behind_it() -> None:
+    pace = SteadyPace(Readings([2.0, 2.0, 2.0, 4.0, 4.0]))
+    pace.begin()
+    assert [pace.slowness() for _ in range(3)] == [1.0, 1.5, 2.0]
+    assert pace.first_s == 2.0
+    assert pace.mean_slowness == 1.5
+
+
+def test_what_went_by_between_two_measurements_does_not_count() -> None:
+    pace = SteadyPace(Readings([1.0, 3.0, 3.0]))
+    pace.begin()
+    assert pace.slowness() == 3.0
+
+
+def test_without_a_yardstick_nothing_is_changed() -> None:
+    pace = SteadyPace(None)
+    pace.begin()
+    assert (pace.slowness(), pace.mean_slowness, pace.first_s) == (1.0, 1.0, 0.0)
+
+
+def test_prompts_and_tokens_have_a_pace_each() -> None:
+    # Before the prompt, at the first token, and at the fourth and eighth.
+    keeper = PaceKeeper(Readings([1.0, 3.0, 6.0, 9.0]))
+    keeper.begin()
+    for count in range(1, 11):
+        keeper.drawn(count)
+    assert keeper.pace() == pytest.approx((2.0, 6.0))
+
+
+def test_more_work_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    yardstick = MixedYardstick()
+    once_s = min(yardstick.read_s() for _ in range(20))
+    monkeypatch.setattr("moepack.yardstick._STEPS", 40_000)
+    assert min(yardstick.read_s() for _ in range(5)) > 2 * once_s
