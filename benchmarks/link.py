@@ -111,7 +111,9 @@ def _run(args: argparse.Namespace) -> int:
         for share in args.share:
             plan = planner.plan(round(share * whole_bytes))
             folders = pack_for(setting.checkpoint, {"plan": plan}, Path(scratch))
-            runs = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds)["plan"]
+            runs = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds).runs[
+                "plan"
+            ]
             lines.append(line_of(planner, share, plan, runs))
             _print_line(lines[-1])
     print(json.dumps(described(args) | {"lines": [line._asdict() for line in lines]}))

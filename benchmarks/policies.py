@@ -11,8 +11,9 @@ layer over the transfer of all whole experts that a token uses there.
 Printed are medians over the rounds:
 
 - the speed of the plan over each strategy's, round by round, and the range of that;
-- each token beside the plan's forecast, beside the replay of the very routing that was run, and
-  beside the larger of useful link bytes over bandwidth and computing;
+- each token beside the plan's forecast, beside the replay of the very routing that was run, as it
+  is and at the pace that the processor had meanwhile (:mod:`moepack.yardstick`), and beside the
+  larger of useful link bytes over bandwidth and computing at this pace;
 - what crossed the link for a token: demanded, fetched ahead and used, fetched ahead and wasted.
 
 The last line is one JSON object.
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 from moepack_runtime.loading import open_packed
 
-from benchmarks.race import Rounds, median, pack_for, race, ratio
+from benchmarks.race import Raced, median, pack_for, race, ratio
 from benchmarks.setting import (
     Setting,
     Throttle,
@@ -44,7 +45,7 @@ from benchmarks.setting import (
     size_option,
 )
 from moepack.budget import stored_bytes
-from moepack.drift import compare
+from moepack.drift import compare, slowness, stretched_s
 from moepack.fixed_times import fixed_times
 from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
@@ -54,9 +55,13 @@ from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.routing_tables import RoutingTables
 from moepack.trace import Trace
 from moepack.units import format_rate, format_size
+from moepack.yardstick import Pace
 
 #: What the plan is measured against; more by name.
 STRATEGIES = ("on_demand", "lru", "lru_prefetch", "prefetch_only", "uniform_half")
+
+#: Where a profile has no yardstick: as fast as then.
+_AS_PROFILED = Pace(1.0, 1.0)
 
 #: Of throttled links; a large transfer does not notice it.
 LATENCY_S = 20e-6
@@ -71,6 +76,10 @@ class Line(NamedTuple):
         The plan's speed over the contender's, round by round: median, least, largest.
     replayed_tpot_s, replayed_ready_rate : float
         Of the replay of the routing that was run.
+    slowness : float
+        How many times as long the processor took beside the tokens as when it was profiled.
+    over_replay : float
+        Time of a token over the replayed one at the pace of its round.
     bound_s : float
         The larger of the useful link bytes over the bandwidth, and the computing.
     bound_is_clear : bool
@@ -86,6 +95,8 @@ class Line(NamedTuple):
     tpot_s: float
     predicted_tpot_s: float
     replayed_tpot_s: float
+    slowness: float
+    over_replay: float
     bound_s: float
     bound_is_clear: bool
     hit_rate: float
@@ -138,24 +149,31 @@ _DEFAULTS = argparse.Namespace(context=1024, prompt=256, new=128)
 
 
 def lines_of(
-    setting: Setting, planner: Planner, plans: dict[str, Plan], found: Rounds, run: Trace
+    setting: Setting, planner: Planner, plans: dict[str, Plan], found: Raced, run: Trace
 ) -> list[Line]:
     """Medians beside forecasts and replays; the first contender is the plan."""
-    own = next(iter(found.values()))
+    own = next(iter(found.runs.values()))
     lines = []
-    for name, runs in found.items():
+    for name, runs in found.runs.items():
         plan = plans[name]
         compute = setting.compute
         replays = replay_run(setting.spec, compute, planner.link, plan.layout, plan.placement, run)
         replayed = mean_of(replays[len(setting.prompts) :])  # the first ones warm up
-        compute_s = float(replayed.tpot_s - replayed.layer_wait_s.sum())
+        wait_s = float(replayed.layer_wait_s.sum())
+        paces = found.paces[name]
+        pace = Pace(*(statistics.median(seconds) for seconds in zip(*paces, strict=True)))
+        slow = [slowness(plan.prediction, each) or _AS_PROFILED for each in paces]
+        expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token_s) for each in slow]
+        slower = statistics.median(each.token_s for each in slow)
+        compute_s = (replayed.tpot_s - wait_s) * slower
+        over = [(each.tpot_s or 0.0) / seconds for each, seconds in zip(runs, expected_s, strict=True)]
         used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
         demand_bytes = median(runs, lambda run: run.demand_bytes_per_token)
         size_bytes = max(1, round(median(runs, lambda run: run.mean_read_bytes)))
         useful_s = float((demand_bytes + used_bytes) * planner.link(size_bytes) / size_bytes)
         fields = ("ttft_s", "tpot_s", "hit_rate", "ready_rate", "link_bytes_per_token")
         medians = {field: median(runs, attrgetter(field)) for field in fields}
-        drifts = compare(plan.prediction, medians)
+        drifts = compare(plan.prediction, medians, pace)
         lines.append(
             Line(
                 name=name,
@@ -165,6 +183,8 @@ def lines_of(
                 tpot_s=medians["tpot_s"],
                 predicted_tpot_s=plan.prediction.tpot_s,
                 replayed_tpot_s=replayed.tpot_s,
+                slowness=slower,
+                over_replay=statistics.median(over),
                 bound_s=max(useful_s, compute_s),
                 bound_is_clear=min(useful_s, compute_s) < max(useful_s, compute_s) / 2,
                 hit_rate=medians["hit_rate"],
@@ -230,9 +250,10 @@ def _print_table(cell: Cell) -> None:
     )
     print(
         "| | plan over it | first token, predicted | each token, predicted, replayed "
-        "| over replay | over bound | ready, replayed | demanded, used, wasted | link busy | |"
+        "| over replay | processor | at this pace | over bound | ready, replayed "
+        "| demanded, used, wasted | link busy | |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 12 + "|")
     for line in cell.lines:
         speed, least, most = line.plan_speed
         over_bound = line.tpot_s / line.bound_s if line.bound_s else 0.0
@@ -242,6 +263,7 @@ def _print_table(cell: Cell) -> None:
             f"| {line.ttft_s * 1e3:.0f} ms, {line.predicted_ttft_s * 1e3:.0f} "
             f"| {line.tpot_s * 1e3:.2f} ms, {line.predicted_tpot_s * 1e3:.2f}, "
             f"{line.replayed_tpot_s * 1e3:.2f} | {line.tpot_s / line.replayed_tpot_s:.2f} "
+            f"| {line.slowness:.2f} | {line.over_replay:.2f} "
             f"| {over_bound:.2f}{'' if line.bound_is_clear else ' (near)'} "
             f"| {line.ready_rate:.1%}, {line.replayed_ready_rate:.1%} "
             f"| {', '.join(map(format_size, sizes))} | {line.link_busy:.0%} "

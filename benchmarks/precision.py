@@ -157,7 +157,7 @@ def _run(args: argparse.Namespace) -> int:
                 _print_quality(scored)
                 along = compare_greedy(plans, folders, setting.prompts, args.greedy)
                 _print_greedy(along)
-            found = race(plans, folders, setting.prompts, args.new, args.rounds)
+            found = race(plans, folders, setting.prompts, args.new, args.rounds).runs
             _print_speed(budget_bytes, plans, found)
             for told, runs in found.items():
                 tpot_s = median(runs, lambda run: run.tpot_s)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_packed
 from moepack_runtime.stats import RunStats
 
@@ -24,12 +24,20 @@ from moepack.formats import PackedModel
 from moepack.measuring import average, draw, warm_up
 from moepack.pack import pack
 from moepack.plan import Plan
+from moepack.yardstick import MixedYardstick, Pace, PaceKeeper
 
 #: Of one contender before the next has its turn: few enough that a busy moment meets all of them,
 #: so many that what is fetched ahead while the others run, for nothing, is a small part.
 TURN_TOKENS = 32
 
 Rounds = dict[str, list[RunStats]]
+
+
+class Raced(NamedTuple):
+    """What every plan took in each round, and how fast the processor was beside it."""
+
+    runs: Rounds
+    paces: dict[str, list[Pace]]
 
 
 def pack_for(
@@ -58,7 +66,7 @@ def race(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     rounds: int,
-) -> Rounds:
+) -> Raced:
     """Measure every plan once a round. All of them are open at once, and take turns.
 
     Raises
@@ -67,7 +75,8 @@ def race(
         When two plans of one layout draw different tokens: they must not differ in a bit.
     """
     packed = {digest: PackedModel.open(folder) for digest, folder in folders.items()}
-    found: Rounds = {name: [] for name in plans}
+    found = Raced({name: [] for name in plans}, {name: [] for name in plans})
+    yardstick = MixedYardstick()
     for _ in range(rounds):
         with ExitStack() as stack:
             engines = {}
@@ -76,21 +85,26 @@ def race(
                 engines[name] = stack.enter_context(engine)
                 warm_up(engine, prompts)
             runs: Rounds = {name: [] for name in plans}
+            keepers = {name: PaceKeeper(yardstick) for name in plans}
             for prompt in prompts:
-                _draw_in_turns(plans, engines, prompt, new_tokens)
+                streams = {
+                    name: keepers[name].beside(draw(engine, prompt, new_tokens))
+                    for name, engine in engines.items()
+                }
+                _draw_in_turns(plans, streams, new_tokens)
                 for name, engine in engines.items():
                     runs[name].append(engine.stats())
             for name, several in runs.items():
-                found[name].append(average(several))
+                found.runs[name].append(average(several))
+                found.paces[name].append(keepers[name].pace())
     return found
 
 
 def _draw_in_turns(
-    plans: Mapping[str, Plan], engines: Mapping[str, Engine], prompt: Sequence[int], new_tokens: int
+    plans: Mapping[str, Plan], streams: Mapping[str, Iterator[int]], new_tokens: int
 ) -> None:
-    streams = {name: draw(engine, prompt, new_tokens) for name, engine in engines.items()}
-    drawn: dict[str, list[int]] = {name: [] for name in engines}
-    order = deque(engines)
+    drawn: dict[str, list[int]] = {name: [] for name in streams}
+    order = deque(streams)
     while any(len(tokens) < new_tokens for tokens in drawn.values()):
         for name in order:
             torch.set_num_threads(plans[name].placement.threads)  # of the process

@@ -98,9 +98,6 @@ def at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
     if slow is None:
         return prediction
 
-    def stretched_s(whole_s: float, wait_s: float, factor: float) -> float:
-        return wait_s + (whole_s - wait_s) * factor
-
     tpot_s = stretched_s(prediction.tpot_s, prediction.tpot_wait_s, slow.token_s)
     return replace(
         prediction,
@@ -108,3 +105,8 @@ def at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
         tpot_s=tpot_s,
         tokens_per_s=1.0 / tpot_s,
     )
+
+
+def stretched_s(whole_s: float, wait_s: float, slowness: float) -> float:
+    """What takes ``whole_s``, and waits for the link in it, on a processor so much slower."""
+    return wait_s + (whole_s - wait_s) * slowness

@@ -94,13 +94,10 @@ def measure(
     progress.start("measure (tokens)", len(prompts) * new_tokens, "items")
     try:
         for prompt in prompts:
-            if keeper is not None:
-                keeper.begin()
-            for count, token in enumerate(draw(engine, prompt, new_tokens), 1):
+            drawn = draw(engine, prompt, new_tokens)
+            for token in drawn if keeper is None else keeper.beside(drawn):
                 tokens.append(token)
                 progress.advance(1)
-                if keeper is not None:
-                    keeper.drawn(count)
             runs.append(engine.stats())
     finally:
         progress.done()

@@ -10,8 +10,9 @@ differs is the processor's.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 from statistics import fmean, median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from moepack.timing import Stopwatch
 from moepack.units import MIB
@@ -25,6 +26,9 @@ _STEPS = 2000
 
 # Of so many the median counts: something else may have its turn during one of them.
 _REPEATS = 3
+
+
+T = TypeVar("T")
 
 
 class Yardstick(Protocol):
@@ -140,6 +144,13 @@ class PaceKeeper:
             self._tokens_s.append(self._prompts_s[-1])
         elif count % self._EVERY_TOKENS == 0:
             self._tokens_s.append(self._yardstick.read_s())
+
+    def beside(self, tokens: Iterable[T]) -> Iterator[T]:
+        """The tokens of a generation, as they come."""
+        self.begin()
+        for count, token in enumerate(tokens, 1):
+            self.drawn(count)
+            yield token
 
     def pace(self) -> Pace:
         """The means, once a generation has been measured."""
