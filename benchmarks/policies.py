@@ -166,7 +166,8 @@ def lines_of(
         expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token_s) for each in slow]
         slower = statistics.median(each.token_s for each in slow)
         compute_s = (replayed.tpot_s - wait_s) * slower
-        over = [(each.tpot_s or 0.0) / seconds for each, seconds in zip(runs, expected_s, strict=True)]
+        taken_s = [each.tpot_s or 0.0 for each in runs]
+        over = [each / seconds for each, seconds in zip(taken_s, expected_s, strict=True)]
         used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
         demand_bytes = median(runs, lambda run: run.demand_bytes_per_token)
         size_bytes = max(1, round(median(runs, lambda run: run.mean_read_bytes)))
