@@ -165,7 +165,7 @@ def lines_of(
         slow = [slowness(plan.prediction, each) or _AS_PROFILED for each in paces]
         expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token_s) for each in slow]
         slower = statistics.median(each.token_s for each in slow)
-        compute_s = (replayed.tpot_s - wait_s) * slower
+        compute_s = float(replayed.tpot_s - wait_s) * slower
         taken_s = [each.tpot_s or 0.0 for each in runs]
         over = [each / seconds for each, seconds in zip(taken_s, expected_s, strict=True)]
         used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
