@@ -285,12 +285,13 @@ def kept_at(scratch: Path, trunk: TrunkName) -> Path:
 
 
 def kept_quality(scratch: Path, trunk: TrunkName) -> dict[str, Any] | None:
-    """The figures that were measured in this scratch folder; None where none were."""
+    """The figures that were measured in this scratch folder; None where none were, or others."""
     path = kept_at(scratch, trunk)
     if not path.exists():
         return None
     document: dict[str, Any] = json.loads(path.read_text())
-    return document
+    # Figures of before rounding was calibrated say nothing of what is measured now.
+    return document if document.get("trunk") == trunk else None
 
 
 if __name__ == "__main__":

@@ -55,13 +55,13 @@ from moepack.replayed_run import mean_of, record_run, replay_run
 from moepack.routing_tables import RoutingTables
 from moepack.trace import Trace
 from moepack.units import format_rate, format_size
-from moepack.yardstick import Pace
+from moepack.yardstick import Pace, Slowness
 
 #: What the plan is measured against; more by name.
 STRATEGIES = ("on_demand", "lru", "lru_prefetch", "prefetch_only", "uniform_half")
 
 #: Where a profile has no yardstick: as fast as then.
-_AS_PROFILED = Pace(1.0, 1.0)
+_AS_PROFILED = Slowness(1.0, 1.0)
 
 #: Of throttled links; a large transfer does not notice it.
 LATENCY_S = 20e-6
@@ -163,8 +163,8 @@ def lines_of(
         paces = found.paces[name]
         pace = Pace(*(statistics.median(seconds) for seconds in zip(*paces, strict=True)))
         slow = [slowness(plan.prediction, each) or _AS_PROFILED for each in paces]
-        expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token_s) for each in slow]
-        slower = statistics.median(each.token_s for each in slow)
+        expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token) for each in slow]
+        slower = statistics.median(each.token for each in slow)
         compute_s = float(replayed.tpot_s - wait_s) * slower
         taken_s = [each.tpot_s or 0.0 for each in runs]
         over = [each / seconds for each, seconds in zip(taken_s, expected_s, strict=True)]

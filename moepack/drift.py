@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moepack.forecast import Prediction
-from moepack.yardstick import Pace
+from moepack.yardstick import Pace, Slowness
 
 #: The most of the fast tier that was taken: a contract, so no more than what was planned.
 PEAK = "peak_fast_bytes"
@@ -85,11 +85,11 @@ def compare(
     return drifts
 
 
-def slowness(prediction: Prediction, pace: Pace | None) -> Pace | None:
+def slowness(prediction: Prediction, pace: Pace | None) -> Slowness | None:
     """How many times as long the processor took as when it was profiled; None: not known."""
     if pace is None or not prediction.yardstick_s:
         return None
-    return Pace(*(seconds / prediction.yardstick_s for seconds in pace))
+    return Slowness(*(seconds / prediction.yardstick_s for seconds in pace))
 
 
 def at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
@@ -98,10 +98,10 @@ def at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
     if slow is None:
         return prediction
 
-    tpot_s = stretched_s(prediction.tpot_s, prediction.tpot_wait_s, slow.token_s)
+    tpot_s = stretched_s(prediction.tpot_s, prediction.tpot_wait_s, slow.token)
     return replace(
         prediction,
-        ttft_s=stretched_s(prediction.ttft_s, prediction.ttft_wait_s, slow.prompt_s),
+        ttft_s=stretched_s(prediction.ttft_s, prediction.ttft_wait_s, slow.prompt),
         tpot_s=tpot_s,
         tokens_per_s=1.0 / tpot_s,
     )

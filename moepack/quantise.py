@@ -78,7 +78,7 @@ class _Matrix(NamedTuple):
             raise NonFiniteWeightError(
                 f"{self.what}: {weights[column, row]} in row {row + rows.start}, column "
                 f"{column + columns.start}, expected finite weights; fetch the checkpoint again, "
-                "or pack in its own dtype"
+                "or plan without rounding it"
             )
         return weights
 

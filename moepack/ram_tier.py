@@ -22,8 +22,7 @@ from moepack.segments import PARTS, Part, SegmentId
 #: ready to.
 COPIES_AHEAD = 2
 
-
-#: Layer and encoding -> what each part of such an expert takes, but for parts of nothing.
+# Layer and encoding -> what each part of such an expert takes, but for parts of nothing.
 _Sizes = Mapping[tuple[int, str], Sequence[tuple[Part, int]]]
 
 

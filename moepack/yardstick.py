@@ -121,10 +121,23 @@ class Pace(NamedTuple):
     token_s: float
 
 
+class Slowness(NamedTuple):
+    """How many times as long the processor took as when it was profiled.
+
+    Attributes
+    ----------
+    prompt, token : float
+        Beside the prompts, and beside the tokens decoded.
+    """
+
+    prompt: float
+    token: float
+
+
 class PaceKeeper:
     """Reads a yardstick between the tokens of a generation, where nobody's clock runs."""
 
-    # So seldom that it takes a hundredth of the time of small models' tokens, and so often that
+    # So seldom that it takes a fiftieth of the time of small models' tokens, and so often that
     # what changes from second to second is seen.
     _EVERY_TOKENS = 4
 

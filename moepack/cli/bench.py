@@ -99,9 +99,9 @@ def bench(
         raise DriftError(
             f"outside the band of {plan.prediction.band:.2f}: "
             + ", ".join(f"{metric} ({_ratio(drifts[metric].ratio)})" for metric in outside)
-            + "; profile and plan again on a quiet machine"
+            + "; profile and plan again, with nothing else running"
         )
 
 
 def _ratio(ratio: float | None) -> str:
-    return "predicted 0" if ratio is None else f"{ratio:.2f} of the prediction"
+    return "expected 0" if ratio is None else f"{ratio:.2f} of what was expected"

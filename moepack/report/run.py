@@ -18,7 +18,7 @@ from moepack.units import format_duration, format_rate, format_size
 if TYPE_CHECKING:
     from moepack_runtime.stats import LayerStats, RunStats
 
-    from moepack.yardstick import Pace
+    from moepack.yardstick import Slowness
 
 #: More layers than this share rows.
 MOST_ROWS = 16
@@ -59,7 +59,7 @@ def run_view(
     drifts: Mapping[str, Drift],
     band: float,
     efficiency: float | None,
-    slow: Pace | None = None,
+    slow: Slowness | None = None,
 ) -> RenderableType:
     """A measurement: what was predicted of it, what else there is, and its layers.
 
@@ -109,11 +109,11 @@ def _facts(stats: RunStats, efficiency: float | None) -> Iterator[tuple[str, str
     yield "memory", f"{format_size(stats.peak_fast_bytes)} of the fast tier; {process}"
 
 
-def _pace_text(slow: Pace) -> str:
+def _pace_text(slow: Slowness) -> str:
     """``took 1.31 times as long as when it was profiled beside prompts, 1.02 beside tokens``."""
     return (
-        f"took {slow.prompt_s:.2f} times as long as when it was profiled beside prompts, "
-        f"{slow.token_s:.2f} beside tokens"
+        f"took {slow.prompt:.2f} times as long as when it was profiled beside prompts, "
+        f"{slow.token:.2f} beside tokens"
     )
 
 

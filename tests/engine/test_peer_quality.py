@@ -138,7 +138,8 @@ def test_a_pair_counts_where_moepack_loses_no_more() -> None:
 def test_quality_is_of_one_trunk(tmp_path: Path) -> None:
     for kl, trunk in zip((0.0008, 0.0012), TRUNKS, strict=True):
         own = {"stored": "INT8", "kl": kl}
-        document = {"moepack": {"int8": own}, "peers": {"Q8_0": {"stored": "Q8_0", "kl": 0.001}}}
+        peers = {"Q8_0": {"stored": "Q8_0", "kl": 0.001}}
+        document = {"trunk": trunk, "moepack": {"int8": own}, "peers": peers}
         kept_at(tmp_path, trunk).write_text(json.dumps(document))
     assert kept_quality(tmp_path / "elsewhere", "exact") is None
     counts = {}
@@ -146,6 +147,9 @@ def test_quality_is_of_one_trunk(tmp_path: Path) -> None:
         (pair,) = pairs(precision(8, trunk), "INT8", kept_quality(tmp_path, trunk))
         counts[trunk] = pair.counts
     assert counts == {"exact": True, "int8": False}
+    of_before = {"moepack": {"int8": own}, "peers": peers}  # rounded without calibration
+    kept_at(tmp_path, "exact").write_text(json.dumps(of_before))
+    assert kept_quality(tmp_path, "exact") is None
 
 
 def test_the_table_says_what_trunks_are_in() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moepack.drift import Drift
 from moepack.report.run import MOST_ROWS, run_view
-from moepack.yardstick import Pace
+from moepack.yardstick import Slowness
 
 MIB = 1 << 20
 
@@ -56,7 +56,7 @@ def test_what_was_expected_at_this_pace_stands_beside_what_was_predicted() -> No
     drift = Drift(predicted=0.1, measured=0.16, ratio=1.0, in_band=True, expected=0.16)
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(run_view(stats(layers=0), {"tpot_s": drift}, 1.5, None, Pace(1.2, 1.6)))
+        console.print(run_view(stats(layers=0), {"tpot_s": drift}, 1.5, None, Slowness(1.2, 1.6)))
     text = captured.get()
     assert "predicted  at this pace  measured  ratio" in " ".join(text.split("\n"))
     assert "took 1.20 times as long as when it was profiled beside prompts, 1.60 beside" in text
