@@ -15,7 +15,6 @@ from moepack.cli.output import emit, note
 from moepack.cli.progress import TerminalProgress
 from moepack.errors import CheckpointError, TextError
 from moepack.shipped import SHIPPED_MODEL, shipped_model, shipped_texts
-from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def evaluate(
     """
     from moepack.evaluating import evaluate as score
     from moepack.report.evaluate import evaluation_view
+    from moepack.trunk import trunk_name
 
     workspace = Workspace.locate()
     texts = _read(text or list(shipped_texts()))

@@ -11,7 +11,6 @@ from moepack import records
 from moepack.cli.models import is_pack, open_source
 from moepack.cli.options import JsonOption, lengths
 from moepack.cli.output import emit
-from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -94,6 +93,8 @@ def spec_document(spec: ModelSpec) -> dict[str, object]:
 
 def pack_document(packed: PackedModel) -> dict[str, object]:
     """What ``--json`` says of a packed folder."""
+    from moepack.trunk import trunk_name
+
     manifest = packed.manifest
     return {
         "kind": "pack",

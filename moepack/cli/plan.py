@@ -39,7 +39,6 @@ from moepack.cli.precision import (
     measured_damage,
     require_bounded,
 )
-from moepack.trunk import trunk_name
 from moepack.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -193,6 +192,8 @@ def _keep(workspace: Workspace, source: Source, made: Plan, out: Path | None) ->
 
 def plan_document(plan: Plan) -> dict[str, object]:
     """What ``--json`` says of a plan."""
+    from moepack.trunk import trunk_name
+
     placement, prediction = plan.placement, plan.prediction
     return {
         "model": plan.model_name,

@@ -10,7 +10,6 @@ import typer
 from moepack.cli.options import usage
 from moepack.cli.output import note
 from moepack.errors import ProfileError
-from moepack.trunk import trunk_name
 
 if TYPE_CHECKING:
     from moepack.cli.planning import Case
@@ -125,6 +124,8 @@ def asked_trunk(case: Case, trunk: str | None, quality: Quality | None, kept: La
     ProfileError
         When perplexity is bounded, and what rounding the trunk does to it has not been measured.
     """
+    from moepack.trunk import trunk_name
+
     if kept is not None:
         if trunk is not None and trunk != kept.trunk:
             raise typer.BadParameter(
