@@ -59,6 +59,7 @@ from moepack.routing import TextSource
 from moepack.streaming import most_experts_of_a_token, streaming_placement
 from moepack.texts import read_texts
 from moepack.trace import ROUTING_PARTS, part_of_tokens
+from moepack.trunk import ROUNDED
 from moepack.units import MIB
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _trunk_divergence(
     from moepack_runtime.loading import open_checkpoint
 
     spec = checkpoint.spec
-    layout = replace(layout, trunk="INT8")
+    layout = replace(layout, trunk=ROUNDED)
     placement = streaming_placement(
         spec,
         layout,

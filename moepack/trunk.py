@@ -15,6 +15,7 @@ Pure arithmetic on sizes: no torch, no rounding.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from moepack.segments import align_up
 
 #: What a layout's trunk may be stored in; empty: as the checkpoint has it.
 TRUNK_ENCODINGS = ("", "INT8")
+
+#: The one that rounds.
+ROUNDED = TRUNK_ENCODINGS[1]
 
 _LARGE = re.compile(
     r"(embed|head|layers\.\d+\.(attn\.(q|k|v|o|q_a|q_b|kv_a)|(mlp|shared)\.(gate|up|down)))\.weight"
@@ -68,8 +72,8 @@ def require_trunk(encoding: str) -> None:
     """
     if encoding not in TRUNK_ENCODINGS:
         raise UnknownEncodingError(
-            f"{encoding!r} is not an encoding of a trunk, expected INT8, or none; choose one of "
-            "these or update moepack"
+            f"{encoding!r} is not an encoding of a trunk, expected {ROUNDED}, or none; choose one "
+            "of these or update moepack"
         )
 
 
@@ -107,6 +111,7 @@ def is_rounded(info: TensorInfo, encoding: str) -> bool:
     return len(_stored(info, encoding)) > 1
 
 
+@functools.lru_cache(maxsize=4096)  # a planner asks for every budget that it tries
 def _stored(info: TensorInfo, encoding: str) -> tuple[EncodedTensor, ...]:
     exact = (EncodedTensor(info.name, info.dtype, info.shape),)
     if not encoding or not _LARGE.fullmatch(info.name) or len(info.shape) != 2:

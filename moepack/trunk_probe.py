@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moepack.layer_walk import Experts
 from moepack.layouts import PREFILL_BLOCK_TOKENS
-from moepack.trunk import stored_trunk
+from moepack.trunk import ROUNDED, stored_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ def rounded_walk(engine: Engine, numbers: Sequence[int]) -> RoundedWalk:
         block_tokens=PREFILL_BLOCK_TOKENS,
         device=device,
     )
-    trunk = {tensor.name: _made_up(tensor, device) for tensor in stored_trunk(spec, "INT8")}
+    trunk = {tensor.name: _made_up(tensor, device) for tensor in stored_trunk(spec, ROUNDED)}
     decoder = Decoder(spec, trunk, kv)
     graphs = None
     if engine.token_graphs is not None:
