@@ -19,6 +19,7 @@ from moepack.encodings import ENCODINGS
 from moepack.errors import ProfileError
 from moepack.records import added, record
 from moepack.timing import summarise
+from moepack.trunk import trunk_name
 
 if TYPE_CHECKING:
     from moepack.model_spec import ModelSpec
@@ -239,8 +240,8 @@ class ComputeProfile:
         ]
         if self.rounded_head_s is None or len(layers) < len(self.layers):
             raise ProfileError(
-                f"the compute profile of {self.model_name} has no times of a trunk in {encoding}, "
-                "it was made by an older moepack; run moepack profile"
+                f"the compute profile of {self.model_name} has no times of a trunk in "
+                f"{trunk_name(encoding)}, it was made by an older moepack; run moepack profile"
             )
         return replace(self, head_s=self.rounded_head_s, layers=tuple(layers))
 

@@ -14,6 +14,7 @@ from moepack.layouts import Stored, uniform_layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import DeviceKind, EngineCapabilities, OnMiss, Placement
 from moepack.routing import RoutingProfile
+from moepack.trunk import trunk_name
 from moepack.units import MIB, format_size
 
 #: Share of the host's memory that a process may take when --ram does not say.
@@ -196,16 +197,14 @@ def require_matching(request: PlanRequest) -> None:
         )
     if request.trunk not in request.engine.trunks:
         raise CapabilityError(
-            f"the trunk in {request.trunk}; this engine computes with "
-            f"{' or '.join(name or request.spec.dtype for name in request.engine.trunks)}: "
-            "leave out --trunk"
+            f"the trunk in {trunk_name(request.trunk)}; this engine computes with "
+            f"{', '.join(map(trunk_name, request.engine.trunks))}: choose one of these with --trunk"
         )
     kept = request.keep_layout
     if kept is not None and kept.trunk != request.trunk:
         raise PlanMismatchError(
-            f"the pack whose layout is kept has its trunk in {kept.trunk or request.spec.dtype}, "
-            f"asked for was {request.trunk or request.spec.dtype}; plan without --keep-layout, and "
-            "pack again"
+            f"the trunk of the pack whose layout is kept is {trunk_name(kept.trunk)}, asked for "
+            f"was {trunk_name(request.trunk)}; plan without --keep-layout, and pack again"
         )
     digest = request.spec.digest
     owners = [("compute profile", request.compute.model_digest, request.compute.model_name)]

@@ -72,8 +72,9 @@ def require_trunk(encoding: str) -> None:
     """
     if encoding not in TRUNK_ENCODINGS:
         raise UnknownEncodingError(
-            f"{encoding!r} is not an encoding of a trunk, expected {ROUNDED}, or none; choose one "
-            "of these or update moepack"
+            f"a trunk in {trunk_name(encoding)}, expected one in "
+            f"{' or '.join(map(trunk_name, TRUNK_ENCODINGS))}; choose one of these or update "
+            "moepack"
         )
 
 

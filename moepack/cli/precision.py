@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 #: Mean bits that can be asked for.
 LEAST_BITS, MOST_BITS = 4.0, 16.0
 
-# What a trunk may be asked for, and how layouts spell it.
-_TRUNKS = {"exact": "", "int8": "INT8"}
-
 _EXPECTED = "expected exact, int8, int4, or a bound on the growth of perplexity as in 0.5%"
 
 
@@ -96,9 +93,12 @@ BitsOption = Annotated[
 @usage
 def trunk_precision(text: str) -> str:
     """What the trunk is to be stored in, as layouts spell it."""
-    if text not in _TRUNKS:
-        raise ValueError(f"{text!r}: expected {' or '.join(_TRUNKS)}")
-    return _TRUNKS[text]
+    from moepack.trunk import TRUNK_ENCODINGS, trunk_name
+
+    spelled = {trunk_name(encoding): encoding for encoding in TRUNK_ENCODINGS}
+    if text not in spelled:
+        raise ValueError(f"{text!r}: expected {' or '.join(spelled)}")
+    return spelled[text]
 
 
 TrunkOption = Annotated[

@@ -13,7 +13,7 @@ from moepack.errors import BudgetTooSmallError, CapabilityError, PlanMismatchErr
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import POLICIES, PREFETCH_MODES, EngineCapabilities, Placement, Plan, Policy
-from moepack.trunk import TRUNK_ENCODINGS
+from moepack.trunk import TRUNK_ENCODINGS, trunk_name
 from moepack.units import format_size
 
 CAPABILITIES = EngineCapabilities(
@@ -106,9 +106,8 @@ def require_encodings(layout: Layout, engine: EngineCapabilities = CAPABILITIES)
     """
     if layout.trunk not in engine.trunks:
         raise CapabilityError(
-            f"the layout holds the trunk as {layout.trunk!r}; this engine computes with "
-            f"{', '.join(name or 'that of the checkpoint' for name in engine.trunks)}; plan again "
-            "with this moepack"
+            f"the layout holds the trunk in {trunk_name(layout.trunk)}; this engine computes with "
+            f"{', '.join(map(trunk_name, engine.trunks))}; plan again with this moepack"
         )
     for cut in layout.layers:
         for name in cut.classes:

@@ -80,7 +80,7 @@ def test_a_rounded_trunk_has_times_of_its_own() -> None:
     assert found.layer(0).around_s(1) == 0.25 + 1.0
     assert found.layer(1).around_s(1) == 0.25 + 0.0 + 1.0 + 1.0
     assert found.layer(1).expert == ROUTED.expert, "experts are none of it"
-    with pytest.raises(ProfileError, match=r"no times of a trunk in INT8.*run moepack profile"):
+    with pytest.raises(ProfileError, match=r"no times of a trunk in int8.*run moepack profile"):
         PROFILE.with_trunk("INT8")
     partly = dataclasses.replace(rounded, layers=(rounded.layers[0], ROUTED))
     with pytest.raises(ProfileError):
