@@ -25,6 +25,7 @@ import numpy.typing as npt
 from moepack_runtime.loading import open_checkpoint
 from moepack_runtime.tokenizer import Tokenizer
 
+from benchmarks.options import at_least
 from benchmarks.setting import named
 from benchmarks.synthetic_check import load_recording
 from moepack.belady import belady_ranks
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recording", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the shipped model")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the shipped texts")
+    parser.add_argument("--tokens", type=at_least(1), default=8192, help="of the shipped texts")
     parser.add_argument("--recordings-only", action="store_true", help="run no model")
     return parser
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.options import at_least
 from moepack.dequantise import fp8_weights, mxfp4_weights
 
 #: Rows and columns.
@@ -44,7 +45,7 @@ class Case(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table, then one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     options = parser.parse_args(arguments)
     print(f"{'format':<8}{'contender':<14}{'ms':>8}{'codes, GB/s':>14}{'bfloat16, GB/s':>17}")
     found: dict[str, dict[str, float]] = {}

@@ -31,6 +31,7 @@ from moepack_runtime.loading import open_checkpoint
 from moepack_runtime.store import ExpertSource
 from moepack_runtime.tokenizer import Tokenizer
 
+from benchmarks.options import at_least
 from benchmarks.setting import described, named
 from moepack.checkpoint import Checkpoint
 from moepack.comparing import score_rows
@@ -244,7 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a row for every format and encoding."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--tokens", type=int, default=2048, metavar="N", help="scored of each text; default: 2048"
+        "--tokens",
+        type=at_least(1),
+        default=2048,
+        metavar="N",
+        help="scored of each text; default: 2048",
     )
     return named(_run, parser.parse_args(arguments))
 

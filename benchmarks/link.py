@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 from moepack_runtime.stats import RunStats
 
+from benchmarks.options import link_option, positive
 from benchmarks.race import median, pack_for, race
-from benchmarks.setting import add_options, described, link_option, named, open_setting
+from benchmarks.setting import add_options, described, named, open_setting
 from moepack.needs import needs
 from moepack.plan import Plan
 from moepack.planner import Planner
@@ -137,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--share",
-        type=float,
+        type=positive,
         nargs="+",
         default=[0.3, 0.5, 0.7],
         metavar="SHARE",

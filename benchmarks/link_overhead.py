@@ -211,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison")
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = parser.parse_args(given)
+    for name in ("burst", "width", "readers", "passes", "rounds"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name} {getattr(asked, name)}: expected 1 or more")
     found = compare(asked, given) if asked.against else {"this": measure(asked)}
     print(
         f"{asked.burst} segments of {format_size(parse_size(asked.size))} a pass, for each of them:"

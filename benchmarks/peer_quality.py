@@ -40,10 +40,12 @@ from benchmarks.gguf_kinds import BF16, KINDS
 from benchmarks.gguf_text import text_of
 from benchmarks.llama_perplexity import compared, first_scored, keep_probabilities
 from benchmarks.llama_runners import find_sibling
+from benchmarks.options import at_least
 from benchmarks.peer_model import PeerModel
 from benchmarks.peer_precision import TRUNKS, Asked, TrunkName, suffix_of
 from benchmarks.peer_report import say
 from benchmarks.setting import named
+from moepack.atomic import write_atomically
 from moepack.errors import MoepackError
 from moepack.evaluating import score_windows
 from moepack.formats import PackedModel
@@ -265,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--trunk", choices=TRUNKS, default="exact", help="int8: rounded on both sides"
     )
     parser.add_argument(
-        "--windows", type=int, metavar="N", help="of each text at the most; default: all"
+        "--windows", type=at_least(1), metavar="N", help="of each text at the most; default: all"
     )
     return named(_run, parser.parse_args(arguments))
 
@@ -273,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     args.scratch.mkdir(parents=True, exist_ok=True)
     document = measure(args.scratch, args.llama_cpp, args.trunk, args.windows)
-    kept_at(args.scratch, args.trunk).write_text(json.dumps(document, indent=1))
+    text = json.dumps(document, indent=1)
+    write_atomically(kept_at(args.scratch, args.trunk), text.encode())
     print("\n".join(table(document)))
     print(json.dumps(document))
     return 0
@@ -290,7 +293,7 @@ def kept_quality(scratch: Path, trunk: TrunkName) -> dict[str, Any] | None:
     if not path.exists():
         return None
     document: dict[str, Any] = json.loads(path.read_text())
-    # Figures of before rounding was calibrated say nothing of what is measured now.
+    # Those without the key are older than the calibration by which experts are rounded now.
     return document if document.get("trunk") == trunk else None
 
 

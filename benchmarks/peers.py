@@ -43,6 +43,7 @@ from benchmarks.control_group import Interface
 from benchmarks.gguf_kinds import Kind
 from benchmarks.llama_runners import find_binary, find_sibling, llama_runners, of_kind
 from benchmarks.loop_device import LoopDevice, NoLoopDeviceError
+from benchmarks.options import at_least, new_tokens, positive
 from benchmarks.peer_model import NotPreparedError, PeerModel
 from benchmarks.peer_pairs import judge_pairs, pairs, told
 from benchmarks.peer_precision import BITS, ROUNDED_BITS, TRUNKS, Precision, precision
@@ -261,11 +262,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="written by benchmarks.gguf_export; others are made in the scratch folder",
     )
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.3])
-    parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS")
-    parser.add_argument("--new", type=int, default=64, metavar="TOKENS")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="to try for peers")
+    parser.add_argument("--shares", type=positive, nargs="+", default=[1.0, 0.5, 0.3])
+    parser.add_argument("--prompt", type=at_least(1), default=256, metavar="TOKENS")
+    parser.add_argument("--new", type=new_tokens, default=64, metavar="TOKENS")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument(
+        "--threads", type=at_least(1), nargs="+", default=[1, 2], help="to try for peers"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument(
         "--random-prompt",
@@ -280,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="to record the routing on, instead of those texts",
     )
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
+    parser.add_argument("--timeout", type=positive, default=900.0, metavar="SECONDS")
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="NAME", help="peers whose names begin so"
     )

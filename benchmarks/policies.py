@@ -26,26 +26,25 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from moepack_runtime.loading import open_packed
 
+from benchmarks.options import Throttle, link_option, positive, size_option
 from benchmarks.race import Raced, median, pack_for, race, ratio
 from benchmarks.setting import (
     Setting,
-    Throttle,
     add_options,
     described,
-    link_option,
     named,
     open_setting,
-    size_option,
 )
 from moepack.budget import stored_bytes
 from moepack.drift import compare, slowness, stretched_s
+from moepack.errors import PlanError
 from moepack.fixed_times import fixed_times
 from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
@@ -139,8 +138,10 @@ def throttle_for(setting: Setting, window: float) -> Throttle:
     top_k = setting.spec.moe(setting.spec.moe_layers[0]).top_k
     transfer_s = compute_s / (window * top_k)
     if transfer_s <= LATENCY_S:
-        raise ValueError(
-            f"a window of {window} takes a link without latency; ask for a smaller one"
+        raise PlanError(
+            f"--window {window}: the transfer of an expert would take {transfer_s * 1e6:.1f} us, "
+            f"expected more than a throttled link's latency of {LATENCY_S * 1e6:.0f}; ask for a "
+            "smaller one"
         )
     return size_bytes / (transfer_s - LATENCY_S), LATENCY_S
 
@@ -218,7 +219,7 @@ def _run(args: argparse.Namespace) -> int:
             for budget_bytes in args.vram:
                 plans = {"plan": planner.plan(budget_bytes)}
                 strategies = planner.strategies(budget_bytes)
-                plans |= {name: strategies[name] for name in args.strategies if name in strategies}
+                plans |= _asked(args.strategies, strategies, plans["plan"])
                 folders = pack_for(setting.checkpoint, plans, Path(scratch))
                 found = race(plans, folders, setting.prompts, args.new, args.rounds)
                 own = plans["plan"]
@@ -241,6 +242,22 @@ def _run(args: argparse.Namespace) -> int:
     rows = [cell._asdict() | {"lines": [line._asdict() for line in cell.lines]} for cell in cells]
     print(json.dumps(described(args) | {"cells": rows}))
     return 0
+
+
+def _asked(
+    names: Sequence[str], strategies: Mapping[str, Plan], own: Plan
+) -> Iterator[tuple[str, Plan]]:
+    """Those of the named strategies that this engine can run; why another cannot is told."""
+    for name in names:
+        if name in strategies:
+            yield name, strategies[name]
+        elif name in own.baselines:
+            print(f"{name}: left out, {own.baselines[name].why_not or 'a bound'}", file=sys.stderr)
+        else:
+            raise PlanError(
+                f"--strategies {name}: there is none of that name, expected some of "
+                f"{', '.join(own.baselines)}"
+            )
 
 
 def _print_table(cell: Cell) -> None:
@@ -286,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--window",
-        type=float,
+        type=positive,
         nargs="+",
         default=[],
         metavar="RATIO",

@@ -26,8 +26,9 @@ from typing import NamedTuple
 from moepack_runtime.loading import open_packed
 
 from benchmarks.greedy import Agreement, agreement, greedy_texts
+from benchmarks.options import at_least, size_option
 from benchmarks.race import Rounds, median, pack_for, race, ratio
-from benchmarks.setting import Setting, add_options, described, named, open_setting, size_option
+from benchmarks.setting import Setting, add_options, described, named, open_setting
 from moepack.evaluating import evaluate
 from moepack.formats import PackedModel
 from moepack.plan import Plan, load_plan
@@ -194,10 +195,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of moepack plan, each in one string; an empty one for the exact model",
     )
     parser.add_argument(
-        "--score", type=int, metavar="TOKENS", help="of each text; default: all that may be"
+        "--score", type=at_least(1), metavar="TOKENS", help="of each text; default: all that may be"
     )
     parser.add_argument(
-        "--greedy", type=int, default=256, metavar="TOKENS", help="of greedy text after each prompt"
+        "--greedy",
+        type=at_least(1),
+        default=256,
+        metavar="TOKENS",
+        help="of greedy text after each prompt",
     )
     parser.add_argument("--no-eval", action="store_true", help="measure speed alone")
     add_options(parser)

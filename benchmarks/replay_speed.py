@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from benchmarks.options import at_least
 from moepack.decoding import Replayed
 from moepack.footprint import MemoryBreakdown
 from moepack.hardware import find_hardware
@@ -53,12 +54,12 @@ class Case(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Time it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=94)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--layers", type=at_least(1), default=94)
+    parser.add_argument("--experts", type=at_least(1), default=128)
+    parser.add_argument("--top-k", type=at_least(1), default=8)
+    parser.add_argument("--tokens", type=at_least(1), default=4096)
     parser.add_argument("--routing", default="qwen3-30b-a3b")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     asked = parser.parse_args(arguments)
     moe = MoeSpec(asked.experts, asked.top_k, 1536, RouterSpec())
     heads = AttentionSpec(64, 4, 128, 128, 128, 128**-0.5)

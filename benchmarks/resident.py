@@ -38,6 +38,7 @@ from moepack_runtime.store import CheckpointStore
 from moepack_runtime.weights import TORCH_DTYPE
 
 from benchmarks.llama_bench import LlamaBench, find_llama_bench
+from benchmarks.options import at_least
 from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
 from moepack.layout import Layout
@@ -103,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--prompt", type=int, default=512, metavar="TOKENS")
-    parser.add_argument("--new", type=int, default=16, metavar="TOKENS")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--prompt", type=at_least(1), default=512, metavar="TOKENS")
+    parser.add_argument("--new", type=at_least(1), default=16, metavar="TOKENS")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(1), nargs="+", default=[1, 2])
     where = "llama-bench, or a folder with it (build/bin is looked into)"
     parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help=where)
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same weights, for it")

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.setting import described, link_option, named
+from benchmarks.options import at_least, link_option, new_tokens, positive
+from benchmarks.setting import described, named
 from benchmarks.synthetic import shape_config
 from benchmarks.synthetic_folder import write_checkpoint
 from moepack.budget import memory_breakdown, stored_bytes
@@ -304,11 +305,11 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new", type=int, default=64, metavar="TOKENS")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--new", type=new_tokens, default=64, metavar="TOKENS")
     parser.add_argument("--link", type=link_option, metavar="LINK", help="as in 400M,50us")
     parser.add_argument(
-        "--tolerance", type=float, default=0.15, help="of the growth, for noise (default 0.15)"
+        "--tolerance", type=positive, default=0.15, help="of the growth, for noise (default 0.15)"
     )
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"), metavar="DIR")
     parser.add_argument("--run", type=Path, metavar="PACK", help=argparse.SUPPRESS)

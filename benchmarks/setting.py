@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import typer
 from moepack_runtime.capabilities import CAPABILITIES
 from moepack_runtime.tokenizer import Tokenizer
 
+from benchmarks.options import Throttle, at_least, new_tokens
 from moepack import machine
 from moepack.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from moepack.checkpoint import Checkpoint
 from moepack.cli.models import open_source
-from moepack.cli.options import link, size
 from moepack.compute import ComputeProfile, load_compute
 from moepack.errors import MoepackError, WorkspaceError
 from moepack.hardware import HardwareProfile, load_hardware
@@ -26,8 +26,6 @@ from moepack.plan_request import PlanRequest
 from moepack.routing import RoutingProfile, load_routing
 from moepack.shipped import SHIPPED_MODEL
 from moepack.workspace import Workspace
-
-Throttle = tuple[float, float]
 
 
 class Setting(NamedTuple):
@@ -100,10 +98,10 @@ def open_setting(model: str, prompt_tokens: int) -> Setting:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that all measurements of a model have."""
     parser.add_argument("--model", default=SHIPPED_MODEL, help="a folder; default: the shipped one")
-    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS")
-    parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS")
-    parser.add_argument("--new", type=int, default=128, metavar="TOKENS")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--context", type=at_least(1), default=1024, metavar="TOKENS")
+    parser.add_argument("--prompt", type=at_least(1), default=256, metavar="TOKENS")
+    parser.add_argument("--new", type=new_tokens, default=128, metavar="TOKENS")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
         "--scratch",
         type=Path,
@@ -117,27 +115,12 @@ def named(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     """Exit status of a measurement: 1 where it ended in a named error, which is printed."""
     try:
         return run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except MoepackError as failure:
         print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         return 1
-
-
-def size_option(text: str) -> int:
-    """A size, as argparse wants it."""
-    try:
-        return size(text)
-    except typer.BadParameter as failure:
-        raise argparse.ArgumentTypeError(str(failure)) from None
-
-
-def link_option(text: str) -> Throttle | None:
-    """A throttled link, or ``none`` for the link as it is."""
-    if text == "none":
-        return None
-    try:
-        return link(text)
-    except typer.BadParameter as failure:
-        raise argparse.ArgumentTypeError(str(failure)) from None
 
 
 def described(args: argparse.Namespace) -> dict[str, object]:

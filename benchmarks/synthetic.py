@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import at_least
 from benchmarks.setting import named
 from benchmarks.synthetic_check import check
 from benchmarks.synthetic_folder import write_checkpoint
@@ -103,20 +104,26 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--out", type=Path, metavar="DIR", help="write a checkpoint there")
     what.add_argument("--check", type=Path, metavar="DIR", help="run the checkpoint that is there")
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-1b-7b")
-    parser.add_argument("--layers", type=int, metavar="N", help="of them; all unless told")
+    parser.add_argument("--layers", type=at_least(1), metavar="N", help="of them; all unless told")
     parser.add_argument(
         "--vocab",
-        type=int,
+        type=at_least(1),
         metavar="TOKENS",
         help="instead of the shape's: few layers with all embeddings are mostly embeddings",
     )
     parser.add_argument(
-        "--narrow", type=int, default=1, metavar="N", help="divide all widths, to check routing"
+        "--narrow",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="divide all widths, to check routing",
     )
     parser.add_argument("--routing", metavar="PRESET", help="instead of the shape's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recording", type=Path, metavar="FILE", help="recorded routing, an .npz")
-    parser.add_argument("--draws", type=int, default=4, help="sets of random texts (default 4)")
+    parser.add_argument(
+        "--draws", type=at_least(1), default=4, help="sets of random texts (default 4)"
+    )
     parser.add_argument("--no-drawn", action="store_true", help="it draws no texts of its own")
     return parser
 

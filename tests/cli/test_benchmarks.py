@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from benchmarks import link, policies
+from benchmarks import link, policies, scale
 from benchmarks.policies import STRATEGIES
 from moepack.cli.models import open_source
 from moepack.hardware import load_hardware
@@ -69,6 +70,44 @@ def test_the_link_is_compared_with_its_rate(
     for line in (smaller, larger):
         assert 0 < line["efficiency"] <= 1.05, "a throttled link gives no more than its rate"
         assert line["used_of_link"] <= line["efficiency"] * 1.05
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "option", "given", "expected"),
+    [
+        (policies, "--new", "1", "2 or more, since times are taken between tokens"),
+        (link, "--new", "1", "2 or more, since times are taken between tokens"),
+        (scale, "--new", "0", "2 or more, since times are taken between tokens"),
+        (link, "--rounds", "0", "1 or more"),
+        (policies, "--prompt", "many", "a whole number, 1 or more"),
+        (link, "--share", "0", "a number above 0"),
+        (policies, "--window", "nan", "a number above 0"),
+    ],
+)
+def test_what_makes_no_measurement_is_refused_before_anything_runs(
+    benchmark: ModuleType,
+    option: str,
+    given: str,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([option, given])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: " in message
+    assert given in message
+    assert message.endswith(f"expected {expected}")
+
+
+def test_a_strategy_that_there_is_not_is_named(
+    profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--model", str(profiled), "--scratch", str(tmp_path))
+    assert policies.main([*where, *SHORT, "--vram", "5M", "--strategies", "lru", "mru"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("PlanError: --strategies mru: ")
+    assert "lru_prefetch" in message
 
 
 def test_an_error_is_one_line(
