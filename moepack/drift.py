@@ -66,7 +66,7 @@ def compare(
         How fast the processor was meanwhile; None: as when it was profiled.
     """
     drifts = {}
-    now = at_pace(prediction, pace)
+    now = _at_pace(prediction, pace)
     for metric in METRICS:
         value = measured.get(metric)
         if value is None:
@@ -92,7 +92,7 @@ def slowness(prediction: Prediction, pace: Pace | None) -> Slowness | None:
     return Slowness(*(seconds / prediction.yardstick_s for seconds in pace))
 
 
-def at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
+def _at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
     """What a prediction comes to at a speed: what is waited for the link stays."""
     slow = slowness(prediction, pace)
     if slow is None:

@@ -146,23 +146,15 @@ class PaceKeeper:
         self._prompts_s: list[float] = []
         self._tokens_s: list[float] = []
 
-    def begin(self) -> None:
-        """A prompt is about to run."""
-        self._prompts_s.append(self._yardstick.read_s())
-
-    def drawn(self, count: int) -> None:
-        """So many new tokens have been drawn of this generation."""
-        if count == 1:
-            self._prompts_s.append(self._yardstick.read_s())
-            self._tokens_s.append(self._prompts_s[-1])
-        elif count % self._EVERY_TOKENS == 0:
-            self._tokens_s.append(self._yardstick.read_s())
-
     def beside(self, tokens: Iterable[T]) -> Iterator[T]:
-        """The tokens of a generation, as they come."""
-        self.begin()
+        """The tokens of a generation, as they come; its prompt runs when the first is asked for."""
+        self._prompts_s.append(self._yardstick.read_s())
         for count, token in enumerate(tokens, 1):
-            self.drawn(count)
+            if count == 1:
+                self._prompts_s.append(self._yardstick.read_s())
+                self._tokens_s.append(self._prompts_s[-1])
+            elif count % self._EVERY_TOKENS == 0:
+                self._tokens_s.append(self._yardstick.read_s())
             yield token
 
     def pace(self) -> Pace:

@@ -42,9 +42,7 @@ def test_without_a_yardstick_nothing_is_changed() -> None:
 def test_prompts_and_tokens_have_a_pace_each() -> None:
     # Before the prompt, at the first token, and at the fourth and eighth.
     keeper = PaceKeeper(Readings([1.0, 3.0, 6.0, 9.0]))
-    keeper.begin()
-    for count in range(1, 11):
-        keeper.drawn(count)
+    assert list(keeper.beside(range(10))) == list(range(10))
     assert keeper.pace() == pytest.approx((2.0, 6.0))
 
 
