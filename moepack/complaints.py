@@ -65,7 +65,11 @@ def _reason(cls: type, path: Sequence[str | int], error: Any) -> str:
     name = path[-1]
     if kind == _UNKNOWN:
         close = difflib.get_close_matches(str(name), fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"there are {', '.join(fields)}, unless a newer moepack wrote it"
+        )
         return f"unknown key (got {_short(found)}); {hint}"
     field = next((part for part in reversed(path) if isinstance(part, str)), "")
     if field not in fields:  # an entry of a map
@@ -80,10 +84,14 @@ def _fields_around(cls: type, path: Sequence[str | int]) -> dict[Any, Any]:
     """Name and type of each field of the record that the last name of a path is in."""
     names = [part for part in path if isinstance(part, str)]
     around: type | None = cls
-    for name in names[:-1]:
-        around = next(_records_in(typing.get_type_hints(around).get(name)), None)
+    outer = iter(names[:-1])
+    for name in outer:
+        hint = typing.get_type_hints(around).get(name)
+        around = next(_records_in(hint), None)
         if around is None:
             return {}
+        if typing.get_origin(hint) is dict:
+            next(outer, None)  # the name of an entry
     return typing.get_type_hints(around)
 
 

@@ -7,6 +7,7 @@ run here; a plan says which.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,8 +50,11 @@ class Curve:
         ascending = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
         if not self.tokens or len(self.tokens) != len(self.seconds) or not ascending:
             raise ValueError("a curve needs ascending token counts and as many times")
-        if self.tokens[0] < 1 or min(self.seconds) < 0:
-            raise ValueError("a curve begins at one token or more, and no time is negative")
+        if self.tokens[0] < 1 or not all(0 <= seconds < math.inf for seconds in self.seconds):
+            raise ValueError(
+                f"a curve of {self.seconds} seconds from {self.tokens[0]} tokens on, expected 1 "
+                "token or more, and times that are finite and not negative"
+            )
 
     def at(self, tokens: float) -> float:
         """Seconds for a number of tokens; below the first point, the first point's."""
@@ -199,8 +203,8 @@ class ComputeProfile:
         Embedding, final norm, head and sampling of one token.
     yardstick_s : float
         What :mod:`moepack.yardstick` took on average while all of this was measured, on as many
-        threads: all times are for that speed of the processor. 0 where derived, or where a device
-        computes.
+        threads: all times are for that speed of the processor. 0 where it is not known: derived,
+        of a device, or measured by an older moepack.
     spread : float
         Of the time of a token, or of a block, through the whole model, whichever varies more: the
         interquartile range between rounds over the median; 0 where derived.
@@ -413,16 +417,11 @@ def load_compute(path: Path) -> ComputeProfile:
     ProfileError
         When it cannot be read or is not one.
     """
-    profile = records.load_yaml(
+    return records.load_yaml(
         ComputeProfile,
         path,
         what="compute profile",
         error=ProfileError,
         remedy="make one with moepack profile",
+        version=COMPUTE_VERSION,
     )
-    if profile.version != COMPUTE_VERSION:
-        raise ProfileError(
-            f"compute profile {path}: version {profile.version}, this moepack reads "
-            f"{COMPUTE_VERSION}; profile again"
-        )
-    return profile

@@ -254,9 +254,5 @@ def load_damage(path: Path) -> DamageProfile:
         text = (path / DAMAGE_FILE if path.is_dir() else path).read_bytes()
     except OSError as failure:
         raise ProfileError(f"{what}: {failure.strerror}; {_REMEDY}") from None
-    found = records.decode(DamageProfile, text, what=what, error=ProfileError)
-    if found.version != DAMAGE_VERSION:
-        raise ProfileError(
-            f"{what}: version {found.version}, this moepack reads {DAMAGE_VERSION}; {_REMEDY}"
-        )
-    return found
+    version = records.Version(DAMAGE_VERSION, _REMEDY)
+    return records.decode(DamageProfile, text, what=what, error=ProfileError, version=version)

@@ -103,7 +103,7 @@ def _at_pace(prediction: Prediction, pace: Pace | None) -> Prediction:
         prediction,
         ttft_s=stretched_s(prediction.ttft_s, prediction.ttft_wait_s, slow.prompt),
         tpot_s=tpot_s,
-        tokens_per_s=1.0 / tpot_s,
+        tokens_per_s=1.0 / tpot_s if tpot_s else prediction.tokens_per_s,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moepack.records import added, record
 
 
@@ -32,6 +34,14 @@ class Prediction:
     yardstick_s: float = added(default=0.0)
     ttft_wait_s: float = added(default=0.0)
     tpot_wait_s: float = added(default=0.0)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.band < math.inf:
+            raise ValueError(f"a band of {self.band}, expected a factor of 1 or more")
+        names = ("ttft_s", "tpot_s", "yardstick_s", "ttft_wait_s", "tpot_wait_s")
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more seconds")
 
 
 @record

@@ -230,13 +230,9 @@ def load_hardware(path: Path) -> HardwareProfile:
         what="hardware profile",
         error=ProfileError,
         remedy="make one with moepack profile --hardware-only",
+        version=HARDWARE_VERSION,
         limit_bytes=_MAX_FILE_BYTES,
     )
-    if profile.version != HARDWARE_VERSION:
-        raise ProfileError(
-            f"{what}: version {profile.version}, this moepack reads {HARDWARE_VERSION}; "
-            "profile again"
-        )
     for name, value, least, most in _bounds(profile):
         if not least <= value <= most:
             raise ProfileError(

@@ -61,19 +61,14 @@ def load_link(path: Path) -> LinkPreset:
     ProfileError
         When it cannot be read, or a field is wrong, naming it.
     """
-    link = records.load_yaml(
+    return records.load_yaml(
         LinkPreset,
         path,
         what="link",
         error=ProfileError,
         remedy="copy one with moepack preset copy",
+        version=LINK_VERSION,
     )
-    if link.version != LINK_VERSION:
-        raise ProfileError(
-            f"link {path}: version {link.version}, this moepack reads {LINK_VERSION}; copy a "
-            "preset anew"
-        )
-    return link
 
 
 def find_link(name_or_path: str) -> LinkPreset:

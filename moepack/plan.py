@@ -298,9 +298,5 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(
             f"{path}: {failure.strerror}; expected a plan made by moepack plan"
         ) from None
-    plan = records.decode(Plan, text, what=f"plan {path}", error=PlanError)
-    if plan.version != PLAN_VERSION:
-        raise PlanError(
-            f"plan {path}: version {plan.version}, this moepack reads {PLAN_VERSION}; plan again"
-        )
-    return plan
+    version = records.Version(PLAN_VERSION, "plan again")
+    return records.decode(Plan, text, what=f"plan {path}", error=PlanError, version=version)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 from moepack.errors import MoepackError
 
@@ -25,6 +25,9 @@ def added(*, default: T) -> T:
     """A field that was added to a record later, left out of files where it is at its default.
 
     So records that do not use it are written as before, byte for byte, and read by older versions.
+    Its default has to be what a file without it meant: as it was then, or not known. A field for
+    which there is no such value, and one whose meaning changes, takes a new version of the record
+    that is the file.
     """
     field: T = dataclasses.field(default=default, metadata={_LEFT_OUT: True})
     return field
@@ -46,7 +49,14 @@ def _adapter(cls: type[T]) -> Any:
     return TypeAdapter(cls)
 
 
-def decode(cls: type[T], text: str | bytes, *, what: str, error: type[MoepackError]) -> T:
+def decode(
+    cls: type[T],
+    text: str | bytes,
+    *,
+    what: str,
+    error: type[MoepackError],
+    version: Version | None = None,
+) -> T:
     """Read a record from JSON, strictly.
 
     Parameters
@@ -55,29 +65,79 @@ def decode(cls: type[T], text: str | bytes, *, what: str, error: type[MoepackErr
         How to name the document in the message, for instance ``plan plan.json``.
     error
         The class to raise.
+    version
+        That its ``version`` has to be; None for a record without one.
 
     Raises
     ------
     MoepackError
-        ``error``, naming the first field that is wrong, what it holds and what was expected.
+        ``error``, naming the first field that is wrong, what it holds and what was expected. Of a
+        document of another version its version alone: that its fields differ follows from it.
     """
     from pydantic import ValidationError
 
     from moepack.complaints import complaint
 
     try:
-        return _adapter(cls).validate_json(text)  # type: ignore[no-any-return, arg-type]
+        found: T = _adapter(cls).validate_json(text)  # type: ignore[arg-type]
     except ValidationError as failure:
+        if version is not None:
+            version.require(_stated_version(text), what, error)
         raise error(f"{what}: {complaint(cls, failure)}; correct it or make it anew") from None
+    if version is not None:
+        version.require(found.version, what, error)  # type: ignore[attr-defined]
+    return found
 
 
-def decode_object(cls: type[T], data: object, *, what: str, error: type[MoepackError]) -> T:
+class Version(NamedTuple):
+    """The one version of a kind of document that this moepack reads.
+
+    Attributes
+    ----------
+    number : int
+    remedy : str
+        How to get a document of this version, for instance ``plan again``.
+    """
+
+    number: int
+    remedy: str
+
+    def require(self, found: int | None, what: str, error: type[MoepackError]) -> None:
+        """Raise ``error`` where a document states another version; None where it states none."""
+        if found is None or found == self.number:
+            return
+        newer = "update moepack, or " if found > self.number else ""
+        raise error(
+            f"{what}: version {found}, this moepack reads {self.number}; {newer}{self.remedy}"
+        )
+
+
+def _stated_version(text: str | bytes) -> int | None:
+    """What a document that is no such record says its version is."""
+    from pydantic_core import from_json
+
+    try:
+        fields = from_json(text)
+    except ValueError:
+        return None
+    found = fields.get("version") if isinstance(fields, dict) else None
+    return found if type(found) is int else None
+
+
+def decode_object(
+    cls: type[T],
+    data: object,
+    *,
+    what: str,
+    error: type[MoepackError],
+    version: Version | None = None,
+) -> T:
     """Read a record from parsed JSON or YAML data, strictly. See :func:`decode`."""
     try:
         text = json.dumps(data)
     except (TypeError, ValueError) as failure:
         raise error(f"{what}: {failure}; expected plain numbers, texts, lists and maps") from None
-    return decode(cls, text, what=what, error=error)
+    return decode(cls, text, what=what, error=error, version=version)
 
 
 def load_yaml(
@@ -87,6 +147,7 @@ def load_yaml(
     what: str,
     error: type[MoepackError],
     remedy: str,
+    version: int | None = None,
     limit_bytes: int | None = None,
 ) -> T:
     """Read a record from a YAML file, strictly.
@@ -97,13 +158,16 @@ def load_yaml(
         The kind of document, for instance ``compute profile``.
     remedy
         What to do when it cannot be read, for instance ``make one with moepack profile``.
+    version
+        That its ``version`` has to be; None for a record without one.
     limit_bytes
         A larger file is something else; None for a limit that suits them all.
 
     Raises
     ------
     MoepackError
-        ``error``, when the file cannot be read, is not YAML, or is not such a record.
+        ``error``, when the file cannot be read, is not YAML, or is not such a record, or one of
+        another version.
     """
     # Deferred: only profiles and presets are YAML.
     from moepack.yaml_files import MAX_YAML_BYTES, read_yaml
@@ -111,7 +175,8 @@ def load_yaml(
     what = f"{what} {path}"
     limit_bytes = limit_bytes or MAX_YAML_BYTES
     data = read_yaml(path, what=what, error=error, remedy=remedy, limit_bytes=limit_bytes)
-    return decode_object(cls, data, what=what, error=error)
+    expected = None if version is None else Version(version, remedy)
+    return decode_object(cls, data, what=what, error=error, version=expected)
 
 
 def to_yaml(item: Any, *, header: str) -> bytes:

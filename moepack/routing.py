@@ -162,15 +162,14 @@ def load_routing(path: Path) -> RoutingProfile:
 
 def load_summary(path: Path) -> RoutingSummary:
     """Read a ``routing.yaml`` alone. Raises as :func:`load_routing` does."""
-    summary = records.load_yaml(
-        RoutingSummary, path, what=_WHAT, error=ProfileError, remedy=_REMEDY
+    return records.load_yaml(
+        RoutingSummary,
+        path,
+        what=_WHAT,
+        error=ProfileError,
+        remedy=_REMEDY,
+        version=ROUTING_VERSION,
     )
-    if summary.version != ROUTING_VERSION:
-        raise ProfileError(
-            f"{_WHAT} {path}: version {summary.version}, this moepack reads "
-            f"{ROUTING_VERSION}; profile again"
-        )
-    return summary
 
 
 def _to_bytes(trace: Trace) -> bytes:

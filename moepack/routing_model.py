@@ -146,18 +146,12 @@ def load_routing_model(path: Path) -> RoutingModel:
     ProfileError
         When it cannot be read, or a field is wrong, naming it.
     """
-    what = "routing preset"
-    model = records.load_yaml(
+    return records.load_yaml(
         RoutingModel,
         path,
-        what=what,
+        what="routing preset",
         error=ProfileError,
         remedy="copy one with moepack preset copy",
+        version=ROUTING_MODEL_VERSION,
         limit_bytes=_MAX_FILE_BYTES,
     )
-    if model.version != ROUTING_MODEL_VERSION:
-        raise ProfileError(
-            f"{what} {path}: version {model.version}, this moepack reads {ROUTING_MODEL_VERSION}; "
-            "copy a preset of this one with moepack preset copy"
-        )
-    return model
