@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,17 +18,12 @@ from moepack.atomic import write_atomically
 from moepack.encodings import ENCODINGS
 from moepack.errors import ProfileError
 from moepack.records import added, record
-from moepack.timing import summarise
 from moepack.trunk import trunk_name
 
 if TYPE_CHECKING:
     from moepack.model_spec import ModelSpec
 
 COMPUTE_VERSION = 3
-
-#: More threads are taken where they need less than this share of the time. A smaller gain is not
-#: worth it: where the cores have other work, threads wait for one another ten times as long.
-WORTHWHILE = 0.8
 
 
 @record
@@ -282,131 +276,6 @@ def block_seconds(spec: ModelSpec, profile: ComputeProfile) -> float:
             layer_s += moe.num_experts * entry.expert.at(block * moe.top_k / moe.num_experts)
         total_s += len(entry.layers) * layer_s
     return total_s
-
-
-def median_profile(spec: ModelSpec, rounds: Sequence[ComputeProfile]) -> ComputeProfile:
-    """Point by point the median of several rounds; the spread is that of whole passes."""
-    passes = (token_seconds, block_seconds)
-    spread = max(
-        summarise([seconds(spec, profile) for profile in rounds]).spread for seconds in passes
-    )
-
-    def middle(values: Sequence[float]) -> float:
-        return summarise(values).median_s
-
-    def curve(curves: Sequence[Curve]) -> Curve:
-        points = zip(*(item.seconds for item in curves), strict=True)
-        return Curve(curves[0].tokens, tuple(middle(point) for point in points))
-
-    def known(curves: Sequence[Curve | None]) -> Curve | None:
-        there = [item for item in curves if item is not None]
-        return curve(there) if there else None
-
-    def among(values: Sequence[float | None]) -> float | None:
-        there = [value for value in values if value is not None]
-        return middle(there) if there else None
-
-    def quantised(items: Sequence[QuantisedExpert]) -> QuantisedExpert:
-        whole, split = [item.whole for item in items], [item.split for item in items]
-        return QuantisedExpert(items[0].encoding, curve(whole), curve(split))
-
-    def rounded(items: Sequence[RoundedLayer | None]) -> RoundedLayer | None:
-        there = [item for item in items if item is not None]
-        if not there:
-            return None
-        attention = curve([item.attention for item in there])
-        return RoundedLayer(attention, known([item.ffn for item in there]))
-
-    def layer(entries: Sequence[LayerCompute]) -> LayerCompute:
-        return LayerCompute(
-            layers=entries[0].layers,
-            attention=curve([entry.attention for entry in entries]),
-            router=known([entry.router for entry in entries]),
-            expert=known([entry.expert for entry in entries]),
-            expert_split=known([entry.expert_split for entry in entries]),
-            ffn=known([entry.ffn for entry in entries]),
-            fixed=known([entry.fixed for entry in entries]),
-            transfer_s=middle([entry.transfer_s for entry in entries]),
-            burst_s=middle([entry.burst_s for entry in entries]),
-            quantised=tuple(
-                map(quantised, zip(*(each.quantised for each in entries), strict=True))
-            ),
-            rounded=rounded([entry.rounded for entry in entries]),
-            prompt_transfer_s=among([entry.prompt_transfer_s for entry in entries]),
-            prompt_burst_s=among([entry.prompt_burst_s for entry in entries]),
-        )
-
-    head_s = middle([profile.head_s for profile in rounds])
-    layers = zip(*(profile.layers for profile in rounds), strict=True)
-    combined = tuple(layer(entries) for entries in layers)
-    heads_s = [each.rounded_head_s for each in rounds if each.rounded_head_s is not None]
-    return replace(
-        rounds[0],
-        head_s=head_s,
-        layers=combined,
-        spread=round(spread, 3),
-        rounded_head_s=middle(heads_s) if heads_s else None,
-    )
-
-
-def at_pace(profile: ComputeProfile, factor: float) -> ComputeProfile:
-    """The same on a processor that takes ``factor`` times as long for everything."""
-
-    def curve(item: Curve) -> Curve:
-        return Curve(item.tokens, tuple(seconds * factor for seconds in item.seconds))
-
-    def known(item: Curve | None) -> Curve | None:
-        return None if item is None else curve(item)
-
-    def times(value: float | None) -> float | None:
-        return None if value is None else value * factor
-
-    layers = tuple(
-        replace(
-            entry,
-            attention=curve(entry.attention),
-            router=known(entry.router),
-            expert=known(entry.expert),
-            expert_split=known(entry.expert_split),
-            ffn=known(entry.ffn),
-            fixed=known(entry.fixed),
-            transfer_s=entry.transfer_s * factor,
-            burst_s=entry.burst_s * factor,
-            quantised=tuple(
-                replace(item, whole=curve(item.whole), split=curve(item.split))
-                for item in entry.quantised
-            ),
-            rounded=entry.rounded
-            and RoundedLayer(curve(entry.rounded.attention), known(entry.rounded.ffn)),
-            prompt_transfer_s=times(entry.prompt_transfer_s),
-            prompt_burst_s=times(entry.prompt_burst_s),
-        )
-        for entry in profile.layers
-    )
-    return replace(
-        profile,
-        head_s=profile.head_s * factor,
-        rounded_head_s=times(profile.rounded_head_s),
-        layers=layers,
-        yardstick_s=profile.yardstick_s * factor,
-    )
-
-
-def worthwhile_threads(spec: ModelSpec, profiles: Sequence[ComputeProfile]) -> ComputeProfile:
-    """Of profiles with ascending numbers of threads, the last that earns its threads.
-
-    Compared over a prompt of one block and a quarter as many new tokens; see :data:`WORTHWHILE`.
-    """
-
-    def nominal_s(profile: ComputeProfile) -> float:
-        tokens = max(profile.layers[0].attention.tokens) / 4
-        return block_seconds(spec, profile) + tokens * token_seconds(spec, profile)
-
-    best = profiles[0]
-    for other in profiles[1:]:
-        if nominal_s(other) < WORTHWHILE * nominal_s(best):
-            best = other
-    return best
 
 
 def load_compute(path: Path) -> ComputeProfile:

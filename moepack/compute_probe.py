@@ -27,10 +27,8 @@ from moepack.compute import (
     LayerCompute,
     QuantisedExpert,
     RoundedLayer,
-    at_pace,
-    median_profile,
-    worthwhile_threads,
 )
+from moepack.compute_rounds import at_pace, median_profile, worthwhile_threads
 from moepack.encodings import QUANTISED, fitting
 from moepack.expert_probe import (
     Probe,
@@ -90,7 +88,7 @@ def measure_compute(
 ) -> ComputeProfile:
     """Measure every kind of layer of a model, with one thread and with all, and keep the better.
 
-    Small layers gain little from a second thread: see :data:`moepack.compute.WORTHWHILE`.
+    Small layers gain little from a second thread: see :data:`moepack.compute_rounds.WORTHWHILE`.
 
     Parameters
     ----------

@@ -30,8 +30,8 @@ from moepack.compute import (
     LayerCompute,
     QuantisedExpert,
     RoundedLayer,
-    worthwhile_threads,
 )
+from moepack.compute_rounds import worthwhile_threads
 from moepack.encodings import ENCODINGS, Encoding, fitting
 from moepack.hardware import HardwareProfile
 from moepack.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec, TensorInfo

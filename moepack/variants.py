@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from moepack.budget import slow_bytes
-from moepack.compute import ComputeProfile, at_pace
+from moepack.compute import ComputeProfile
+from moepack.compute_rounds import at_pace
 from moepack.placements import free_bytes
 from moepack.plan import Plan
 from moepack.plan_request import CUBLAS_BYTES, DEFAULT_RAM_SHARE, PlanRequest

@@ -9,13 +9,13 @@ from moepack.compute import (
     COMPUTE_VERSION,
     ComputeProfile,
     Curve,
+    QuantisedExpert,
     RoundedLayer,
     block_seconds,
     load_compute,
-    median_profile,
     token_seconds,
-    worthwhile_threads,
 )
+from moepack.compute_rounds import at_pace, median_profile, worthwhile_threads
 from moepack.errors import ProfileError
 from tests.pack.fake_models import make_spec
 from tests.support.routed import compute_of, layer_compute
@@ -103,3 +103,27 @@ def test_a_profile_without_them_is_written_as_before(tmp_path: Path) -> None:
     PROFILE.save(tmp_path / "compute.yaml")
     assert "rounded" not in (tmp_path / "compute.yaml").read_text()
     assert load_compute(tmp_path / "compute.yaml") == PROFILE
+
+
+def test_on_a_slower_processor_everything_takes_so_many_times_as_long() -> None:
+    rounded = RoundedLayer(Curve((1,), (0.25,)), None)
+    quantised = (QuantisedExpert("INT8", Curve((1,), (0.5,)), Curve((1, 2), (0.5, 0.75))),)
+    entry = dataclasses.replace(
+        ROUTED, rounded=rounded, quantised=quantised, transfer_s=0.125, prompt_burst_s=0.5
+    )
+    profile = dataclasses.replace(
+        PROFILE, layers=(DENSE, entry), yardstick_s=0.01, rounded_head_s=3.0
+    )
+    slower = at_pace(profile, 2.0)
+    dense, routed = slower.layers
+    assert (slower.head_s, slower.rounded_head_s, slower.yardstick_s) == (22.0, 6.0, 0.02)
+    assert (dense.layers, dense.attention, dense.expert) == ((0,), Curve((1,), (4.0,)), None)
+    assert dense.ffn == Curve((1,), (14.0,))
+    assert routed.fixed == Curve((1, 16), (2.0, 8.0))
+    assert routed.rounded == RoundedLayer(Curve((1,), (0.5,)), None)
+    assert routed.quantised == (
+        QuantisedExpert("INT8", Curve((1,), (1.0,)), Curve((1, 2), (1.0, 1.5))),
+    )
+    assert (routed.transfer_s, routed.prompt_transfer_s, routed.prompt_burst_s) == (0.25, None, 1.0)
+    # What is no time of the layers stays.
+    assert (slower.spread, slower.context_tokens) == (profile.spread, profile.context_tokens)
