@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moepack import families, hub, source_files, source_formats
+from moepack import families, hub, source_files, source_formats, source_headers
 from moepack.errors import CheckpointError, ModelNotFoundError, UnsupportedEncodingError
 from moepack.families import TensorSource
 from moepack.model_spec import ModelSpec
@@ -29,9 +29,9 @@ from moepack.source_files import (
     SINGLE_FILE,
     FolderFiles,
     ModelFiles,
-    TensorHeader,
 )
 from moepack.source_formats import SourceSize, StoredTensor
+from moepack.source_headers import TensorHeader
 
 #: What a running model needs beside its weights, where a checkpoint has it.
 AUXILIARY_FILES = (
@@ -262,7 +262,7 @@ def _read_json(source: ModelFiles, file: str) -> dict[str, Any]:
         raise ModelNotFoundError(
             f"{source.name}: there is no {file} in it; expected a model as transformers saves it"
         )
-    return source_files.parse_json(source.read(file), f"{source.name}: {file}")
+    return source_headers.parse_json(source.read(file), f"{source.name}: {file}")
 
 
 def _read_headers(source: ModelFiles) -> dict[str, TensorHeader]:
@@ -276,16 +276,16 @@ def _read_headers(source: ModelFiles) -> dict[str, TensorHeader]:
                 f"{source.name}: the weights are pickled (pytorch_model.bin); expected safetensors;"
                 " convert them with transformers: from_pretrained, then save_pretrained"
             )
-        raise source_files.damaged(source.name, "no weights", f"{SINGLE_FILE} or {INDEX_FILE}")
+        raise source_headers.damaged(source.name, "no weights", f"{SINGLE_FILE} or {INDEX_FILE}")
     what = f"{source.name}: {INDEX_FILE}"
-    weight_map = source_files.parse_index(source.read(INDEX_FILE), what)
+    weight_map = source_headers.parse_index(source.read(INDEX_FILE), what)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if shard not in source.files:
-            raise source_files.damaged(source.name, f"no {shard}", "every shard of the index")
+            raise source_headers.damaged(source.name, f"no {shard}", "every shard of the index")
     headers: dict[str, TensorHeader] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for found in pool.map(source.read_header, shards):
             headers.update(found)
-    source_files.check_index(weight_map, headers, what)
+    source_headers.check_index(weight_map, headers, what)
     return headers

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moepack import source_files
+from moepack import source_files, source_headers
 from moepack.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
 from moepack.progress import Progress
-from moepack.source_files import LENGTH_BYTES, TensorHeader
+from moepack.source_headers import LENGTH_BYTES, TensorHeader
 from moepack.units import format_size
 
 _LOG = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Repository:
         Raises
         ------
         DamagedCheckpointError
-            See :func:`moepack.source_files.parse_header`.
+            See :func:`moepack.source_headers.parse_header`.
         HubUnreachableError
             The hub did not answer, or does not answer range requests.
         """
@@ -123,11 +123,11 @@ class Repository:
             return source_files.read_header(path, file, what)
         file_bytes = self.files[file].size_bytes
         data = self._fetch(file, min(FIRST_RANGE_BYTES, file_bytes)) if file_bytes else b""
-        length = source_files.header_bytes(data, file_bytes, what)
+        length = source_headers.header_bytes(data, file_bytes, what)
         if len(data) < LENGTH_BYTES + length:
             data = self._fetch(file, LENGTH_BYTES + length)
         header = data[LENGTH_BYTES : LENGTH_BYTES + length]
-        return source_files.parse_header(header, file, file_bytes, what)
+        return source_headers.parse_header(header, file, file_bytes, what)
 
     def download(self, needed: tuple[str, ...], progress: Progress) -> Path:
         """Download files, or what of them is missing, and say where they are.
@@ -266,7 +266,7 @@ def _named_errors(name: str) -> Iterator[None]:
         ) from None
     except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as failure:
         got = f"gone from the hub ({_first_line(failure)})"
-        raise source_files.damaged(name, got, "it there") from None
+        raise source_headers.damaged(name, got, "it there") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, network) as failure:
         raise HubUnreachableError(
             f"{name}: no folder here has this name and {constants.ENDPOINT} cannot be reached"

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moepack import dequantise, source_files
+from moepack import dequantise, source_files, source_headers
 from moepack.dequantise import MXFP4_GROUP, MXFP4_GROUP_BYTES, NUMPY_DTYPES, SCALE_DTYPES
 from moepack.errors import (
     DamagedCheckpointError,
@@ -31,7 +31,7 @@ from moepack.errors import (
 from moepack.families.config import MAX_SIZE, Config
 from moepack.records import record
 from moepack.segments import Bits
-from moepack.source_files import TensorHeader
+from moepack.source_headers import TensorHeader
 
 #: How the methods that are read are called in ``quantization_config``.
 METHODS = ("fp8", "mxfp4")
@@ -115,7 +115,7 @@ class StoredTensor:
             return dequantise.fp8_weights(codes, values, self.block, self.dtype)
         except DamagedCheckpointError as failure:
             what = f"{folder / self.data.file}: tensor {self.name}"
-            raise source_files.damaged(what, str(failure), "finite numbers") from None
+            raise source_headers.damaged(what, str(failure), "finite numbers") from None
 
 
 @record

@@ -127,7 +127,8 @@ def _stop_ids(packed: PackedModel, tokenizer: Tokenizer) -> frozenset[int]:
         When the folder's generation config is not one.
     """
     from moepack.families import stop_ids
-    from moepack.source_files import GENERATION_FILE, parse_json, read_file
+    from moepack.source_files import GENERATION_FILE, read_file
+    from moepack.source_headers import parse_json
 
     stops = set(packed.spec.eos_token_ids)
     if tokenizer.eos_id is not None:

@@ -19,7 +19,7 @@ from moepack.errors import (
     ModelNotFoundError,
     UnsupportedEncodingError,
 )
-from moepack.source_files import TensorHeader, parse_header
+from moepack.source_headers import TensorHeader, parse_header
 from tests.conftest import TinyFolder
 from tests.support.safetensors_files import read_file, with_header, write_file
 

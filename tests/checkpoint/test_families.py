@@ -23,7 +23,7 @@ from moepack.errors import (
     UnsupportedModelError,
 )
 from moepack.families.config import Config
-from moepack.source_files import TensorHeader
+from moepack.source_headers import TensorHeader
 from tests.conftest import TinyFolder
 
 Headers = dict[str, TensorHeader]

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from moepack import families
-from moepack.source_files import TensorHeader
+from moepack.source_headers import TensorHeader
 
 CONFIGS = Path(__file__).parent / "hub_configs"
 

@@ -26,8 +26,8 @@ from moepack.errors import (
     TensorMismatchError,
     UnsupportedEncodingError,
 )
-from moepack.source_files import TensorHeader
 from moepack.source_formats import stored_tensors
+from moepack.source_headers import TensorHeader
 from tests.support.quantised_sources import (
     QUANTISED,
     change_config,
