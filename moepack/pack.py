@@ -1,9 +1,9 @@
 """Packing: a checkpoint and a plan become a packed folder.
 
-Streams (see :mod:`moepack.shards` for the peak memory), resumes (:mod:`moepack.work_folder`), and
-leaves either the whole folder or none. A layer that an earlier pack of the same weights holds in
-the same cut is linked instead of written, after its bytes have been checked: damage is not carried
-from pack to pack.
+Streams (see :mod:`moepack.shard_writer` for the peak memory), resumes
+(:mod:`moepack.work_folder`), and leaves either the whole folder or none. A layer that an earlier
+pack of the same weights holds in the same cut is linked instead of written, after its bytes have
+been checked: damage is not carried from pack to pack.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from moepack.progress import NO_PROGRESS, Progress
 from moepack.records import record
 from moepack.reuse import find_donor, find_donors, link_unit
 from moepack.safetensors_io import read_header
-from moepack.shards import Source, Unit, draft_units, write_unit
+from moepack.shard_writer import Source, write_unit
+from moepack.shards import Unit, draft_units
 from moepack.trunk import require_trunk
 from moepack.units import format_size
 from moepack.work_folder import WorkFolder

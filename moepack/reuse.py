@@ -14,7 +14,8 @@ from pathlib import Path
 from moepack.errors import PackError
 from moepack.formats import PackedModel
 from moepack.progress import Progress
-from moepack.shards import FinishedUnit, Source, Unit
+from moepack.shard_writer import Source
+from moepack.shards import FinishedUnit, Unit
 from moepack.verify import damages_in
 
 #: The file system has no hard links, or no more of them.

@@ -21,7 +21,7 @@ from moepack.model_spec import DTYPE_BYTES
 from moepack.pack import disk_space, pack, replace_plan
 from moepack.progress import Unit
 from moepack.segments import Bits, SegmentId
-from moepack.shards import Source
+from moepack.shard_writer import Source
 from tests.pack.fake_models import BITS, FakeSource, contents, make_plan, make_spec
 
 
