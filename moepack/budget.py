@@ -11,7 +11,7 @@ from moepack.errors import PlanMismatchError
 from moepack.footprint import MemoryBreakdown
 from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
-from moepack.plan import LayerPlacement, SharedPool
+from moepack.plan import LayerPlacement, Placement, SharedPool
 from moepack.segments import PARTS, Part, SegmentShape, align_up, segment_shape
 from moepack.trunk import stored_trunk
 from moepack.working_memory import hidden_bytes, kv_bytes, workspace_bytes
@@ -209,6 +209,19 @@ def memory_breakdown(
             slots_bytes(spec, cut, place) for cut, place in zip(layout.layers, layers, strict=True)
         )
         + (pool.slots * stored_bytes(spec, layout.layers[0], "top") if pool else 0),
+    )
+
+
+def placement_memory(spec: ModelSpec, layout: Layout, placement: Placement) -> MemoryBreakdown:
+    """What a placement takes of the fast tier, whatever it says of it itself."""
+    return memory_breakdown(
+        spec,
+        layout,
+        placement.layers,
+        staging_experts=placement.staging_experts,
+        context_tokens=placement.context_tokens,
+        threads=placement.threads,
+        pool=placement.pool,
     )
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moepack.budget import memory_breakdown, require_low_copies
+from moepack.budget import placement_memory, require_low_copies
 from moepack.encodings import encoding
 from moepack.errors import CapabilityError, PlanMismatchError
-from moepack.footprint import MemoryBreakdown
 from moepack.layout import LayerLayout
 from moepack.layouts import cut_layout
 from moepack.placements import place_layer
-from moepack.plan import LayerPlacement
+from moepack.plan import LayerPlacement, Placement
 from moepack.plan_request import PlanRequest
 from moepack.segments import cuts
 from moepack.strategies import Contender
@@ -86,28 +85,15 @@ def with_low_copies(request: PlanRequest, found: Contender) -> Contender:
         layers.append(suited)
         places.append(place if suited == cut else _placed_again(request, suited, place))
     layout = replace(found.layout, layers=tuple(layers), low=request.low)
-    placement = found.placement
 
-    def memory() -> MemoryBreakdown:
-        return memory_breakdown(
-            request.spec,
-            layout,
-            places,
-            staging_experts=placement.staging_experts,
-            context_tokens=placement.context_tokens,
-            threads=placement.threads,
-            pool=placement.pool,
-        )
+    def placed() -> Placement:
+        changed = replace(found.placement, layers=tuple(places), on_miss=request.on_miss)
+        return replace(changed, memory=placement_memory(request.spec, layout, changed))
 
     # What is cut elsewhere is padded otherwise, in every frame: a slot may have to go for that.
-    while memory().total_bytes > request.fast_budget_bytes and _drop_slot(places):
+    while placed().memory.total_bytes > request.fast_budget_bytes and _drop_slot(places):
         pass
-    return found._replace(
-        layout=layout,
-        placement=replace(
-            placement, layers=tuple(places), memory=memory(), on_miss=request.on_miss
-        ),
-    )
+    return found._replace(layout=layout, placement=placed())
 
 
 def _suited(request: PlanRequest, cut: LayerLayout, multiple: int) -> LayerLayout:

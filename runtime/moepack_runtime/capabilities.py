@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moepack.budget import (
     layer_segment,
-    memory_breakdown,
+    placement_memory,
     require_low_copies,
     stored_bytes,
 )
@@ -185,15 +185,7 @@ def require_fit(spec: ModelSpec, layout: Layout, placement: Placement) -> None:
     _require_low_copies(spec, layout, placement)
     if placement.pool is not None:
         _require_alike(spec, layout, placement)
-    needed = memory_breakdown(
-        spec,
-        layout,
-        placement.layers,
-        staging_experts=placement.staging_experts,
-        context_tokens=placement.context_tokens,
-        threads=placement.threads,
-        pool=placement.pool,
-    )
+    needed = placement_memory(spec, layout, placement)
     if needed != placement.memory:
         raise PlanMismatchError(
             f"the plan reserves {format_size(placement.memory.total_bytes)}, this model and layout "

@@ -12,7 +12,7 @@ import torch
 from moepack_runtime.capabilities import CAPABILITIES, require_fit
 from moepack_runtime.store import CheckpointStore, PackStore
 
-from moepack.budget import memory_breakdown, slow_bytes, stored_bytes
+from moepack.budget import placement_memory, slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.damage import DamageProfile, LayerDamage
 from moepack.errors import BudgetTooSmallError, CapabilityError
@@ -91,14 +91,7 @@ def test_a_plan_fits_its_budget_to_the_byte(checkpoint: Checkpoint, made: Plan) 
     spec, place = checkpoint.spec, made.placement
     require_fit(spec, made.layout, place)
     assert place.memory.total_bytes <= place.fast_budget_bytes
-    assert place.memory == memory_breakdown(
-        spec,
-        made.layout,
-        place.layers,
-        staging_experts=place.staging_experts,
-        context_tokens=place.context_tokens,
-        threads=place.threads,
-    )
+    assert place.memory == placement_memory(spec, made.layout, place)
     by_hand = 0
     for cut, layer in zip(made.layout.layers, place.layers, strict=True):
         if not cut.encodings:
@@ -158,15 +151,7 @@ def test_what_a_plan_computes_is_what_every_expert_in_its_encoding_computes(
     layout = dataclasses.replace(made.layout, prefill_block_tokens=8)
     pack(checkpoint, dataclasses.replace(made, layout=layout), tmp_path / "pack")
     place = made.placement
-    memory = memory_breakdown(
-        spec,
-        layout,
-        place.layers,
-        staging_experts=place.staging_experts,
-        context_tokens=place.context_tokens,
-        threads=place.threads,
-    )
-    place = dataclasses.replace(place, memory=memory)
+    place = dataclasses.replace(place, memory=placement_memory(spec, layout, place))
     with open_engine(checkpoint, layout, place, store=PackStore.open(tmp_path / "pack")) as engine:
         found = all_logits(engine, PROMPT, FOLLOWING)
         assert held_bytes(engine) <= place.memory.slots_bytes + place.memory.staging_bytes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moepack_runtime.capabilities import CAPABILITIES
 
 from moepack import records
-from moepack.budget import memory_breakdown
+from moepack.budget import placement_memory
 from moepack.checkpoint import Checkpoint
 from moepack.errors import BudgetTooSmallError, PlanError, PlanMismatchError, ProfileError
 from moepack.hardware import find_hardware
@@ -100,15 +100,7 @@ def test_a_plan_fits_its_budget_to_the_byte(
     place = plan.placement
     assert place.memory.total_bytes <= budget == place.fast_budget_bytes
     assert plan.prediction.fast_bytes == place.memory.total_bytes
-    assert place.memory == memory_breakdown(
-        spec,
-        plan.layout,
-        place.layers,
-        staging_experts=place.staging_experts,
-        context_tokens=place.context_tokens,
-        threads=place.threads,
-        pool=place.pool,
-    )
+    assert place.memory == placement_memory(spec, plan.layout, place)
     for cut, layer in zip(plan.layout.layers, place.layers, strict=True):
         experts = spec.moe(cut.layer).num_experts
         assert 0 <= layer.top_slots <= experts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from moepack.budget import memory_breakdown
+from moepack.budget import placement_memory
 from moepack.layout import LayerLayout, Layout
 from moepack.layouts import mixed_layout
 from moepack.model_spec import ModelSpec
@@ -62,12 +62,6 @@ def with_layers(
     spec: ModelSpec, layout: Layout, place: Placement, layers: Sequence[LayerPlacement]
 ) -> Placement:
     """A placement with other layers, and the memory that these take."""
-    memory = memory_breakdown(
-        spec,
-        layout,
-        layers,
-        staging_experts=place.staging_experts,
-        context_tokens=place.context_tokens,
-        threads=place.threads,
-    )
-    return replace(place, layers=tuple(layers), memory=memory, fast_budget_bytes=memory.total_bytes)
+    changed = replace(place, layers=tuple(layers))
+    memory = placement_memory(spec, layout, changed)
+    return replace(changed, memory=memory, fast_budget_bytes=memory.total_bytes)
