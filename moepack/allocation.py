@@ -88,6 +88,9 @@ def exact(costs: Sequence[Array], quanta: int) -> Quanta:
     int64 [L]
         Its sum is ``quanta``.
     """
+    # Beyond their entries no cost falls: a budget may be any number of times what there is to hold.
+    surplus = max(0, quanta - sum(len(cost) - 1 for cost in costs))
+    quanta -= surplus
     best = np.zeros(quanta + 1)
     chosen = np.zeros((len(costs), quanta + 1), dtype=np.int64)
     for layer, cost in enumerate(costs):
@@ -105,7 +108,7 @@ def exact(costs: Sequence[Array], quanta: int) -> Quanta:
     for layer in reversed(range(len(costs))):
         held[layer] = chosen[layer, left]
         left -= held[layer]
-    return held + uniform(len(costs), left)
+    return held + uniform(len(costs), left + surplus)
 
 
 def _padded(costs: Sequence[Array]) -> Array:

@@ -38,10 +38,12 @@ class Prediction:
     def __post_init__(self) -> None:
         if not 1 <= self.band < math.inf:
             raise ValueError(f"a band of {self.band}, expected a factor of 1 or more")
-        names = ("ttft_s", "tpot_s", "yardstick_s", "ttft_wait_s", "tpot_wait_s")
-        for name in names:
+        for name in ("ttft_s", "tpot_s", "yardstick_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more seconds")
+        for name in ("ttft_wait_s", "tpot_wait_s"):  # by rounding less than 0 in early plans
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected seconds")
 
 
 @record

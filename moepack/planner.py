@@ -297,8 +297,9 @@ def _prediction(request: PlanRequest, chosen: Contender, price: Replayed) -> Pre
         band=(MEASURED_BAND if measured else DERIVED_BAND) * (1.0 + request.compute.spread),
         disk_bytes_per_token=price.disk_bytes,
         yardstick_s=request.compute.yardstick_s,
-        ttft_wait_s=price.prompt_wait_s,
-        tpot_wait_s=float(price.layer_wait_s.sum()),
+        # Differences of times: rounding leaves less than nothing where nothing is waited for.
+        ttft_wait_s=max(0.0, float(price.prompt_wait_s)),
+        tpot_wait_s=max(0.0, float(price.layer_wait_s.sum())),
     )
 
 

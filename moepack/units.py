@@ -14,6 +14,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
 
+#: Sizes are below this: what a file's offset can be.
+LIMIT_BYTES = 1 << 63
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?(/s)?\s*", re.IGNORECASE)
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s)\s*", re.IGNORECASE)
 _FACTOR = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
@@ -26,12 +29,15 @@ def parse_size(text: str) -> int:
     Raises
     ------
     ValueError
-        When the text is not a size.
+        When the text is not a size, or one that no machine has.
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[3]:
         raise ValueError(f"not a size: {text!r}; expected a number with K, M, G or T, as in 24G")
-    return round(float(match[1]) * _FACTOR[match[2].lower()])
+    size_bytes = float(match[1]) * _FACTOR[match[2].lower()]
+    if size_bytes >= LIMIT_BYTES:
+        raise ValueError(f"no machine has {text.strip()}; expected less than 8388608T, as in 24G")
+    return round(size_bytes)
 
 
 def parse_rate(text: str) -> float:
@@ -40,12 +46,15 @@ def parse_rate(text: str) -> float:
     Raises
     ------
     ValueError
-        When the text is not a rate, or the rate is zero.
+        When the text is not a rate, or the rate is zero, or one that no link has.
     """
     match = _SIZE.fullmatch(text)
     if match is None or float(match[1]) == 0:
         raise ValueError(f"not a rate: {text!r}; expected a positive size per second, as in 2G/s")
-    return float(match[1]) * _FACTOR[match[2].lower()]
+    rate_bytes_per_s = float(match[1]) * _FACTOR[match[2].lower()]
+    if rate_bytes_per_s >= LIMIT_BYTES:
+        raise ValueError(f"no link has {text.strip()}; expected less than 8388608T/s, as in 2G/s")
+    return rate_bytes_per_s
 
 
 def parse_duration(text: str) -> float:

@@ -37,6 +37,15 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         units.parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["8388608T", "9" * 400])
+def test_what_no_machine_has_is_refused(text: str) -> None:
+    assert units.parse_size("8388607T") < units.LIMIT_BYTES
+    with pytest.raises(ValueError, match="no machine has"):
+        units.parse_size(text)
+    with pytest.raises(ValueError, match="no link has"):
+        units.parse_rate(text)
+
+
 @pytest.mark.parametrize(
     ("text", "rate"), [("2G", 2_147_483_648), ("2GiB/s", 2_147_483_648), ("800M/s", 838_860_800)]
 )

@@ -297,6 +297,8 @@ def test_a_prompt_that_is_not_text(
     [
         ("plan",),
         ("plan", "--vram", "lots"),
+        ("plan", "--vram", "9" * 400),
+        ("plan", "--vram", "1G", "--link", "9" * 400),
         ("plan", "--vram", "1G", "--link", "fast"),
         ("plan", "--vram", "1G", "--link", "1G,5"),
         ("plan", "--vram", "1G", "--context", "0"),

@@ -26,6 +26,16 @@ def test_an_explanation_comes_with_the_plan(measured: Path, model: Path, moepack
     assert moepack("pack").code == 0
 
 
+def test_a_budget_far_beyond_the_model_holds_all_of_it(
+    measured: Path, model: Path, moepack: Moepack
+) -> None:
+    answer = moepack("plan", model, "--vram", "1000T", *OPTIONS, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.document["fast_budget_bytes"] == 1000 << 40
+    assert answer.document["fast_used_bytes"] < 64 << 20
+    assert answer.document["prediction"]["hit_rate"] == 1.0
+
+
 def test_a_sweep_tells_every_budget_and_leaves_the_workspace_alone(
     measured: Path, model: Path, moepack: Moepack
 ) -> None:

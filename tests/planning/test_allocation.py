@@ -56,6 +56,13 @@ def test_the_exchange_divides_everything_and_never_beats_the_exact_division(
     assert total_cost(costs, by_exchange) <= even + 1e-9
 
 
+def test_more_quanta_than_there_is_to_hold_take_no_longer() -> None:
+    costs = [np.array([6.0, 5.0, 1.0]), np.array([4.0, 3.0, 3.0])]
+    held = exact(costs, 10**15)
+    assert held.sum() == 10**15
+    assert total_cost(costs, held) == 4.0
+
+
 def test_no_move_gives_a_layer_more_than_its_costs_tell_of() -> None:
     # Three quanta to the first layer gain what two do, and are taken from the other at once.
     costs = [np.array([6.0, 5.0, 5.0, 1.0]), np.array([4.0, 4.0, 3.0])]
