@@ -6,7 +6,11 @@ import math
 
 import torch
 
+from moepack.errors import RunError
 from moepack.records import record
+
+#: A smaller one draws what greedy takes, or makes infinities of logits.
+LEAST_TEMPERATURE = 1e-6
 
 
 @record
@@ -16,7 +20,8 @@ class SamplingParams:
     Attributes
     ----------
     temperature : float
-        What logits are divided by; 0 takes the likeliest token and draws nothing.
+        What logits are divided by, :data:`LEAST_TEMPERATURE` or more; 0 takes the likeliest token
+        and draws nothing.
     top_k : int
         Draw among this many likeliest tokens; 0 for all.
     top_p : float
@@ -31,8 +36,11 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature {self.temperature}: expected 0 (greedy) or more")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature {self.temperature}: expected 0 (greedy), or {LEAST_TEMPERATURE} and "
+                "more"
+            )
         if self.top_k < 0:
             raise ValueError(f"top-k {self.top_k}: expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
@@ -43,6 +51,14 @@ class SamplingParams:
             raise ValueError(f"seed {self.seed}: expected 0 to 2**63 - 1")
 
 
+def _require_number(value: float) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            f"the model gives its next token the value {value}, expected a finite one; check the "
+            "pack with moepack verify, and the checkpoint that it was made from"
+        )
+
+
 class Sampler:
     """Draws tokens with a generator of its own, on the host whatever the device."""
 
@@ -51,10 +67,19 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(self.params.seed)
 
     def draw(self, logits: torch.Tensor) -> int:
-        """The next token, from float32 [vocab]."""
+        """The next token, from float32 [vocab].
+
+        Raises
+        ------
+        RunError
+            When the logits are no numbers to choose by: what computed them is damaged.
+        """
         if self.params.temperature == 0:
-            return int(logits.argmax())
+            token = int(logits.argmax())
+            _require_number(float(logits[token]))  # NaN where any is: it counts as the largest
+            return token
         probabilities = self.probabilities(logits.cpu())
+        _require_number(float(probabilities[0]))  # NaN where the largest logit is no number
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

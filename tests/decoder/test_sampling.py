@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moepack_runtime.sampling import Sampler, SamplingParams
+from moepack_runtime.sampling import LEAST_TEMPERATURE, Sampler, SamplingParams
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from moepack.errors import RunError
 
 VOCAB = 50
 
@@ -90,3 +92,24 @@ def test_draws_follow_the_probabilities() -> None:
 def test_a_parameter_out_of_range_is_named(params: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("narrowed", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_logits_that_are_no_numbers_are_named_and_not_drawn_from(
+    temperature: float, value: float, narrowed: dict[str, Any]
+) -> None:
+    damaged = logits(0)
+    damaged[17] = value
+    sampler = Sampler(SamplingParams(temperature, **narrowed))
+    with pytest.raises(RunError, match="expected a finite one; check the pack"):
+        sampler.draw(damaged)
+    damaged[17] = -torch.inf  # a token that is ruled out
+    assert sampler.draw(damaged) != 17
+
+
+def test_a_temperature_too_small_to_divide_by_is_refused() -> None:
+    assert Sampler(SamplingParams(LEAST_TEMPERATURE)).draw(logits(0)) == int(logits(0).argmax())
+    with pytest.raises(ValueError, match="expected 0"):
+        SamplingParams(LEAST_TEMPERATURE / 2)
