@@ -15,38 +15,26 @@ import pytest
 import torch
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
-from moepack_runtime.predict import Predictor
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.store import CheckMode, CheckpointStore
-from moepack_runtime.transfer import HostileTransfer, ThrottledTransfer, Transfer
+from moepack_runtime.transfer import HostileTransfer
 from typing_extensions import override
 
-from moepack.budget import memory_breakdown
 from moepack.checkpoint import Checkpoint
 from moepack.errors import RunError, TransferError
 from moepack.layout import Layout
-from moepack.plan import (
-    POOL_POLICIES,
-    PREFETCH_MODES,
-    LayerPlacement,
-    Placement,
-    Policy,
-    SharedPool,
-)
+from moepack.plan import Placement
 from moepack.segments import SegmentId
 from moepack.units import MIB
 from tests.conftest import TinyFolder
-from tests.support.caches import half_life_of
-from tests.support.engines import Twin, all_logits, open_engine
-from tests.support.mixed import slots_drawn, with_slots
+from tests.support.conditions import any_placement, any_predictor, any_twin, plain
+from tests.support.engines import all_logits, open_engine
 from tests.support.plans import mixed_layout, placement
-from tests.support.predictors import Guesses
 
 PROMPT = [(7 * place * place + 3 * place + 5) % 250 + 3 for place in range(20)]
 OTHER = [(11 * place + 170) % 250 + 3 for place in range(33)]
 FOLLOWING = [17, 99, 4]
 CONTEXT = 96
-POLICIES: tuple[Policy, ...] = ("lru", "lfu", "lcp", "lfu_decay", "pinned")
 
 #: Random placements that are tried: of a pack that is cut here and there, and of one that is not.
 CUT_TRIALS, WHOLE_TRIALS = 800, 200
@@ -77,66 +65,6 @@ def resident(checkpoint: Checkpoint, layout: Layout, prompt: list[int]) -> torch
     place = placement(checkpoint.spec, layout, tops=99, bottoms=99, staging=1, context=CONTEXT)
     with open_engine(checkpoint, layout, place) as engine:
         return all_logits(engine, prompt, FOLLOWING)
-
-
-def any_placement(
-    checkpoint: Checkpoint, layout: Layout, random: Random, *, pooled: bool
-) -> Placement:
-    """Slots, rankings, policies, prefetching and staging, all drawn."""
-    spec = checkpoint.spec
-    layers = []
-    for cut in layout.layers:
-        experts = spec.moe(cut.layer).num_experts
-        policy = random.choice(POLICIES)
-        prefetch = random.choice(PREFETCH_MODES)
-        place = LayerPlacement(
-            layer=cut.layer,
-            budget_bytes=0,
-            top_slots=random.randint(0, experts) if cut.split and not pooled else 0,
-            bottom_slots=random.randint(0, experts) if cut.split < cut.width else 0,
-            policy=policy,
-            hot=tuple(random.sample(range(experts), experts)),
-            prefetch=prefetch,
-            prefetch_depth=0 if prefetch == "off" else random.randint(1, experts),
-            half_life_tokens=half_life_of(policy, random.choice((1.0, 7.3, 300.0))),
-        )
-        if cut.encodings:
-            place = with_slots(cut, place, slots_drawn(cut, random))
-        layers.append(place)
-    everyone = sum(len(place.hot) for place in layers)
-    pool = SharedPool(random.randint(1, everyone), random.choice(POOL_POLICIES))
-    shared = pool if pooled else None
-    staging = random.choice((1, 1, 2, 3, random.randint(4, 20)))
-    memory = memory_breakdown(
-        spec, layout, layers, staging_experts=staging, context_tokens=CONTEXT, pool=shared
-    )
-    return Placement(
-        device="cpu",
-        fast_budget_bytes=memory.total_bytes,
-        staging_experts=staging,
-        context_tokens=CONTEXT,
-        prompt_tokens=1,
-        new_tokens=1,
-        memory=memory,
-        layers=tuple(layers),
-        readers=random.randint(1, 4),
-        pool=shared,
-    )
-
-
-def plain(transfer: Transfer) -> Transfer:
-    return transfer
-
-
-def any_twin(random: Random) -> Twin:
-    hostile = partial(HostileTransfer, seed=random.randrange(1 << 30), max_delay_s=1e-4)
-    slow = partial(ThrottledTransfer, rate_bytes_per_s=2e9, latency_s=random.choice((0, 5e-5)))
-    twins: list[Twin] = [hostile, hostile, slow, plain]
-    return random.choice(twins)
-
-
-def any_predictor(experts: int, random: Random) -> Predictor | None:
-    return Guesses(experts, random.randrange(1000)) if random.random() < 0.5 else None
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from moepack.ram_tier import ram_tier
 from moepack.segments import Bits, SegmentId
 from moepack.streaming import streaming_placement
 from tests.conftest import TinyFolder
-from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
+from tests.support.conditions import any_placement, disturbed
 from tests.support.engines import all_logits, open_engine
 from tests.support.mixed import layout_by_expert, with_layers, with_slots
 from tests.support.packs import plan_for
@@ -128,14 +128,7 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
     random = Random(seed)
     for trial in range(25):
         place = any_placement(checkpoint, layout, random, pooled=False)
-        with open_engine(
-            checkpoint,
-            layout,
-            place,
-            store=PackStore.open(tmp_path / "pack"),
-            twin=any_twin(random),
-            predictor=any_predictor(8, random),
-        ) as engine:
+        with disturbed(checkpoint, layout, place, tmp_path / "pack", random) as engine:
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected), (trial, place)
 
 

@@ -15,7 +15,6 @@ from moepack_runtime.capabilities import require_fit
 from moepack_runtime.engine import Engine
 from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import PackStore
 from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.checkpoint import Checkpoint
@@ -29,7 +28,7 @@ from moepack.quantise import dequantise_expert, quantise_expert
 from moepack.residency import ExpertCache
 from moepack.segments import Part
 from tests.conftest import TinyFolder
-from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
+from tests.support.conditions import any_placement, disturbed
 from tests.support.engines import all_logits, open_engine
 from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
@@ -205,14 +204,8 @@ def test_thresholds_of_one_change_no_bit(
     random = Random(len(ratios))
     for trial in range(12):
         place = any_placement(checkpoint, layout, random, pooled=ratios == (1.0,) and trial % 2 > 0)
-        with open_engine(
-            checkpoint,
-            layout,
-            replace(place, on_miss=ALL_EXACT),
-            store=PackStore.open(tmp_path / "pack"),
-            twin=any_twin(random),
-            predictor=any_predictor(EXPERTS, random),
-        ) as engine:
+        place = replace(place, on_miss=ALL_EXACT)
+        with disturbed(checkpoint, layout, place, tmp_path / "pack", random) as engine:
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected)
 
 
@@ -235,14 +228,8 @@ def test_a_hostile_link_and_wrong_guesses_leave_numbers_that_are_computed_with(
     pack(checkpoint, plan_for(checkpoint.spec, layout, place_of(checkpoint, layout, 1)), tmp_path)
     for _ in range(12):
         place = any_placement(checkpoint, layout, random, pooled=False)
-        with open_engine(
-            checkpoint,
-            layout,
-            replace(place, on_miss=RULE),
-            store=PackStore.open(tmp_path),
-            twin=any_twin(random),
-            predictor=any_predictor(EXPERTS, random),
-        ) as engine:
+        place = replace(place, on_miss=RULE)
+        with disturbed(checkpoint, layout, place, tmp_path, random) as engine:
             assert torch.isfinite(all_logits(engine, PROMPT, FOLLOWING * 2)).all()
 
 

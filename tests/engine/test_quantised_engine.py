@@ -18,7 +18,7 @@ from moepack.model_spec import ModelSpec
 from moepack.pack import pack
 from moepack.segments import Bits
 from tests.conftest import TinyFolder
-from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
+from tests.support.conditions import any_placement, disturbed
 from tests.support.dequantised import Dequantised
 from tests.support.engines import all_logits, open_engine
 from tests.support.packs import plan_for
@@ -130,14 +130,7 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
     alike = ratios == (1.0,) and len(names) == 1
     for trial in range(5):
         place = any_placement(checkpoint, layout, random, pooled=alike and trial % 2 == 0)
-        with open_engine(
-            checkpoint,
-            layout,
-            place,
-            store=PackStore.open(tmp_path / "pack"),
-            twin=any_twin(random),
-            predictor=any_predictor(8, random),
-        ) as engine:
+        with disturbed(checkpoint, layout, place, tmp_path / "pack", random) as engine:
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected), (trial, place)
 
 

@@ -26,7 +26,7 @@ from moepack.trunk import rounded_matrices
 from tests.conftest import TinyFolder
 from tests.decoder.reference import Runner, load
 from tests.decoder.test_token_step import StepByStep
-from tests.engine.test_hostile_conditions import any_placement, any_predictor, any_twin
+from tests.support.conditions import any_placement, disturbed
 from tests.support.engines import all_logits, open_engine
 from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
@@ -172,14 +172,7 @@ def test_the_bits_do_not_depend_on_placement_or_order_of_arrival(
     random = Random(3)
     for trial in range(4):
         place = any_placement(in_bf16, layout, random, pooled=False)
-        with open_engine(
-            in_bf16,
-            layout,
-            place,
-            store=PackStore.open(folder),
-            twin=any_twin(random),
-            predictor=any_predictor(4, random),
-        ) as engine:
+        with disturbed(in_bf16, layout, place, folder, random) as engine:
             assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected), (trial, place)
 
 
@@ -281,7 +274,9 @@ def test_an_encoding_that_there_is_not_is_named(tiny_folder: TinyFolder) -> None
     checkpoint = Checkpoint.open(tiny_folder("qwen3_moe", "plain"))
     spec = checkpoint.spec
     layout = dataclasses.replace(mixed_layout(spec, (1.0,)), trunk="INT3")
-    with pytest.raises(UnknownEncodingError, match="a trunk in int3, expected one in exact or int8"):
+    with pytest.raises(
+        UnknownEncodingError, match="a trunk in int3, expected one in exact or int8"
+    ):
         CheckpointStore(checkpoint, spec, layout)
     plain = mixed_layout(spec, (1.0,))
     place = placement(spec, plain, tops=1, bottoms=0, staging=1, context=CONTEXT)
