@@ -70,6 +70,23 @@ def test_text_comes_as_it_is_generated_and_ctrl_c_ends_it_cleanly(
     assert told == "interrupted\n"
 
 
+def test_ctrl_c_while_the_commands_are_being_loaded_is_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'moepack.cli.verify':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from moepack.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_ctrl_c_leaves_a_whole_trace_of_what_there_was(
     packed: Path, tmp_path: Path, interruptible: None
 ) -> None:
