@@ -25,6 +25,7 @@ from moepack.calibration import CALIBRATION_FILE
 from moepack.checkpoint import Checkpoint
 from moepack.compute import load_compute
 from moepack.errors import MoepackError
+from moepack.factor_file import FACTORS_FILE
 from moepack.hardware import load_hardware
 from moepack.layout import LayerLayout
 from moepack.layouts import uniform_layout
@@ -116,7 +117,8 @@ class PeerModel:
         known = self._known()
         if known is None or not known.routing_path.exists():
             return False
-        if bits and not (known.folder / CALIBRATION_FILE).exists():
+        files = (CALIBRATION_FILE, FACTORS_FILE)
+        if bits and not all((known.folder / name).exists() for name in files):
             return False
         return trunk == "exact" or load_compute(known.compute_path).rounded_head_s is not None
 

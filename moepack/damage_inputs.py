@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from moepack.quantise import Importance
+from moepack.second_moments import Factor, factorised
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,28 @@ def users(seen: Seen, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, seen.weights[tokens, places].unsqueeze(1)
 
 
-def moments_of(seen: Seen, expert: int, weights: FfnWeights, moe: MoeSpec) -> Importance:
-    """The moments of an expert's inputs; see :mod:`moepack.calibration`.
+class Inputs(NamedTuple):
+    """What an expert's weights are multiplied with, and what errors count for there.
+
+    ``hidden`` [tokens, hidden] for gate and up, ``neurons`` [tokens, F] for down, ``counts``
+    [tokens, 1]; float32.
+    """
+
+    hidden: torch.Tensor
+    neurons: torch.Tensor
+    counts: torch.Tensor
+
+    def moments(self) -> Importance:
+        """Mean squares; see :mod:`moepack.calibration`."""
+        total = self.counts.sum()
+        hidden, neurons = (
+            (self.counts * each.square()).sum(dim=0) / total for each in (self.hidden, self.neurons)
+        )
+        return Importance(hidden.cpu().numpy(), neurons.cpu().numpy())
+
+
+def inputs_of(seen: Seen, expert: int, weights: FfnWeights, moe: MoeSpec) -> Inputs:
+    """What an expert gets.
 
     One that no token uses is taken to see what all tokens are.
     """
@@ -82,15 +103,36 @@ def moments_of(seen: Seen, expert: int, weights: FfnWeights, moe: MoeSpec) -> Im
         tokens = torch.arange(len(seen.ids), device=seen.ids.device)
         factors = torch.ones((len(tokens), 1), device=tokens.device)
     inputs = seen.inputs[tokens].float()
-    counts = factors.square() / seen.norms[tokens].unsqueeze(1)
     neurons = activate(
         F.linear(inputs, weights.gate, weights.gate_bias),
         F.linear(inputs, weights.up, weights.up_bias),
         moe.activation_spec,
     )
-    total = counts.sum()
-    hidden, inner = ((counts * each.square()).sum(dim=0) / total for each in (inputs, neurons))
-    return Importance(hidden.cpu().numpy(), inner.cpu().numpy())
+    return Inputs(inputs, neurons, factors.square() / seen.norms[tokens].unsqueeze(1))
+
+
+def layer_factor(seen: Seen, width: int) -> Factor:
+    """Second moments of what all experts of a layer get, each token by the weights of all."""
+    counts = seen.weights.square().sum(dim=1) / seen.norms
+    return factor_of(seen.inputs.float(), counts.unsqueeze(1), width)
+
+
+def factor_of(inputs: torch.Tensor, counts: torch.Tensor, width: int) -> Factor:
+    """Second moments of inputs, in blocks of so many neighbours.
+
+    In float64: of inputs that are much the same, little is left.
+
+    Parameters
+    ----------
+    inputs, counts
+        float32 [tokens, n] and [tokens, 1].
+    """
+    import torch
+
+    tokens, size = inputs.shape
+    grouped = inputs.double().reshape(tokens, size // width, width).transpose(0, 1)
+    blocks = torch.matmul((grouped * counts.double()).transpose(1, 2), grouped)
+    return factorised(blocks.cpu().numpy(), tokens)
 
 
 def joined(blocks: Sequence[Seen]) -> Seen:
@@ -98,3 +140,18 @@ def joined(blocks: Sequence[Seen]) -> Seen:
     import torch
 
     return Seen(*(torch.cat(column) for column in zip(*blocks, strict=True)))
+
+
+def unshared(blocks: Sequence[Seen], shared: Sequence[int]) -> Seen | None:
+    """Some blocks as one, without so many of the first tokens of each; None if half is not left.
+
+    What is fitted to many products of inputs suits the tokens that it was fitted to better than
+    others. What is to tell how well must not be among them, if there are enough others.
+    """
+    left = joined(
+        [
+            Seen(*(column[count:] for column in block))
+            for block, count in zip(blocks, shared, strict=True)
+        ]
+    )
+    return left if 2 * len(left.ids) >= sum(len(block.ids) for block in blocks) else None

@@ -4,7 +4,8 @@ A number of sequences go through the model together, layer by layer:
 
 - *calibration* text, whose tokens tell what each expert's inputs are like
   (:mod:`moepack.calibration`); on a sample of them its errors are measured;
-- *reference* text, shorter;
+- *reference* text, shorter, of the same texts; second moments are not taken from it, where there is
+  enough beside it;
 - two copies of that, to which in every layer is added what rounding all its experts changes; to the
   one in the finest encoding that they fit, to the other in the coarsest;
 - a copy for every rule for missing experts that is tried (:mod:`moepack.miss_thresholds`), to which
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -94,6 +95,7 @@ def measure_damage(
     *,
     device: DeviceKind,
     texts: Sequence[Path],
+    scratch: Path | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Measured:
     """Measure every expert of a model at every precision that it fits.
@@ -101,6 +103,12 @@ def measure_damage(
     Reads the whole model twice and rounds it once for each precision. Of each text only tokens are
     used that a routing profile would fit to, so that what :mod:`moepack.held_out` scores stays
     unseen.
+
+    Parameters
+    ----------
+    scratch
+        A folder for what second moments take (:mod:`moepack.factor_file`), in a file without a
+        name; None: the system's.
 
     Raises
     ------
@@ -124,7 +132,8 @@ def measure_damage(
     read = read_texts(texts)
     learnt = [_learnt(tokenizer.encode(text.text), len(read)) for text in read]
     calibration = [piece for ids in learnt for piece in _pieces(ids)]
-    reference = _reference(learnt, len(spec.moe_layers))
+    begun = _reference(learnt, len(spec.moe_layers))
+    reference = list(begun.values())
     total = sum(map(len, calibration))
     if not reference:
         raise ProfileError(
@@ -149,10 +158,11 @@ def measure_damage(
         recorder = DamageRecorder(
             engine,
             checkpoint,
-            Sequences(len(calibration), len(reference)),
+            Sequences(len(calibration), len(reference), _shared(learnt, begun)),
             Misses(low, RULES),
             progress,
             pool,
+            scratch,
         )
         engine.observe(recorder)
         experts = sum(spec.moe(number).num_experts for number in spec.moe_layers)
@@ -224,14 +234,24 @@ def _pieces(ids: Sequence[int]) -> list[Sequence[int]]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def _reference(learnt: Sequence[Sequence[int]], layers: int) -> list[Sequence[int]]:
-    """The beginnings of as many texts as leave each a sequence of some length."""
+def _reference(learnt: Sequence[Sequence[int]], layers: int) -> dict[int, Sequence[int]]:
+    """The beginnings of as many texts as leave each a sequence of some length, by their number."""
     least, most = _REFERENCE_TOKENS
     wanted = min(max(CHUNK_TOKENS // (2 * layers + 3), least), most)
     count = max(1, min(len(learnt), wanted // _LEAST_REFERENCE))
     length = min(wanted // count, SEQUENCE_TOKENS, PREFILL_BLOCK_TOKENS)
-    taken = [learnt[number * len(learnt) // count][:length] for number in range(count)]
-    return [piece for piece in taken if len(piece) > 1]
+    texts = (number * len(learnt) // count for number in range(count))
+    taken = {number: learnt[number][:length] for number in texts}
+    return {number: piece for number, piece in taken.items() if len(piece) > 1}
+
+
+def _shared(learnt: Sequence[Sequence[int]], begun: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
+    """How many tokens at the beginning of each piece are of the reference."""
+    return tuple(
+        len(begun.get(number, ())) if place == 0 else 0
+        for number, ids in enumerate(learnt)
+        for place, _ in enumerate(_pieces(ids))
+    )
 
 
 def _divergences(

@@ -2,7 +2,8 @@
 
 How the sequences are laid out is in :mod:`moepack.damage_probe`. In each layer an expert is read,
 run on its inputs for the moments that rounding is weighed by (:mod:`moepack.calibration`), rounded
-to every precision that it fits, and run on a sample of its inputs and on its tokens of the first
+to every precision that it fits (by second moments, too: :mod:`moepack.measured_moments`), and run
+on a sample of its inputs and on its tokens of the first
 copies of the reference text, in float32, so that nothing but the rounding counts.
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moepack.calibration import Calibration, LayerMoments
-from moepack.damage_inputs import Drawn, Seen, draw, joined, moments_of, users
+from moepack.damage_inputs import Drawn, Seen, draw, inputs_of, joined, unshared, users
 from moepack.encodings import ENCODINGS, fitting
+from moepack.measured_moments import SecondMoments
 from moepack.mixed_precision import expert_bytes
 from moepack.on_miss import LEFT_OUT, LOWERED, fates
 from moepack.plan import OnMiss
@@ -42,11 +45,13 @@ _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 class Sequences(NamedTuple):
     """How many there are of each kind, in this order and in front of the copies.
 
-    None is longer than a block.
+    None is longer than a block. ``shared`` has of each of calibration how many of its first tokens
+    are of the reference, too.
     """
 
     calibration: int
     reference: int
+    shared: tuple[int, ...]
 
 
 class Misses(NamedTuple):
@@ -105,6 +110,8 @@ class DamageRecorder:
         What runs in front of the copies of the reference.
     misses
         What is tried in copies of its own, behind the first two.
+    scratch
+        A folder for the second moments, in a file without a name; None: the system's.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class DamageRecorder:
         misses: Misses,
         progress: Progress,
         pool: Executor,
+        scratch: Path | None = None,
     ) -> None:
         self._decoder = engine.decoder
         self._spec = engine.spec
@@ -137,6 +145,7 @@ class DamageRecorder:
         self._changes: list[list[torch.Tensor]] = []  # fine, coarse: of each reference sequence
         self._found: list[Errors] = []
         self._moments: dict[int, LayerMoments] = {}
+        self._second = SecondMoments(engine.spec, scratch)
 
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """See :class:`moepack_runtime.observers.Observer`.
@@ -144,7 +153,7 @@ class DamageRecorder:
         What is added to the residual here is added to the output of the layer: its experts have
         got their inputs already.
         """
-        calibration, reference = self._counts
+        calibration, reference, _ = self._counts
         if layer != self._layer:
             self._close()
             self._layer, self._number, self._blocks, self._stream = layer, 0, [], []
@@ -175,7 +184,7 @@ class DamageRecorder:
 
     def calibration(self) -> Calibration:
         """What rounding was weighed by, once all layers have been gone through."""
-        return Calibration.of(self._moments)
+        return self._second.calibration(self._moments)
 
     def _close(self) -> None:
         """The layer before is through: what its output is added to is known."""
@@ -199,8 +208,9 @@ class DamageRecorder:
 
         moe = self._spec.moe(layer)
         names = fitting(self._spec.hidden_size, moe.intermediate_size)
-        calibration, reference = self._counts
+        calibration, reference, shared = self._counts
         sample = joined(self._blocks[:calibration])
+        fitted = unshared(self._blocks[:calibration], shared) or sample
         copies = joined(self._blocks[calibration:])  # the reference, and those that change
         lengths = [len(block.ids) for block in self._blocks[calibration:]]
         lost = self._find_fates(layer, copies.weights, lengths[:reference])
@@ -208,13 +218,17 @@ class DamageRecorder:
         output = torch.zeros_like(copies.inputs, dtype=torch.float32)
         changes = [torch.zeros_like(output) for _ in range(3)]  # fine, coarse, by the rules
         experts, moments = [], []
+        second = self._second.of_layer(layer, fitted)
         for expert in range(moe.num_experts):
             drawn = draw(sample, expert, seed=(layer, expert))
             tokens, weights = users(copies, expert)
             inputs = torch.cat([sample.inputs[drawn.tokens], copies.inputs[tokens]]).float()
             read = self._read(layer, expert, inputs.device)
-            importance = moments_of(sample, expert, read.exact, moe)
-            moments.append(importance)
+            means = inputs_of(sample, expert, read.exact, moe).moments()
+            moments.append((means.hidden, means.neurons))
+            importance = second.importance(
+                expert, inputs_of(fitted, expert, read.exact, moe), means
+            )
             exact, rounded = self._run(read, moe, inputs, names, importance)
             kept = len(drawn.tokens)
             differences = torch.stack(rounded).sub_(exact)

@@ -1,8 +1,8 @@
 """A routed expert in a quantised encoding, and back; and a trunk's matrix.
 
 The whole expert is rounded, then cut (:func:`moepack.segments.cut_expert_into`): packs of different
-splits hold the same codes. How codes are chosen is in :mod:`moepack.rounding`; what is stored, in
-:mod:`moepack.encodings`.
+splits hold the same codes. How codes are chosen is in :mod:`moepack.rounding`, and where there are
+second moments then in :mod:`moepack.feedback`; what is stored, in :mod:`moepack.encodings`.
 
 A quantised expert is a mapping, as the source's experts are. INT8 has ``gate.weight`` int8
 [F, hidden] and ``gate.scale`` uint16 [F] (bits of BF16); INT4 has ``gate.codes`` uint8 [hidden, F],
@@ -10,7 +10,7 @@ a code a byte, inputs first, and ``gate.scales`` uint16 [hidden / g, F, 2]; like
 ``down``. Biases stay as they are.
 
 Peak memory beside the expert itself: its codes, a byte for each weight, its scales, and 12 MiB for
-each thread.
+each thread; 32 MiB where errors are made good.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from moepack.encodings import ENCODINGS, Encoding, unpack_tiles
 from moepack.errors import NonFiniteWeightError
-from moepack.rounding import Floats, from_bf16, round_int4, round_int8
+from moepack.feedback import Moments, feed_int4
+from moepack.rounding import Floats, Rounded, from_bf16, round_int4, round_int8
 from moepack.segments import Bits, SegmentShape
 from moepack.trunk import TrunkPart
 
@@ -41,6 +42,9 @@ _NUMPY: dict[str, type[np.floating[Any]]] = {
 #: Weights rounded at once: their arrays (1 MiB each) stay in a core's share of the cache.
 _BLOCK = 1 << 18
 
+#: Weights whose errors are made good at once: arrays of 8 MiB, of which there are two.
+_FED_BLOCK = 1 << 20
+
 #: Rows of a block of INT4, where the matrix has as many.
 _BLOCK_ROWS = 2048
 
@@ -49,11 +53,14 @@ class Importance(NamedTuple):
     """What a squared error of a weight counts for, by the input that it is multiplied with.
 
     Mean squared activations on calibration text, say; not negative, and only ratios matter.
-    ``hidden`` [hidden] weighs gate and up, ``neurons`` [F] weighs down.
+    ``hidden`` [hidden] weighs gate and up, ``neurons`` [F] weighs down. Where there are second
+    moments of either, errors of 4 bits are made good, too.
     """
 
     hidden: Floats
     neurons: Floats
+    of_hidden: Moments | None = None
+    of_neurons: Moments | None = None
 
 
 class _Matrix(NamedTuple):
@@ -62,7 +69,8 @@ class _Matrix(NamedTuple):
     bits: Bits
     dtype: str
     what: str
-    importance: Floats | None
+    importance: Floats | None = None
+    moments: Moments | None = None
 
     def floats(self, rows: slice, columns: slice) -> Floats:
         """Some of its weights, inputs first: [columns, rows]."""
@@ -85,6 +93,14 @@ class _Matrix(NamedTuple):
 
 #: What fills the tensors of a matrix, in pieces that do not meet.
 _Jobs = list[Callable[[], None]]
+
+
+class _Work(NamedTuple):
+    """The tensors of a matrix; what fills them; and what then makes errors good in them."""
+
+    tensors: dict[str, Bits]
+    jobs: _Jobs
+    feeds: _Jobs
 
 
 def quantise_expert(
@@ -129,16 +145,26 @@ def quantise_expert(
     encoding.check_fits(hidden_size, width)
     found = {name: bits for name, bits in weights.items() if name.endswith(".bias")}
     jobs: _Jobs = []
+    feeds: _Jobs = []
     for matrix in MATRICES:
         bits = weights[f"{matrix}.weight"]
-        counts = importance and (importance.neurons if matrix == "down" else importance.hidden)
-        source = _Matrix(bits, dtype, f"{what}: {matrix}.weight", counts)
-        tensors, pieces = _int8(source) if encoding.group is None else _int4(source, encoding.group)
-        found |= {f"{matrix}.{name}": tensor for name, tensor in tensors.items()}
-        jobs += pieces
-    for _ in (pool.map if pool is not None else map)(_call, jobs):
-        pass
+        source = _Matrix(bits, dtype, f"{what}: {matrix}.weight", *_of(importance, matrix))
+        work = _int8(source) if encoding.group is None else _int4(source, encoding.group)
+        found |= {f"{matrix}.{name}": tensor for name, tensor in work.tensors.items()}
+        jobs += work.jobs
+        feeds += work.feeds
+    _run(jobs, pool)
+    _run(feeds, pool)
     return found
+
+
+def _of(importance: Importance | None, matrix: str) -> tuple[Floats | None, Moments | None]:
+    """What a matrix' errors are weighed by."""
+    if importance is None:
+        return None, None
+    if matrix == "down":
+        return importance.neurons, importance.of_neurons
+    return importance.hidden, importance.of_hidden
 
 
 def stored_tensors(tensor: Bits, part: TrunkPart, pool: Executor | None = None) -> list[Bits]:
@@ -161,17 +187,21 @@ def stored_tensors(tensor: Bits, part: TrunkPart, pool: Executor | None = None) 
     assert fits, f"got {tensor.shape} {tensor.dtype}, expected {info}"
     if not part.is_rounded:
         return [np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)]
-    found, jobs = _int8(_Matrix(tensor, info.dtype, f"trunk tensor {info.name}", None))
+    found, jobs, _ = _int8(_Matrix(tensor, info.dtype, f"trunk tensor {info.name}"))
+    _run(jobs, pool)
+    return [bits.reshape(-1).view(np.uint8) for bits in (found["weight"], found["scale"])]
+
+
+def _run(jobs: _Jobs, pool: Executor | None) -> None:
     for _ in (pool.map if pool is not None else map)(_call, jobs):
         pass
-    return [bits.reshape(-1).view(np.uint8) for bits in (found["weight"], found["scale"])]
 
 
 def _call(job: Callable[[], None]) -> None:
     job()
 
 
-def _int4(matrix: _Matrix, group: int) -> tuple[dict[str, Bits], _Jobs]:
+def _int4(matrix: _Matrix, group: int) -> _Work:
     outputs, inputs = matrix.bits.shape
     codes = np.empty((inputs // group, group, outputs), np.uint8)
     scales = np.empty((inputs // group, outputs, 2), np.uint16)
@@ -197,10 +227,28 @@ def _int4(matrix: _Matrix, group: int) -> tuple[dict[str, Bits], _Jobs]:
         for row in range(0, outputs, _BLOCK_ROWS)
         for first in range(0, len(codes), step)
     ]
-    return {"codes": codes.reshape(inputs, outputs), "scales": scales}, jobs
+    flat = codes.reshape(inputs, outputs)
+
+    def feed(moments: Moments, rows: slice) -> None:
+        plain = Rounded(flat[:, rows], scales[:, rows, 0], scales[:, rows, 1])
+        fed = feed_int4(matrix.floats(rows, slice(0, inputs)), plain, moments)
+        flat[:, rows], scales[:, rows, 0] = fed.codes, fed.scale
+        scales[:, rows, 1] = fed.offset
+
+    feeds: _Jobs = []
+    if matrix.moments is not None:
+        if len(matrix.moments.weights) != inputs:
+            raise ValueError(f"moments of {len(matrix.moments.weights)} inputs, expected {inputs}")
+        # Some rows each, of all inputs: within a row one error follows from the other.
+        rows_each = max(1, _FED_BLOCK // inputs)
+        feeds = [
+            functools.partial(feed, matrix.moments, slice(row, min(row + rows_each, outputs)))
+            for row in range(0, outputs, rows_each)
+        ]
+    return _Work({"codes": flat, "scales": scales}, jobs, feeds)
 
 
-def _int8(matrix: _Matrix) -> tuple[dict[str, Bits], _Jobs]:
+def _int8(matrix: _Matrix) -> _Work:
     outputs, inputs = matrix.bits.shape
     codes = np.empty((outputs, inputs), np.int8)
     scale = np.empty(outputs, np.uint16)
@@ -214,7 +262,7 @@ def _int8(matrix: _Matrix) -> tuple[dict[str, Bits], _Jobs]:
         codes[rows], scale[rows] = rounded.codes, rounded.scale
 
     jobs: _Jobs = [functools.partial(fill, first) for first in range(0, outputs, step)]
-    return {"weight": codes, "scale": scale}, jobs
+    return _Work({"weight": codes, "scale": scale}, jobs, [])
 
 
 def _of_mean_1(importance: Floats | None, shape: tuple[int, ...]) -> Floats | None:

@@ -39,6 +39,9 @@ Floats = npt.NDArray[np.float32]
 #: Which search this is: another one, which gives other codes, has another number.
 ROUNDING = 1
 
+#: Likewise with a calibration, by which errors are made good, too (:mod:`moepack.feedback`).
+CALIBRATED_ROUNDING = 2
+
 #: Starts of the search around the first fit: factors on the scale, and shifts in steps.
 _FACTORS = (0.82, 0.88, 0.94, 1.0)
 _SHIFTS = (-0.5, -0.25, 0.0, 0.25)
@@ -99,6 +102,11 @@ class _Scaled(NamedTuple):
         """Bits of a scale or an offset, for weights as they were."""
         with np.errstate(over="ignore"):
             return to_bf16(np.clip(np.ldexp(values, self.exponents), -_BF16_MAX, _BF16_MAX))
+
+    def there(self, bits: npt.NDArray[np.uint16]) -> Floats:
+        """A scale or an offset of weights as they were, for these."""
+        with np.errstate(over="ignore"):
+            return np.clip(np.ldexp(from_bf16(bits), -self.exponents), -_BF16_MAX, _BF16_MAX)
 
 
 def _scaled(weights: Floats, axis: int) -> _Scaled:
@@ -166,6 +174,16 @@ class _Int4Search:
         np.copyto(self.scale, slope, where=better)
         np.copyto(self.centre, -slope * mean, where=better)
 
+    def look_around(self) -> None:
+        """From the range of each group: two turns, and 15 starts from there."""
+        for _ in range(2):
+            self.attempt(self.scale.copy(), self.centre.copy())
+        step, centre = self.scale.copy(), self.centre.copy()
+        for factor, shift in itertools.product(_FACTORS, _SHIFTS):
+            # The middle of the grid, code 7.5, stays where it is but for the shift.
+            scale = step * np.float32(factor)
+            self.attempt(scale, centre + (scale - step) / 2 + scale * np.float32(shift))
+
     def best(self) -> tuple[Floats, Floats]:
         """Scale and offset, in BF16, for weights as they were."""
         scale = _near_bf16(self.scale)
@@ -186,7 +204,16 @@ class _Int4Search:
         return self._sum(values)
 
 
-def round_int4(weights: Floats, importance: Floats | None = None) -> Rounded:
+class Grid(NamedTuple):
+    """Scale and offset of some groups, bits of BF16: uint16 [groups]."""
+
+    scale: npt.NDArray[np.uint16]
+    offset: npt.NDArray[np.uint16]
+
+
+def round_int4(
+    weights: Floats, importance: Floats | None = None, near: Grid | None = None
+) -> Rounded:
     """Round groups of weights to 4 bits.
 
     Memory: 4 arrays of the size of ``weights`` (6 with ``importance``) beside it and the result.
@@ -197,21 +224,25 @@ def round_int4(weights: Floats, importance: Floats | None = None) -> Rounded:
         [inputs of a group, groups]; finite. Groups are last, for long runs of equal work.
     importance
         The same shape: what a squared error counts for each input, of mean 1 in every group.
+    near
+        A grid that suits weights much like these: one more start, in place of the 15.
     """
     scaled = _scaled(weights, axis=0)
     search = _Int4Search(scaled.weights, importance)
-    for _ in range(2):
+    if near is None:
+        search.look_around()
+    else:
+        scale, offset = (scaled.there(bits) for bits in near)
+        search.attempt(scale, offset - search.mean)
         search.attempt(search.scale.copy(), search.centre.copy())
-    step, centre = search.scale.copy(), search.centre.copy()
-    for factor, shift in itertools.product(_FACTORS, _SHIFTS):
-        # The middle of the grid, code 7.5, stays where it is but for the shift.
-        scale = step * np.float32(factor)
-        search.attempt(scale, centre + (scale - step) / 2 + scale * np.float32(shift))
     first = search.best()
     search.attempt(first[0], first[1] - search.mean)
     scale, offset = search.naive
     least = search.error(scale, offset)
-    for candidate in (first, search.best(), search.symmetric(-8), search.symmetric(7)):
+    candidates = [first, search.best()]
+    if near is None:
+        candidates += [search.symmetric(-8), search.symmetric(7)]
+    for candidate in candidates:
         error = search.error(*candidate)
         better = error < least * _GAINS
         np.copyto(least, error, where=better)

@@ -24,7 +24,7 @@ from moepack.manifest import (
 )
 from moepack.model_spec import ModelSpec
 from moepack.records import record
-from moepack.rounding import ROUNDING
+from moepack.rounding import CALIBRATED_ROUNDING, ROUNDING
 from moepack.safetensors_io import ShardDraft, draft_shard
 from moepack.segments import (
     BASE,
@@ -151,7 +151,8 @@ def _draft_experts(cut: Cut, experts: int, calibration: str) -> ShardDraft:
     version = version_for(names)
     if version > 1:
         # Part of the header, by which layers are reused: codes of another search are made anew.
-        fields |= {"encoding": ",".join(names), "rounding": str(ROUNDING)}
+        rounding = CALIBRATED_ROUNDING if calibration else ROUNDING
+        fields |= {"encoding": ",".join(names), "rounding": str(rounding)}
         if calibration:
             fields["calibration"] = calibration
     return draft_shard(blocks, _metadata(version=version, content="experts", **fields))

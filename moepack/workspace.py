@@ -11,6 +11,7 @@
             routing.yaml, .npz      how it routes
             damage.json             what rounding does to its experts
             calibration.npz         what rounding them is weighed by
+            second_moments.bin      and by what errors are made good
             plan.json               the newest plan
             pack/                   the packed folder, unless another place was chosen
 

@@ -10,6 +10,7 @@ import typer
 
 from moepack.cli.models import Source, open_source
 from moepack.cli.options import Link, lengths
+from moepack.cli.output import note
 from moepack.errors import ProfileError, WorkspaceError
 from moepack.workspace import ModelFolder, Workspace
 
@@ -286,7 +287,13 @@ def with_asked_calibration(case: Case, request: PlanRequest, *, ignored: bool) -
         return request
     if not (case.folder.folder / CALIBRATION_FILE).exists():
         return request
-    return replace(request, calibration=load_calibration(case.folder.folder).digest)
+    found = load_calibration(case.folder.folder)
+    if not found.kept:
+        note(
+            "the calibration has no second moments, by which errors are made good; moepack profile "
+            "--bits measures them"
+        )
+    return replace(request, calibration=found.digest)
 
 
 def asked_thresholds(

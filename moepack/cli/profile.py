@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from moepack.agreement import Comparison
     from moepack.compute import ComputeProfile
-    from moepack.damage import DamageProfile
+    from moepack.damage_probe import Measured
     from moepack.hardware import HardwareProfile
     from moepack.progress import Progress
     from moepack.roofline_check import RooflineCheck
@@ -108,17 +108,24 @@ def profile(
     compute.save(folder.compute_path)
     routing.save(folder.folder)
     workspace.make_current(folder)
-    damage = _measure_damage(source, folder, hardware, texts, progress) if bits else None
+    measured = _measure_damage(source, folder, hardware, texts, progress) if bits else None
     check = check_roofline(source.spec, hardware, compute)
     # Whole curves take seconds: only for those who read them.
     of_model = model_document(compute, routing, check) if json else {}
-    if damage is not None:
-        of_model["damage"] = records.to_data(damage)
+    if measured is not None:
+        of_model["damage"] = records.to_data(measured.damage)
+        of_model["second_moments"] = {
+            "bytes": measured.calibration.second_bytes,
+            "layers": {
+                str(layer): records.to_data(kept)
+                for layer, kept in measured.calibration.kept.items()
+            },
+        }
     emit(
         hardware_document(hardware, comparisons) | of_model,
         as_json=json,
         view=lambda: _view(
-            profile_view(hardware, compute, routing, check, comparisons), source, damage
+            profile_view(hardware, compute, routing, check, comparisons), source, measured
         ),
     )
 
@@ -129,19 +136,25 @@ def _measure_damage(
     hardware: HardwareProfile,
     texts: Sequence[Path],
     progress: Progress,
-) -> DamageProfile:
+) -> Measured:
     from moepack.damage_probe import measure_damage
 
-    damage, calibration = measure_damage(
-        source.checkpoint, device=hardware.device, texts=texts, progress=progress
+    measured = measure_damage(
+        source.checkpoint,
+        device=hardware.device,
+        texts=texts,
+        scratch=folder.folder,
+        progress=progress,
     )
-    damage = dataclasses.replace(damage, model_name=source.record.name)
-    calibration.save(folder.folder)
-    damage.save(folder.folder)
-    return damage
+    measured = measured._replace(
+        damage=dataclasses.replace(measured.damage, model_name=source.record.name)
+    )
+    measured.calibration.save(folder.folder)
+    measured.damage.save(folder.folder)
+    return measured
 
 
-def _view(profile: RenderableType, source: Source, damage: DamageProfile | None) -> RenderableType:
+def _view(profile: RenderableType, source: Source, measured: Measured | None) -> RenderableType:
     """The profile, with what rounding does where that was measured."""
     from rich.console import Group
 
@@ -149,11 +162,12 @@ def _view(profile: RenderableType, source: Source, damage: DamageProfile | None)
     from moepack.mixed_precision import sample_choices
     from moepack.report.damage import damage_view
 
-    if damage is None:
+    if measured is None:
         return profile
-    spec = source.spec
+    spec, damage = source.spec, measured.damage
     rule = None if damage.misses is None else fitted_rule(spec, damage, damage.misses.encoding)
-    return Group(profile, "", damage_view(damage, sample_choices(spec, damage), rule))
+    choices = sample_choices(spec, damage)
+    return Group(profile, "", damage_view(damage, choices, rule, measured.calibration))
 
 
 def _last_profile(workspace: Workspace) -> HardwareProfile | None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Group, RenderableType
 
+from moepack.calibration import Calibration
 from moepack.damage import DamageProfile, LayerDamage
 from moepack.mixed_precision import MixedPrecision
 from moepack.plan import OnMiss
 from moepack.report.routing import bands_of
 from moepack.report.tables import columns, facts, figure
+from moepack.units import format_size
 
 #: The experts that take rounding worst: one of so many.
 _WORST_OF = 8
@@ -21,6 +23,7 @@ def damage_view(
     damage: DamageProfile,
     choices: Sequence[tuple[str, MixedPrecision]],
     rule: OnMiss | None = None,
+    calibration: Calibration | None = None,
 ) -> RenderableType:
     """Two tables: every layer, or band of neighbours; and what some choices are predicted to do.
 
@@ -30,6 +33,8 @@ def damage_view(
         Each under its name, by ascending bits.
     rule
         For missing experts, of those that were tried; None where none was.
+    calibration
+        What rounding is weighed by; None: nothing is said of it.
     """
     bands = bands_of([(len(layer.errors[0]), layer.encodings) for layer in damage.layers])
     measured = columns(
@@ -56,10 +61,35 @@ def damage_view(
             ("slope", "how much KL grows for a unit of error"),
             ("floor", f"{figure(damage.floor)}: the KL that any change at all comes to"),
             *(() if rule is None else [("misses", _misses(damage, rule))]),
+            *(() if calibration is None else [("rounding", _kept(calibration))]),
             ("measured", f"on {damage.tokens} tokens, KL on {damage.divergence_tokens}"),
         ]
     )
     return Group(measured, "", chosen, "", told)
+
+
+def _kept(calibration: Calibration) -> str:
+    """Which second moments there are, by which errors are made good."""
+    kept = calibration.kept.values()
+    if not kept:
+        return "weighed by mean squares alone"
+    whose = "expert's" if all(each.by_expert for each in kept) else "layer's"
+    parts = []
+    for what, widths in (
+        (f"of each {whose} inputs, for gate and up", {each.hidden for each in kept}),
+        ("of each expert's neurons, for down", {each.neurons for each in kept}),
+    ):
+        if widths != {0}:
+            parts.append(f"{what}, {_range(widths)} together")
+        else:
+            parts.append(f"none {what}: they would take too much")
+    size = format_size(calibration.second_bytes)
+    return f"makes errors good by second moments ({size}): {'; '.join(parts)}"
+
+
+def _range(widths: set[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _misses(damage: DamageProfile, rule: OnMiss) -> str:

@@ -41,6 +41,7 @@ def test_what_the_profile_has_seen_decides_how_experts_are_rounded(
     codes = (packed / "experts" / "layer-000.top.safetensors").read_bytes()
     made = moepack("plan", model, *PLAN)
     assert "rounded by calibration" in made.out
+    assert "the calibration has no second moments" in made.err
     done = moepack("pack", "--json")
     assert done.code == 0, done.err
     assert PackedModel.open(packed).layout.calibration == calibration.digest

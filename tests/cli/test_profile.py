@@ -97,12 +97,17 @@ def test_what_rounding_does_is_measured_shown_and_kept(
     assert 0 < fine < coarse < 1
     (kept,) = home.glob("models/*/damage.json")
     assert json.loads(kept.read_text()) == document["damage"]
-    assert load_calibration(kept.parent).digest == document["damage"]["calibration"]
+    calibration = load_calibration(kept.parent)
+    assert calibration.digest == document["damage"]["calibration"]
+    assert document["second_moments"]["bytes"] == calibration.second_bytes > 0
+    every = {"by_expert": True, "hidden": 64, "neurons": 96}
+    assert document["second_moments"]["layers"] == dict.fromkeys("012", every)
     shown = moepack("profile", model, "--bits").out
     assert "worst 1/8" in shown
     assert "chosen by expert" in shown
     assert "nats a token" in shown
     assert "best replaced by T1,T2 of" in shown
+    assert "of each expert's neurons, for down, 96 together" in " ".join(shown.split())
 
 
 def test_nothing_is_rounded_where_only_the_machine_is_measured(

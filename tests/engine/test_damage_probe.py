@@ -303,3 +303,35 @@ def test_texts_that_say_nothing_are_refused(folder: Path, tmp_path: Path) -> Non
         measure_damage(Checkpoint.open(folder), device="cpu", texts=[short])
     with pytest.raises(TextError):
         measure_damage(Checkpoint.open(folder), device="cpu", texts=[tmp_path / "missing.txt"])
+
+
+def test_second_moments_are_not_from_tokens_that_tell_what_rounding_does() -> None:
+    def seen(first: int, tokens: int) -> damage_inputs.Seen:
+        rows = torch.arange(first, first + tokens, dtype=torch.float32)
+        return damage_inputs.Seen(rows[:, None], rows, rows[:, None].long(), rows[:, None])
+
+    blocks = [seen(0, 10), seen(100, 6), seen(200, 4)]
+    left = damage_inputs.unshared(blocks, (4, 0, 2))
+    assert left is not None
+    expected = torch.tensor([4, 5, 6, 7, 8, 9, *range(100, 106), 202, 203], dtype=torch.float32)
+    for column in left:
+        torch.testing.assert_close(column.flatten().float(), expected)
+    assert damage_inputs.unshared(blocks, (10, 1, 0)) is None, "too little beside it"
+
+
+def test_second_moments_are_those_of_what_an_expert_gets(found: Measured) -> None:
+    """Of one that is used: the diagonal is that of the mean squares, but for the damping."""
+    for layer in found.calibration.layers:
+        moments = found.calibration.moments(layer)
+        for expert in range(16):
+            importance = found.calibration.importance(layer, expert)
+            for means, second in (
+                (moments.hidden[expert], importance.of_hidden),
+                (moments.neurons[expert], importance.of_neurons),
+            ):
+                assert second is not None
+                lower = second.coefficients[0] * second.powers[:, None] + np.eye(len(means))
+                diagonal = np.diag(lower.T @ (second.weights[:, None] * lower))
+                damping = diagonal - means / means.mean()
+                assert damping == pytest.approx(np.full(len(means), damping.mean()), abs=0.003)
+                assert damping.mean() > 0.01

@@ -19,6 +19,7 @@ from benchmarks.peer_quality import kept_at, kept_quality, shared_windows, table
 from benchmarks.peer_report import Bar, row_of
 from benchmarks.peer_runners import Measured
 from moepack.calibration import CALIBRATION_FILE
+from moepack.factor_file import FACTORS_FILE
 from moepack.shipped import shipped_model
 from moepack.workspace import ModelRecord, Workspace
 
@@ -200,6 +201,7 @@ def test_what_rounding_is_weighed_by_is_measured_once(
         folder.routing_path.touch()
         if "--bits" in arguments:
             (folder.folder / CALIBRATION_FILE).touch()
+            (folder.folder / FACTORS_FILE).touch()
         return ""
 
     monkeypatch.setattr("benchmarks.peer_model._python", profiled)
