@@ -32,6 +32,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def writing_atomically(path: Path) -> Iterator[BinaryIO]:
     """The same for what is written in pieces; after an error inside, the old content stays."""
     try:
+        _refuse_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
@@ -57,13 +58,18 @@ def require_writable(path: Path) -> None:
         Naming the file.
     """
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _refuse_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as failure:
         raise output_error(path, failure) from failure
+
+
+def _refuse_folder(path: Path) -> None:
+    # Before a name is made of the path's: that of the empty path, a folder, is none.
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
     Raises
     ------
     TextError
-        When a file cannot be read or is not UTF-8.
+        When a file cannot be read, is not UTF-8 or is empty.
     """
     texts = []
     for path in paths:
@@ -34,4 +34,6 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
             raise TextError(f"text {path}: {failure.strerror}; name a readable file") from None
         except UnicodeDecodeError as failure:
             raise TextError(f"text {path}: not UTF-8 ({failure}); convert it first") from None
+        if not content:
+            raise TextError(f"text {path}: is empty; name one of some thousand tokens")
     return texts

@@ -159,8 +159,11 @@ def test_a_file_that_was_not_finished_leaves_what_was_there(tmp_path: Path) -> N
 def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
     require_writable(tmp_path / "new" / "file")
     assert not (tmp_path / "new" / "file").exists()
-    with pytest.raises(OutputError, match="Is a directory"):
-        require_writable(tmp_path)
+    for folder in (tmp_path, Path()):
+        with pytest.raises(OutputError, match="Is a directory"):
+            require_writable(folder)
+        with pytest.raises(OutputError, match="Is a directory"):
+            write_atomically(folder, b"one")
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="expected a place that can be written"):
         require_writable(tmp_path / "file" / "below")

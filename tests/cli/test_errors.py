@@ -268,6 +268,8 @@ def test_texts_that_cannot_be_read(home: Path, moepack: Moepack, tmp_path: Path)
     binary.write_bytes(b"\xff\xfe")
     assert_named(moepack("profile", "--text", binary), "TextError", "UTF-8")
     assert_named(moepack("profile", "--text", tmp_path / "none"), "TextError", "none")
+    (tmp_path / "empty").touch()
+    assert_named(moepack("profile", "--text", tmp_path / "empty"), "TextError", "is empty")
 
 
 def test_a_damaged_pack_can_be_packed_again(packed: Path, moepack: Moepack, tmp_path: Path) -> None:
