@@ -18,6 +18,7 @@ import torch
 
 from moepack.errors import ContextLengthError
 from moepack.model_spec import RopeSpec
+from moepack_runtime.parts import is_in_parts, parts
 
 
 class Rotation(NamedTuple):
@@ -115,13 +116,26 @@ class RotaryEmbedding:
 
     def rotate(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """[tokens, heads, head_dim] to the same shape and dtype."""
-        exact = x.float()
+        if not is_in_parts(x):
+            return self._turn(x.float(), *rotation).to(x.dtype)
+        rotated = torch.empty(x.shape, dtype=x.dtype)
+        for rows, exact, beside in parts(x):
+            rotated[rows] = self._turn(exact, rotation.cos[rows], rotation.sin[rows], out=beside)
+        return rotated
+
+    def _turn(
+        self,
+        exact: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if self._is_whole:
             first, second = exact.chunk(2, -1)
-            partner = torch.cat((second, first), -1)
+            partner = torch.cat((second, first), -1, out=out)
         else:
-            partner = exact.index_select(-1, self._partner)
-        return partner.mul_(rotation.sin).addcmul_(exact, rotation.cos).to(x.dtype)
+            partner = torch.index_select(exact, -1, self._partner, out=out)
+        return partner.mul_(sin).addcmul_(exact, cos)
 
 
 def _partners(head_dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:
