@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from moepack_runtime.attention import attend_alone, causal_mask
+from moepack_runtime.attention import attend_alone, attend_in_groups, causal_mask
 from moepack_runtime.kv_cache import LayerCache
 from moepack_runtime.latent_attention import LatentAttention
 from moepack_runtime.rope import RotaryEmbedding
@@ -56,6 +56,55 @@ def test_one_token_of_heads_that_share_no_keys_is_as_exact_as_torchs_own(
     exact = attend(queries.double().unsqueeze(2), keys.double(), values.double())[0]
     torchs = attend(queries.unsqueeze(2), keys, values)[0]
     assert (found - exact).abs().mean() <= (torchs - exact).abs().mean()
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(384, 0), (385, 0), (512, 100)])
+@pytest.mark.parametrize("masks", ["plain", "window", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_block_in_halves_is_as_exact_as_at_once(
+    dtype: torch.dtype, masks: str, tokens: int, start: int
+) -> None:
+    kv_heads, groups, width, value_width = 2, 3, 32, 48
+    sinks = masks == "sinks"
+    rows = start + tokens + sinks
+    generator = torch.Generator().manual_seed(tokens)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    queries = drawn(tokens, kv_heads * groups, width).transpose(0, 1)
+    keys, values = drawn(1, kv_heads, rows, width), drawn(1, kv_heads, rows, value_width)
+    window = 200 if masks == "window" else None
+    mask = causal_mask(tokens, rows - sinks, start, 0, window, queries)
+    if sinks:
+        seen = mask.expand(kv_heads, groups, tokens, -1)
+        mask = torch.cat((torch.ones_like(seen[..., :1]), seen), -1)
+    is_causal = masks == "plain" and start == 0
+    found = attend_in_groups(
+        queries, keys, values, None if is_causal else mask, is_causal=is_causal, scale=0.2
+    )
+    assert found.shape == (kv_heads * groups, tokens, value_width)
+    every = queries.reshape(kv_heads, groups, tokens, width)
+    seen_keys, seen_values = (
+        each.transpose(0, 1).expand(-1, groups, -1, -1) for each in (keys, values)
+    )
+    whole, exact = (
+        F.scaled_dot_product_attention(
+            every.to(kind),
+            seen_keys.to(kind),
+            seen_values.to(kind),
+            attn_mask=mask.to(kind),
+            scale=0.2,
+        ).flatten(0, 1)
+        for kind in (dtype, torch.float64)
+    )
+    assert (found - exact).abs().mean() <= 1.1 * (whole - exact).abs().mean()
+    # What a token does not see plays no role.
+    keys[:, :, -1], values[:, :, -1] = 7, torch.inf
+    again = attend_in_groups(
+        queries, keys, values, None if is_causal else mask, is_causal=is_causal, scale=0.2
+    )
+    assert torch.equal(again[:, : tokens // 2], found[:, : tokens // 2])
 
 
 def latent_attention() -> LatentAttention:
