@@ -9,6 +9,9 @@ planned and run after the prompts of ``moepack bench``. Medians over the rounds 
 - bytes over the link by the wall clock, over what the profile measured for transfers of that size:
   1 is a link that is never idle, in decoding that the link limits;
 - the same by the time during which the link had work;
+- each token over the replay of the very routing that was run: with processor and link as they were
+  profiled, and as they were meanwhile (:mod:`moepack.yardstick`; the rate at which the link went
+  while it had work). What is left then is the engine's;
 - each token over the replay's bound: a clairvoyant cache and a perfect prediction.
 
 The last line is one JSON object.
@@ -18,20 +21,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moepack_runtime.stats import RunStats
+from moepack_runtime.loading import open_packed
 
 from benchmarks.options import link_option, positive
-from benchmarks.race import median, pack_for, race
-from benchmarks.setting import add_options, described, named, open_setting
+from benchmarks.race import Raced, median, pack_for, race
+from benchmarks.setting import Setting, add_options, described, named, open_setting
+from moepack.compute_rounds import at_pace
+from moepack.drift import slowness
+from moepack.formats import PackedModel
 from moepack.needs import needs
 from moepack.plan import Plan
 from moepack.planner import Planner
+from moepack.replayed_run import mean_of, record_run, replay_run
+from moepack.trace import Trace
 from moepack.units import format_rate, format_size
 
 
@@ -44,6 +53,11 @@ class Line(NamedTuple):
         Bytes over the link a second of decoding, over the link's own rate.
     efficiency : float
         Bytes over the link a second during which it had work, over the link's own rate.
+    over_replay, over_replay_now : float
+        A token's time over that of the replay of what was run, and over that with processor and
+        link as fast as they were.
+    slowness : float
+        How many times as long the processor took as when it was profiled.
     over_bound : float
         A token's time over that of a clairvoyant cache with a perfect prediction.
     """
@@ -63,15 +77,28 @@ class Line(NamedTuple):
     used_of_link: float
     efficiency: float
     link_busy: float
+    over_replay: float
+    over_replay_now: float
+    slowness: float
     over_bound: float
 
 
-def line_of(planner: Planner, share: float, plan: Plan, runs: Sequence[RunStats]) -> Line:
+def line_of(
+    setting: Setting, planner: Planner, share: float, plan: Plan, found: Raced, run: Trace
+) -> Line:
     """What the rounds of one budget say."""
+    runs = found.runs["plan"]
     size_bytes = max(1, round(median(runs, lambda run: run.mean_read_bytes)))
     rate = size_bytes / planner.link(size_bytes)
     tpot_s = median(runs, lambda run: run.tpot_s)
     bytes_per_token = median(runs, lambda run: run.link_bytes_per_token)
+    efficiency = float(median(runs, lambda run: run.link_bytes_per_s) / rate)
+    paces = (slowness(plan.prediction, pace) for pace in found.paces["plan"])
+    slower = statistics.median(1.0 if pace is None else pace.token for pace in paces)
+    replayed_s, replayed_now_s = (
+        replayed_tpot_s(setting, planner, plan, run, *speeds)
+        for speeds in ((1.0, 1.0), (slower, efficiency or 1.0))
+    )
     return Line(
         share=share,
         fast_budget_bytes=plan.placement.fast_budget_bytes,
@@ -86,10 +113,26 @@ def line_of(planner: Planner, share: float, plan: Plan, runs: Sequence[RunStats]
         wasted_bytes_per_token=median(runs, lambda run: run.ahead_wasted_bytes_per_token),
         link_bytes_per_s=bytes_per_token / tpot_s,
         used_of_link=float(bytes_per_token / tpot_s / rate),
-        efficiency=float(median(runs, lambda run: run.link_bytes_per_s) / rate),
+        efficiency=efficiency,
         link_busy=median(runs, lambda run: run.link_busy_fraction),
+        over_replay=tpot_s / replayed_s,
+        over_replay_now=tpot_s / replayed_now_s,
+        slowness=slower,
         over_bound=tpot_s / plan.baselines["belady"].tpot_s,
     )
+
+
+def replayed_tpot_s(
+    setting: Setting, planner: Planner, plan: Plan, run: Trace, slower: float, faster: float
+) -> float:
+    """A token of the replay, the processor so many times slower, the link so much faster."""
+    compute = at_pace(setting.compute, slower)
+
+    def link(size_bytes: int) -> float:
+        return planner.link(size_bytes) / faster
+
+    replays = replay_run(setting.spec, compute, link, plan.layout, plan.placement, run)
+    return mean_of(replays[len(setting.prompts) :]).tpot_s  # the first ones warm up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,17 +148,18 @@ def _run(args: argparse.Namespace) -> int:
     print(
         "| share | budget | plan | each token, predicted | hits | ready | recall | link, a token "
         "| of it wasted | over the link | of the link's rate | while it had work | busy "
-        "| over the bound |"
+        "| over the replay | processor | as they were | over the bound |"
     )
-    print("| --- " * 14 + "|")
+    print("| --- " * 17 + "|")
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="link.") as scratch:
         for share in args.share:
             plan = planner.plan(round(share * whole_bytes))
             folders = pack_for(setting.checkpoint, {"plan": plan}, Path(scratch))
-            runs = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds).runs[
-                "plan"
-            ]
-            lines.append(line_of(planner, share, plan, runs))
+            found = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds)
+            packed = PackedModel.open(folders[plan.layout.digest])
+            with open_packed(packed, plan, link=plan.link) as engine:
+                run = record_run(engine, setting.prompts, args.new)
+            lines.append(line_of(setting, planner, share, plan, found, run))
             _print_line(lines[-1])
     print(json.dumps(described(args) | {"lines": [line._asdict() for line in lines]}))
     return 0
@@ -129,7 +173,8 @@ def _print_line(line: Line) -> None:
         f"| {line.hit_rate:.1%} | {line.ready_rate:.1%} | {line.recall:.1%} "
         f"| {format_size(line.link_bytes_per_token)} | {format_size(line.wasted_bytes_per_token)} "
         f"| {format_rate(line.link_bytes_per_s)} | {line.used_of_link:.2f} | {line.efficiency:.2f} "
-        f"| {line.link_busy:.0%} | {line.over_bound:.2f} |"
+        f"| {line.link_busy:.0%} | {line.over_replay:.2f} | {line.slowness:.2f} "
+        f"| {line.over_replay_now:.2f} | {line.over_bound:.2f} |"
     )
     sys.stdout.flush()
 

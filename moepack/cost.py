@@ -77,6 +77,7 @@ class Parts(NamedTuple):
     ``top_s`` and ``bottom_s`` are the link's seconds for one, 0 where there is none; ``top_share``
     is theta, the top's share of an expert's computing. ``top_read_s`` and ``bottom_read_s`` are the
     disk's, for what RAM does not hold; ``bounces`` says how many of those may be on their way.
+    ``pieces``: in how many a transfer goes, of which those that have not begun can be broken off.
     """
 
     top_s: Number
@@ -85,6 +86,7 @@ class Parts(NamedTuple):
     top_read_s: Number = 0.0
     bottom_read_s: Number = 0.0
     bounces: int = 2
+    pieces: Number = 1.0
 
     def columns(self) -> tuple[Array, Array, Array]:
         """The link's seconds and the share, each [C]."""

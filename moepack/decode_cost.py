@@ -61,8 +61,9 @@ def decode_ahead_s(
     With the first m ranks of the prediction there, the rest is fetched on demand: E(m), an
     expectation as in :func:`decode_layer_s`. A rank that was begun and done in time to a share
     (:func:`ranks_in_time`) brings that share of ``E(r - 1) - E(r)``; the rest of its transfer, if
-    it was wrong, delays the demands: ``(begun - done) (1 - A) tau``, half a transfer on average,
-    weighted by how likely the layer waits for the link at all.
+    it was wrong, delays the demands: ``(begun - done) (1 - A) tau``, half a transfer on average
+    (half a piece, where it is broken off), weighted by how likely the layer waits for the link at
+    all.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def decode_ahead_s(
     expected_s, link_bound = stage.expected(after)
     wrong = (1.0 - ahead.accuracy[:, None])[:depth]
     wasted = ahead.lacks().each(lambda lack: wrong * lack[:depth])
-    late_s = parts.link_s(wasted)
+    late_s = parts.link_s(wasted) / parts.pieces
     if isinstance(stage, TierStage):
         late_s = np.maximum(late_s, parts.read_s(wasted))
     costs_s = _transfers(wasted, parts) * times.transfer_s

@@ -164,14 +164,22 @@ class Done(Protocol[C_co]):
     def wait_s(self) -> Seconds:
         """The compute waited for the link."""
 
+    @property
+    def saved_s(self) -> Seconds:
+        """Seconds of the link that breaking off saved."""
+
 
 class Seen(NamedTuple):
-    """What every pass did: segments ready and demanded, and begun ahead [T, L, .]; waits [T, L]."""
+    """What every pass did: segments ready and demanded, and begun ahead [T, L, .].
+
+    Waits, and what breaking off saved, [T, L].
+    """
 
     ready: Flags
     demanded: Flags
     begun: Flags
     wait_s: Seconds
+    saved_s: Seconds
 
 
 class AnyDecoding(ABC, Generic[C]):
@@ -199,6 +207,7 @@ class AnyDecoding(ABC, Generic[C]):
         self._frames = frames
         self._tokens, self._layers, self._columns = passes.fetch_s.shape
         self._parts = segments.link_s.shape[1]
+        self._piece_s = segments.piece_s()
         self._done: tuple[Seen, float] | None = None
 
     @abstractmethod
@@ -253,6 +262,7 @@ class AnyDecoding(ABC, Generic[C]):
         stored_bytes = each.stored_bytes
         disk_bytes, disk_s = self._from_disk(seen)
         saved_bytes, saved_s = self._saved(seen, fates)
+        broken_bytes, broken_s = self._broken_off(seen)
         return Replayed(
             ttft_s=ttft_s,
             tpot_s=seconds / tokens,
@@ -260,8 +270,8 @@ class AnyDecoding(ABC, Generic[C]):
             ready_rate=float(ready.sum()) / activations,
             demand_bytes=float((demanded * stored_bytes).sum()) - saved_bytes,
             ahead_used_bytes=float((used * stored_bytes).sum()),
-            ahead_wasted_bytes=float((wasted * stored_bytes).sum()),
-            link_s=float(((demanded + used + wasted) * each.link_s).sum()) - saved_s,
+            ahead_wasted_bytes=float((wasted * stored_bytes).sum()) - broken_bytes,
+            link_s=float(((demanded + used + wasted) * each.link_s).sum()) - saved_s - broken_s,
             layer_wait_s=seen.wait_s.mean(axis=0),
             events=tokens * layers,
             disk_bytes=disk_bytes,
@@ -292,6 +302,13 @@ class AnyDecoding(ABC, Generic[C]):
         saved_bytes = counts * (segments.stored_bytes - segments.low.stored_bytes)
         saved_s = counts * (segments.link_s - segments.low.link_s)
         return float(saved_bytes.sum()), float(saved_s.sum())
+
+    def _broken_off(self, seen: Seen) -> tuple[float, float]:
+        """Bytes and seconds of the link that breaking off saves, a token."""
+        layer_s = seen.saved_s.mean(axis=0)
+        sizes, link_s = (each.sum(axis=1) for each in self._segments[:2])
+        rates = sizes / np.where(link_s > 0.0, link_s, 1.0)  # a link may cost nothing
+        return float((layer_s * rates).sum()), float(layer_s.sum())
 
     def _from_disk(self, seen: Seen) -> tuple[float, float]:
         """Bytes that the disk reads for one token, and its seconds for them."""
@@ -328,6 +345,7 @@ class AnyDecoding(ABC, Generic[C]):
             done.demanded.reshape(shape),
             np.zeros((self._tokens, self._layers, 0), dtype=np.bool_),
             done.wait_s.reshape(shape[:2]),
+            done.saved_s.reshape(shape[:2]),
         )
         return seen, float(done.clock.now_s.sum()) + self._tokens * self._fixed.tail_s
 
@@ -343,6 +361,7 @@ class AnyDecoding(ABC, Generic[C]):
             np.empty(passes.fetch_s.shape, dtype=np.bool_),
             np.empty(passes.fetch_s.shape, dtype=np.bool_),
             np.empty(passes.ahead_s.shape, dtype=np.bool_),
+            np.empty(passes.fetch_s.shape[:2]),
             np.empty(passes.fetch_s.shape[:2]),
         )
         begins = self._run_lanes(before, bounds[:-1], self._idle(count), seen).since_now()
@@ -373,6 +392,7 @@ class AnyDecoding(ABC, Generic[C]):
             seen.demanded[tokens, layers] = done.demanded
             seen.begun[tokens, layers] = done.begun
             seen.wait_s[tokens, layers] = done.wait_s
+            seen.saved_s[tokens, layers] = done.saved_s
             tail_s = np.where(layers == self._layers - 1, self._fixed.tail_s, 0.0)
             clock.put(alive, done.clock.later(tail_s))
         return clock
@@ -404,6 +424,7 @@ class Decoding(AnyDecoding[Clock]):
             passes.ahead_s[tokens, layers],
             passes.ahead_of[tokens, layers],
             self._segments.transfer_s[layers],
+            np.tile(self._piece_s[layers], passes.ahead_s.shape[2] // self._parts),
         )
         instead = passes.instead and Instead(*(v[tokens, layers] for v in passes.instead))
         return advance_lanes(now, work, self._as_ready, self._frames, self._parts, instead)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from moepack.cost import Array, LayerTimes, LinkSeconds
 from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec, MoeSpec
 from moepack.plan import EngineCapabilities, Policy
-from moepack.segments import PARTS, cuts, segment_shape
+from moepack.segments import PARTS, PIECE_BYTES, cuts, segment_shape
 
 #: Cuts of a layer that are tried; where its granularity gives more, they are thinned evenly. Layers
 #: of many experts make do with fewer, down to the least: their slots are small already.
@@ -127,6 +127,8 @@ class LayerProblem:
         How likely it is held by 0, 1 ... N slots under each policy.
     disk : DiskProblem or None
         What RAM does not hold of what the slots lack; None where it holds everything.
+    in_pieces : bool
+        Whether transfers ahead go in pieces, behind which they can be broken off.
     """
 
     layer: int
@@ -146,11 +148,17 @@ class LayerProblem:
     accuracy: Array = field(default_factory=lambda: np.zeros(0))
     predicted_held: Mapping[Policy, Array] = field(default_factory=dict)
     disk: DiskProblem | None = None
+    in_pieces: bool = False
 
     @property
     def num_experts(self) -> int:
         """Routed experts of the layer."""
         return len(self.used)
+
+    def pieces(self, size_bytes: npt.NDArray[Any]) -> Array:
+        """In how many pieces transfers go; in one where they cannot be broken off."""
+        pieces = size_bytes / PIECE_BYTES if self.in_pieces else np.ones(size_bytes.shape)
+        return np.maximum(pieces, 1.0)
 
 
 def cut_options(spec: ModelSpec, layer: int, encoding: str) -> Cuts:

@@ -269,6 +269,7 @@ class _Pricer:
         self._transfers: tuple[Array, ...] = _part_seconds(cuts, problem.link)
         if problem.disk is not None:
             self._transfers += _part_seconds(cuts, problem.disk.link)
+        self._pieces = problem.pieces(np.maximum(cuts.top_bytes, cuts.bottom_bytes))
         self._share = np.where(interior, cuts.splits / cuts.width, 0.0)
         self._expert_s = np.where(interior, problem.split_s, problem.token.expert_s)
         self._prompt_s = np.where(interior, problem.prompt.split_s, problem.prompt.experts_s)
@@ -279,10 +280,12 @@ class _Pricer:
         """(variant, seconds [S, C]) of the first N states, or of those after them."""
         problem = self._problem
         top_s, bottom_s, *read = (seconds[columns] for seconds in self._transfers)
-        parts = Parts(top_s, bottom_s, self._share[columns])
+        parts = Parts(top_s, bottom_s, self._share[columns], pieces=self._pieces[columns])
         if problem.disk is not None:
             top_read_s, bottom_read_s = read
-            parts = Parts(*parts.columns(), top_read_s, bottom_read_s, problem.disk.bounces)
+            parts = parts._replace(
+                top_read_s=top_read_s, bottom_read_s=bottom_read_s, bounces=problem.disk.bounces
+            )
         token = problem.token._replace(expert_s=self._expert_s[columns])
         tops = states.start == 0
         reads, predicted_reads = self._reads or (None, None)

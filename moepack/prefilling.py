@@ -113,6 +113,7 @@ def _work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> Work:
         ahead_s,
         _brought_by(fetch_s, ahead_s),
         np.tile(segments.prompt_transfer_s, prompts),
+        np.tile(segments.piece_s(), (prompts, ahead_s.shape[1] // segments.link_s.shape[1])),
     )
 
 

@@ -142,6 +142,7 @@ class Problems:
             guess_s=entry.guess_s(1),
             accuracy=tables.accuracy[index, :ranks],
             disk=self._disk(index, engine),
+            in_pieces=request.compute.device == "cpu",
         )
 
     def _expert_s(self, index: int, *, two: bool) -> float:

@@ -21,7 +21,7 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import Placement
 from moepack.ram_tier import ram_tier
 from moepack.segment_classes import SegmentClasses, seconds_of, segment_classes
-from moepack.segments import PARTS
+from moepack.segments import PARTS, PIECE_BYTES
 from moepack.timeline import Columns, Flags, Seconds
 
 
@@ -62,6 +62,8 @@ class Segments(NamedTuple):
         Their low copies; None where there are none.
     classes
         The same by encoding, where there are mixed layers; what is above is then of the largest.
+    in_pieces
+        Whether transfers ahead go in pieces, behind which they can be broken off.
     """
 
     stored_bytes: npt.NDArray[np.int64]
@@ -79,6 +81,15 @@ class Segments(NamedTuple):
     bounces: int = 0
     low: LowCopies | None = None
     classes: SegmentClasses | None = None
+    in_pieces: bool = False
+
+    def piece_s(self) -> Seconds:
+        """Seconds of the link for a piece of a transfer; see :data:`moepack.segments.PIECE_BYTES`.
+
+        Where transfers cannot be broken off, of all of it.
+        """
+        pieces = self.stored_bytes / PIECE_BYTES if self.in_pieces else 1.0
+        return np.where(self.link_s > 0.0, self.link_s / np.maximum(pieces, 1.0), 1e30)
 
     def mixed(self, row: int) -> LayerLayout | None:
         """The layout of a layer if that is mixed, else None."""
@@ -157,6 +168,7 @@ def _segments_of(
         has_top,
         interior,
         classes=classes,
+        in_pieces=compute.device == "cpu",
     )
 
 

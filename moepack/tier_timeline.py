@@ -28,6 +28,7 @@ class TierOutcome(NamedTuple):
     demanded: Flags
     begun: Flags
     wait_s: Seconds
+    saved_s: Seconds
 
 
 def advance_tiers(
@@ -56,7 +57,9 @@ def advance_tiers(
     done_s = run(queue, work, there_s, lacking, begin_s, shape)
     wait_s = done_s - begin_s - work.compute_s.sum(axis=1)
     ready = ~lacking | (coming & (there_s <= routed_s[:, None]))
-    return TierOutcome(queue.clock(done_s), ready, demanded, cut.begun, wait_s)
+    # Nothing is broken off: copies are handed over whole, and so is what they are read from.
+    saved_s = np.zeros(lanes)
+    return TierOutcome(queue.clock(done_s), ready, demanded, cut.begun, wait_s, saved_s)
 
 
 def _cut(clock: TierClock, work: TierWork, routed_s: Seconds) -> Cut:

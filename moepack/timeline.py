@@ -5,9 +5,9 @@ what is missing crosses the link, one transfer at a time, through *frames* that 
 until it has been computed:
 
 - what was asked for ahead goes while the layer before computes, once all that this one demands has
-  a frame; when the routing is known, a transfer in flight finishes, a queued one that turned out
-  wrong is dropped, and a queued one that was right is asked for like everything else that is
-  missing;
+  a frame; when the routing is known, a transfer in flight finishes if it was right, and is broken
+  off behind the piece under way if it was wrong; a queued one that turned out wrong is dropped, and
+  a queued one that was right is asked for like everything else that is missing;
 - what is demanded goes before anything that is asked for ahead of the next layer, and in ascending
   order of experts, but for the rest of an expert that is coming: that goes first;
 - the next layer's experts are guessed, and the shared expert is computed, before the routed ones;
@@ -134,6 +134,8 @@ class Work(NamedTuple):
         Which of these brings a segment; the number of columns where none does.
     wasted_s : [lanes] or float
         What a transfer that nobody needed costs the compute.
+    piece_s : [lanes, ahead] or float
+        Seconds of the link for a piece, behind which a transfer that nobody needs is broken off.
     """
 
     before_s: Seconds | float
@@ -144,6 +146,7 @@ class Work(NamedTuple):
     ahead_s: Seconds
     ahead_of: Columns
     wasted_s: Seconds | float = 0.0
+    piece_s: Seconds | float = _NEVER
 
 
 class Outcome(NamedTuple):
@@ -161,6 +164,8 @@ class Outcome(NamedTuple):
         It was fetched ahead, needed or not.
     wait_s : [lanes]
         The compute waited for the link.
+    saved_s : [lanes]
+        Seconds that the link did not need, as what it carried for nobody was broken off.
     """
 
     clock: Clock
@@ -168,6 +173,7 @@ class Outcome(NamedTuple):
     demanded: Flags
     begun: Flags
     wait_s: Seconds
+    saved_s: Seconds
 
 
 def advance(
@@ -195,7 +201,7 @@ def advance(
     """
     routed_s = clock.now_s + work.before_s
     begun, ends_s = _fetched_ahead(clock, work.ahead_s, routed_s, segments_per_expert)
-    link_s = np.maximum(clock.link_s, np.where(begun, ends_s, -_NEVER).max(axis=1, initial=-_NEVER))
+    link_s, saved_s = clock.link_s, np.zeros(len(begun))
     if instead is not None:
         work = _replaced(work, instead, begun, segments_per_expert)
     lacking = work.fetch_s > 0.0
@@ -208,6 +214,9 @@ def advance(
         brought_s = np.take_along_axis(comes_s, work.ahead_of, axis=1)
         coming = lacking & (brought_s < _NEVER)
         np.copyto(arrives_s, brought_s, where=coming)
+        over_s = _over(work, begun, ends_s, coming, routed_s)
+        link_s = np.maximum(link_s, np.where(begun, over_s, -_NEVER).max(axis=1))
+        saved_s = (ends_s - over_s).sum(axis=1)
         ready = ~lacking | (coming & (brought_s <= routed_s[:, None]))
         begin_s = begin_s + work.wasted_s * (begun.sum(axis=1) - coming.sum(axis=1))
         rest = lacking & ~coming & _of_expert(coming, segments_per_expert)
@@ -230,7 +239,8 @@ def advance(
         done_s, link_s, frees_s = _in_frames(lane, as_ready, frames, segments_per_expert, slots)
         frees_s = np.maximum(frees_s, asked_s[:, None])
     wait_s = done_s - begin_s - work.compute_s.sum(axis=1)
-    return Outcome(Clock(done_s, link_s, frees_s), ready, lacking & ~coming, begun, wait_s)
+    ends = Clock(done_s, link_s, frees_s)
+    return Outcome(ends, ready, lacking & ~coming, begun, wait_s, saved_s)
 
 
 def brought(begun: Flags, ahead_of: Columns) -> Flags:
@@ -270,6 +280,16 @@ def _fetched_ahead(
     late_s = np.maximum(np.maximum.accumulate(late_s, axis=1), clock.link_s[:, None])
     ends_s = late_s + total_s
     return (ends_s - ahead_s < routed_s[:, None]) & asked, ends_s
+
+
+def _over(work: Work, begun: Flags, ends_s: Seconds, coming: Flags, routed_s: Seconds) -> Seconds:
+    """When the link is done with what was begun ahead, [lanes, ahead]: what is wrong breaks off."""
+    wrong = np.concatenate([begun, np.zeros((len(begun), 1), dtype=np.bool_)], axis=1)
+    np.put_along_axis(wrong, np.where(coming, work.ahead_of, begun.shape[1]), False, axis=1)
+    begins_s = ends_s - work.ahead_s
+    pieces = np.ceil((routed_s[:, None] - begins_s) / work.piece_s)
+    broken_s = np.minimum(ends_s, begins_s + pieces * work.piece_s)
+    return np.where(wrong[:, :-1], broken_s, ends_s)
 
 
 def _of_expert(flags: Flags, segments_per_expert: int) -> Flags:

@@ -52,7 +52,7 @@ class _Computed(NamedTuple):
 class _Fetched(NamedTuple):
     segment: SegmentId
     purpose: Purpose
-    stored_bytes: int
+    crossed_bytes: int
 
 
 class ChromeTrace(Timeline):
@@ -86,7 +86,7 @@ class ChromeTrace(Timeline):
     @override
     def fetched(self, ticket: Ticket, purpose: Purpose) -> None:
         if self._has_room():
-            kind = _Fetched(ticket.segment, purpose, ticket.stored_bytes)
+            kind = _Fetched(ticket.segment, purpose, ticket.crossed_bytes)
             self._fetched.add(kind, ticket.begin_s, ticket.end_s)
 
     @override
@@ -238,7 +238,7 @@ def _head(kind: _Computed | SegmentId | _Fetched) -> dict[str, object]:
         "name": f"{word} {_name(kind.segment)}",
         "cat": "link",
         "cname": colour,
-        "args": {"bytes": kind.stored_bytes, "purpose": kind.purpose},
+        "args": {"bytes": kind.crossed_bytes, "purpose": kind.purpose},
     }
 
 
@@ -268,9 +268,9 @@ def _passes(events: _Events[_Computed | SegmentId], zero_ns: int) -> Iterator[st
 
 def _bytes_in_flight(events: _Events[_Fetched], zero_ns: int) -> Iterator[str]:
     """A counter: what the link carries at any time."""
-    stored_bytes = np.array([kind.stored_bytes for kind in events.kinds], np.int64)[events.kind]
+    crossed_bytes = np.array([kind.crossed_bytes for kind in events.kinds], np.int64)[events.kind]
     times_ns = np.concatenate((events.begin_ns, events.end_ns))
-    changes = np.concatenate((stored_bytes, -stored_bytes))
+    changes = np.concatenate((crossed_bytes, -crossed_bytes))
     order = np.lexsort((changes, times_ns))  # what ends makes room for what begins
     for time_ns, carried in zip(
         times_ns[order].tolist(), changes[order].cumsum().tolist(), strict=True

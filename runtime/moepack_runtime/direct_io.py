@@ -12,6 +12,7 @@ import errno
 import logging
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from moepack.errors import OutOfMemoryError, TransferError
-from moepack.segments import ALIGNMENT_BYTES, align_up
+from moepack.segments import ALIGNMENT_BYTES, PIECE_BYTES, align_up
 from moepack.units import MIB, format_size
 
 Buffer = npt.NDArray[np.uint8]
@@ -184,6 +185,21 @@ class DirectFile:
             )
         if not self.direct:
             os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
+
+    def read_while(self, wanted: Callable[[], bool], destination: Buffer, offset_bytes: int) -> int:
+        """The same in pieces, as long as it is wanted.
+
+        Returns
+        -------
+        int
+            Bytes read: all that the destination takes, or fewer where it was no longer wanted.
+        """
+        for done_bytes in range(0, destination.nbytes, PIECE_BYTES):
+            if not wanted():
+                return done_bytes
+            piece = destination[done_bytes : done_bytes + PIECE_BYTES]
+            self.read_into(piece, offset_bytes + done_bytes)
+        return destination.nbytes
 
     def _read_on(self, view: memoryview, offset_bytes: int, done: int, needed_bytes: int) -> int:
         """Go on after a short read of ``done`` bytes; fewer than needed at the end of the file."""

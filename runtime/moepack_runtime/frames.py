@@ -62,9 +62,11 @@ class Frames:
         Returns
         -------
         list of Ticket
-            What crosses the link all the same: it was under way.
+            What crosses the link all the same, or a part of it: it was under way.
         """
         under_way = [t for t in fetch.tickets.values() if not self._transfer.cancel(t)]
+        for ticket in under_way:
+            self._transfer.break_off(ticket)
         if under_way:
             self._unwanted.append((fetch.frame, under_way))
             self._collect()

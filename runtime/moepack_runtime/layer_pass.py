@@ -64,7 +64,7 @@ class LayerPass:
         brought = [fetch.tickets.values() for fetch in claim.fetches.values()]
         self._begun = [ticket.segment for tickets in (*brought, claim.wasted) for ticket in tickets]
         self._demanded: list[SegmentId] = []
-        self._wasted_bytes = sum(ticket.stored_bytes for ticket in claim.wasted)
+        self._wasted = claim.wasted
         self._used_bytes = self._demand_bytes = 0
         self._wait_s = 0.0
         self._tokens = tokens
@@ -155,7 +155,8 @@ class LayerPass:
             recalled=0 if named is None else sum(e in named for e in self._needed),
             demand_bytes=self._demand_bytes,
             ahead_used_bytes=self._used_bytes,
-            ahead_wasted_bytes=self._wasted_bytes,
+            # What is still under way counts whole.
+            ahead_wasted_bytes=sum(ticket.crossed_bytes for ticket in self._wasted),
             wait_s=self._wait_s,
             substituted=sum(fate == LOWERED for fate in self._fates.values()),
             skipped=sum(fate == LEFT_OUT for fate in self._fates.values()),
@@ -244,7 +245,7 @@ class LayerPass:
                 last = max(self._fetches)
                 fetch = self._fetches.pop(last)
                 lost = self._frames.abandon(fetch)
-                self._wasted_bytes += sum(ticket.stored_bytes for ticket in lost)
+                self._wasted += lost
                 self._missing = deque(sorted((*self._missing, last)))
             self._fetch_on()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,18 @@ class ScratchStore(ExpertsAlone):
         place = self._first[segment.layer] + segment.expert % self._count
         block = np.asarray(destination)[: self._shape.stored_bytes]
         self._file.read_into(block, place * self._shape.stored_bytes)
+
+    @override
+    def read_while(
+        self,
+        wanted: Callable[[], bool],
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+    ) -> int:
+        place = self._first[segment.layer] + segment.expert % self._count
+        block = np.asarray(destination)[: self._shape.stored_bytes]
+        return self._file.read_while(wanted, block, place * self._shape.stored_bytes)
 
     @override
     def close(self) -> None:

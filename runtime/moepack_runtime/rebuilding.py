@@ -56,6 +56,22 @@ class RebuildingStore(SegmentStore):
     @override
     def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
         self._inner.read_into(segment, destination, check)
+        self._rearrange(segment, destination)
+
+    @override
+    def read_while(
+        self,
+        wanted: Callable[[], bool],
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+    ) -> int:
+        read_bytes = self._inner.read_while(wanted, segment, destination, check)
+        if read_bytes == self.shape(segment).stored_bytes:
+            self._rearrange(segment, destination)
+        return read_bytes
+
+    def _rearrange(self, segment: SegmentId, destination: Buffer) -> None:
         for tensor in self._wanted(self.shape(segment)):
             end_bytes = tensor.offset_bytes + tensor.size_bytes
             self._rebuild(destination[tensor.offset_bytes : end_bytes], tensor.shape[0])

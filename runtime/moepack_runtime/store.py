@@ -6,7 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +23,7 @@ from moepack.encodings import EncodedTensor, encoding
 from moepack.errors import DamagedSegmentError, PlanMismatchError, TransferError
 from moepack.formats import PackedModel, TrunkTensor
 from moepack.layout import Layout
-from moepack.manifest import TRUNK_FILE
+from moepack.manifest import TRUNK_FILE, SegmentEntry
 from moepack.model_spec import ModelSpec
 from moepack.quantise import quantise_expert, stored_tensors
 from moepack.segments import (
@@ -89,6 +89,23 @@ class SegmentStore(ABC):
         DamagedSegmentError
             When it is not what was packed.
         """
+
+    def read_while(
+        self,
+        wanted: Callable[[], bool],  # noqa: ARG002 what cannot break off does not ask
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+    ) -> int:
+        """Read a segment as long as it is wanted, where a store can break off.
+
+        Returns
+        -------
+        int
+            Bytes read: as many as it stores, or fewer; then the destination holds anything.
+        """
+        self.read_into(segment, destination, check)
+        return self.shape(segment).stored_bytes
 
     @abstractmethod
     def load_trunk(
@@ -203,6 +220,30 @@ class PackStore(SegmentStore):
             file.read_into(destination[: entry.stored_bytes], entry.offset_bytes)
         except TransferError as failure:
             raise TransferError(f"{segment}: {failure}") from None
+        self._compare(segment, entry, destination, check)
+
+    @override
+    def read_while(
+        self,
+        wanted: Callable[[], bool],
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+    ) -> int:
+        entry = self._packed.entry(segment)
+        room = destination[: entry.stored_bytes]
+        try:
+            read_bytes = self._files[entry.path].read_while(wanted, room, entry.offset_bytes)
+        except TransferError as failure:
+            raise TransferError(f"{segment}: {failure}") from None
+        if read_bytes == entry.stored_bytes:
+            self._compare(segment, entry, destination, check)
+        return read_bytes
+
+    def _compare(
+        self, segment: SegmentId, entry: SegmentEntry, destination: Buffer, check: CheckMode
+    ) -> None:
+        """Compare what was read with its digest."""
         if check is CheckMode.NEVER or (check is CheckMode.FIRST and segment in self._checked):
             return
         # In a tenth of zlib's time, which is two thirds of the read's, and without the

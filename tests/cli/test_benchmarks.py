@@ -70,6 +70,8 @@ def test_the_link_is_compared_with_its_rate(
     for line in (smaller, larger):
         assert 0 < line["efficiency"] <= 1.05, "a throttled link gives no more than its rate"
         assert line["used_of_link"] <= line["efficiency"] * 1.05
+        assert line["over_replay"] > 0
+        assert line["over_replay_now"] > 0
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from time import sleep
 
+import numpy as np
 import pytest
 import torch
+from moepack_runtime.direct_io import Buffer
 from moepack_runtime.engine import Engine
 from moepack_runtime.predict import Predictor
 from moepack_runtime.sampling import Sampler
+from moepack_runtime.store import CheckMode, CheckpointStore
 from moepack_runtime.transfer import (
     HostileTransfer,
     Priority,
@@ -24,7 +28,7 @@ from typing_extensions import override
 from moepack.checkpoint import Checkpoint
 from moepack.layout import Layout
 from moepack.plan import Placement, PrefetchMode, SharedPool
-from moepack.segments import SegmentId
+from moepack.segments import ALIGNMENT_BYTES, SegmentId
 from tests.conftest import TinyFolder
 from tests.support.engines import Twin, all_logits, open_engine
 from tests.support.plans import mixed_layout, placement
@@ -80,6 +84,10 @@ class Recorder(Transfer):
             self.cancelled.append(ticket.segment)
         return cancelled
 
+    @override
+    def break_off(self, ticket: Ticket) -> None:
+        self.inner.break_off(ticket)
+
     @property
     @override
     def statistics(self):  # type: ignore[no-untyped-def]
@@ -129,6 +137,47 @@ def test_the_bits_do_not_depend_on_what_is_fetched_ahead(
                     found = all_logits(engine, PROMPT, FOLLOWING)
                     assert torch.equal(found, expected), (name, place.layers[0])
                     engine.reset()
+
+
+@pytest.mark.parametrize("name", ["host", "hostile"])
+def test_the_bits_do_not_depend_on_what_is_broken_off(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Segments come a page at a time, slowly; what is not wanted ends there, and leaves NaN."""
+    broken: list[SegmentId] = []
+
+    def read_while(
+        store: CheckpointStore,
+        wanted: Callable[[], bool],
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+    ) -> int:
+        whole = np.empty_like(destination)
+        store.read_into(segment, whole, check)
+        destination[:] = 0xFF
+        for begin in range(0, len(whole), ALIGNMENT_BYTES):
+            if not wanted():
+                broken.append(segment)
+                return begin
+            sleep(1e-3)
+            destination[begin : begin + ALIGNMENT_BYTES] = whole[begin : begin + ALIGNMENT_BYTES]
+        return len(whole)
+
+    monkeypatch.setattr(CheckpointStore, "read_while", read_while)
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,))
+    experts = spec.moe(spec.moe_layers[0]).num_experts
+    expected = resident(checkpoint, layout)
+    place = placement(
+        spec, layout, tops=2, bottoms=0, staging=6, context=CONTEXT, prefetch="all", depth=4
+    )
+    guesses = Guesses(experts, seed=1)
+    with open_engine(checkpoint, layout, place, twin=TWINS[name](1), predictor=guesses) as engine:
+        for _ in range(2):
+            assert torch.equal(all_logits(engine, PROMPT, FOLLOWING), expected)
+            engine.reset()
+    assert broken
 
 
 @pytest.mark.parametrize("seed", range(3))

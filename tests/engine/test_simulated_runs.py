@@ -17,8 +17,9 @@ from moepack_runtime.observers import PassFound
 from moepack_runtime.router import Routing
 from moepack_runtime.stats import RunStats
 from moepack_runtime.store import CheckpointStore, ExpertSource
-from moepack_runtime.transfer import ThrottledTransfer
+from moepack_runtime.transfer import ThrottledTransfer, throttled
 
+from moepack import segment_times
 from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.compute import QuantisedExpert
@@ -189,6 +190,13 @@ class Slow:
         sizes = [stored_bytes(spec, cut, part) for part in PARTS]
         return sizes if parts > 1 else [sum(sizes)]
 
+    def broken_bytes(self, seen: Seen, token: int, layer: int) -> float:
+        """What was not carried of what a pass found on its way for nobody."""
+        parts = seen.ready.shape[2] // self.routed.trace.ids.shape[2]
+        size = sum(self.stored_bytes(layer, parts))
+        seconds = parts * LATENCY_S + size / self.bytes_per_s
+        return float(seen.saved_s[token, layer] * size / seconds)
+
     def replay(self) -> AnyDecoding[Clock] | TierDecoding:
         """The replay of all tokens."""
         spec = self.routed.checkpoint.spec
@@ -283,15 +291,17 @@ def check(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     assert took_s == pytest.approx(seconds)
     assert stats.wait_s == pytest.approx(seen.wait_s[1:].sum(), abs=1e-9)
     # The first token was the prompt: statistics begin behind it.
-    ready = demand_bytes = ahead_bytes = 0
+    ready = demand_bytes = 0
+    ahead_bytes = 0.0
     for number, each in list(enumerate(told))[trace.ids.shape[1] :]:
         sizes = slow.stored_bytes(number % trace.ids.shape[1], parts)
         ready += len(each.ready)
         demand_bytes += sum(sizes[part] for _, part in each.demanded)
         ahead_bytes += sum(sizes[part] for _, part in each.ahead)
+        ahead_bytes -= slow.broken_bytes(seen, *divmod(number, trace.ids.shape[1]))
     assert stats.ready_rate == pytest.approx(ready / trace.ids[1:].size)
     assert stats.demand_bytes_per_token == demand_bytes / (TOKENS - 1)
-    assert stats.link_bytes_per_token == (demand_bytes + ahead_bytes) / (TOKENS - 1)
+    assert stats.link_bytes_per_token == pytest.approx((demand_bytes + ahead_bytes) / (TOKENS - 1))
 
 
 def placed(
@@ -339,6 +349,21 @@ def test_the_replay_knows_of_every_pass_what_was_ready(
         depth=depth,
     )
     check(Slow(routed, layout, place, load), monkeypatch)
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("pieces", [1.7, 3.3])
+def test_nor_does_breaking_off_what_is_wrong(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch, load: float, pieces: float
+) -> None:
+    size = routed.checkpoint.spec.expert_bytes(routed.checkpoint.spec.moe_layers[0])
+    for module in (throttled, segment_times):
+        monkeypatch.setattr(module, "PIECE_BYTES", round(size / pieces))
+    options: dict[str, Any] = {"tops": 5, "bottoms": 0, "staging": 7, "prefetch": "all", "depth": 3}
+    slow = Slow(routed, *placed(routed, (1.0,), POLICIES, **options), load)
+    seen, _ = slow.replay().run()
+    assert seen.saved_s.any()
+    check(slow, monkeypatch)
 
 
 @pytest.mark.parametrize("policy", POOL_POLICIES)

@@ -140,7 +140,7 @@ def test_with_everything_in_ram_it_is_the_timeline_of_two_tiers(
         three = advance_tiers(
             tiers, work, as_ready=as_ready, frames=frames, segments_per_expert=parts
         )
-        same = Work(*(getattr(work, name) for name in Work._fields))
+        same = Work(*(getattr(work, name) for name in Work._fields[:-1]))
         two = advance(clock, same, as_ready=as_ready, frames=frames, segments_per_expert=parts)
         tiers, clock = three.clock, two.clock
         assert tiers.now_s == clock.now_s

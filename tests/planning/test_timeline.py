@@ -22,6 +22,7 @@ def work_of(
     experts: list[list[Segment]],
     ahead: list[float],
     wasted: float = 0.0,
+    piece: float | None = None,
 ) -> Work:
     """One lane."""
     parts = [part for expert in experts for part in expert]
@@ -34,6 +35,7 @@ def work_of(
         ahead_s=np.array([ahead]).reshape(1, -1),
         ahead_of=np.array([[len(ahead) if p.ahead is None else p.ahead for p in parts]]),
         wasted_s=wasted,
+        piece_s=1e30 if piece is None else piece,
     )
 
 
@@ -73,13 +75,15 @@ def test_passes_end_when_a_plain_simulation_says(
     most = frames if as_ready else frames - 1
     count = data.draw(st.integers(1, 3))
     passes = data.draw(st.lists(layers(parts, most, count), min_size=1, max_size=4))
-    plain = Simulation(as_ready=as_ready, frames=frames, wasted=WASTED)
+    piece = data.draw(st.sampled_from([None, 0.25, 0.5, 1.0, 1.25, 4.0]))
+    plain = Simulation(as_ready=as_ready, frames=frames, wasted=WASTED, piece=piece)
     clock = Clock.start(1, ahead_slots(frames, count, 4))
     for one in passes:
         groups = [one[4][place : place + parts] for place in range(0, len(one[4]), parts)]
         seen = plain.run(*one[:4], groups)
-        work = work_of(*one, WASTED)
+        work = work_of(*one, WASTED, piece)
         done = advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
+        assert done.saved_s[0] == seen.saved
         clock = done.clock
         assert clock.now_s[0] == seen.end
         assert clock.link_s[0] == plain.link
@@ -119,6 +123,20 @@ def test_two_misses_with_one_frame_by_hand(as_ready: bool, end: float) -> None:
         frames=1,
         segments_per_expert=1,
     )
+    assert done.clock.now_s[0] == end
+
+
+@pytest.mark.parametrize(
+    ("piece", "link", "end"), [(0.5, 7.5, 8.5), (2.5, 8.0, 9.0), (4.0, 9.0, 10.0)]
+)
+def test_what_turns_out_wrong_is_broken_off_by_hand(piece: float, link: float, end: float) -> None:
+    """Asked for at 0, it would end at 6; routed at 4.25 nobody needs it: the piece ends it.
+
+    Then 3 of the link for what is missing, and 1 of compute.
+    """
+    work = work_of(4.25, 0.0, 0.0, [[Segment(1.0, 3.0)]], [6.0], piece=piece)
+    done = advance(Clock.start(1), work, as_ready=True, frames=3, segments_per_expert=1)
+    assert done.clock.link_s[0] == link
     assert done.clock.now_s[0] == end
 
 
@@ -202,7 +220,7 @@ def test_lanes_do_not_touch_each_other() -> None:
         for lane in range(lanes):
             alone = advance(
                 Clock(*(values[lane : lane + 1] for values in clock)),
-                Work(*(np.asarray(values)[lane : lane + 1] for values in work[:-1])),
+                Work(*(np.asarray(values)[lane : lane + 1] for values in work[:-2])),
                 as_ready=as_ready,
                 frames=frames,
                 segments_per_expert=2,

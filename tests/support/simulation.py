@@ -31,16 +31,24 @@ class Seen:
     ready: set[int] = field(default_factory=set)
     demanded: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
+    saved: float = 0.0
 
 
 class Simulation:
-    """One serial link, one compute queue, and frames that each hold one expert in flight."""
+    """One serial link, one compute queue, and frames that each hold one expert in flight.
 
-    def __init__(self, *, as_ready: bool, frames: int, wasted: float = 0.0) -> None:
+    Where transfers go in pieces of ``piece`` seconds, one that turns out wrong ends with the piece
+    that is under way.
+    """
+
+    def __init__(
+        self, *, as_ready: bool, frames: int, wasted: float = 0.0, piece: float | None = None
+    ) -> None:
         self.now = self.link = 0.0
         self._as_ready = as_ready
         self._frames = frames
         self.wasted = wasted
+        self._piece = piece
         # When each frame may be filled ahead of the next routing, in the order of being taken.
         self._frees = [0.0] * frames
 
@@ -77,6 +85,7 @@ class Simulation:
                     seen.ready.add(place)
                 place += 1
         used = {part.ahead for expert in experts for part in expert if part.fetch}
+        seen.saved = self._break_off(routed, ahead, came, used)
         seen.begin = routed + guess + after + self.wasted * len(set(came) - used)
         seen.end = self.now = self._consume(experts, arrives, routed, seen.begin)
         self._frees = [max(free, routed + guess) for free in self._frees]
@@ -97,6 +106,24 @@ class Simulation:
                 if seconds:
                     came[place] = self.link = start + seconds
         return came
+
+    def _break_off(
+        self,
+        routed: float,
+        ahead: Sequence[Sequence[float]],
+        came: dict[int, float],
+        used: set[int | None],
+    ) -> float:
+        """End what is under way for nobody; the seconds of the link that this saves."""
+        last = max(came, default=None)
+        if self._piece is None or last is None or last in used or came[last] <= routed:
+            return 0.0
+        now = came[last] - [seconds for expert in ahead for seconds in expert][last]
+        while now < routed:
+            now += self._piece
+        saved = max(0.0, came[last] - now)
+        self.link -= saved
+        return saved
 
     def _consume(
         self, experts: Experts, arrives: list[list[float | None]], routed: float, begin: float

@@ -25,7 +25,7 @@ class LinkStatistics(NamedTuple):
     Attributes
     ----------
     bytes : int
-        Of the segments that arrived, padding included.
+        Of the segments that arrived, padding included, and of what was broken off.
     reads : int
         How many arrived.
     busy_s : float
@@ -44,17 +44,20 @@ class Ticket:
     ----------
     segment : SegmentId
     stored_bytes : int
-        What crosses the link for it.
+        What it takes on the link.
+    crossed_bytes : int
+        The same, or less where it was broken off: known once it has been waited for.
     begin_s, end_s : float
         When the link began and ended with it, on the clock of ``time.perf_counter``. Set once it
         has been waited for.
     """
 
-    __slots__ = ("begin_s", "end_s", "segment", "stored_bytes")
+    __slots__ = ("begin_s", "crossed_bytes", "end_s", "segment", "stored_bytes")
 
     def __init__(self, segment: SegmentId, stored_bytes: int) -> None:
         self.segment = segment
         self.stored_bytes = stored_bytes
+        self.crossed_bytes = stored_bytes
         self.begin_s = 0.0
         self.end_s = 0.0
 
@@ -155,6 +158,13 @@ class Transfer(ABC):
         bool
             True: it will not come, and the destination is the caller's again. False: it is on its
             way (or there), and has to be waited for before the destination is used again.
+        """
+
+    def break_off(self, ticket: Ticket) -> None:  # noqa: B027 not every link can
+        """Say that nobody needs a segment that could not be cancelled.
+
+        What of it has not crossed the link may stay behind. It is waited for all the same before
+        the destination is used again, and then contains anything.
         """
 
     @property

@@ -91,7 +91,12 @@ class HostTransfer(QueuedTransfer):
             view = ticket.destination.numpy()
             if view.nbytes > ticket.stored_bytes:
                 view = view[: ticket.stored_bytes]
-            store.read_into(ticket.segment, view, check)
+            if ticket.priority is Priority.PREFETCH:
+                ticket.crossed_bytes = store.read_while(
+                    lambda: not ticket.unwanted, ticket.segment, view, check
+                )
+            else:
+                store.read_into(ticket.segment, view, check)
 
         return read
 

@@ -105,6 +105,7 @@ class HostileTransfer(Transfer):
         ticket.destination.copy_(ticket.scratch)
         ticket.arrived = True
         ticket.begin_s, ticket.end_s = ticket.inner.begin_s, ticket.inner.end_s
+        ticket.crossed_bytes = ticket.inner.crossed_bytes
         ticket.scratch = ticket.destination  # frees the memory apart
 
     @override
@@ -121,6 +122,11 @@ class HostileTransfer(Transfer):
         if not ticket.cancelled and self._random.random() >= _STUBBORN:
             ticket.cancelled = self._inner.cancel(ticket.inner)
         return ticket.cancelled
+
+    @override
+    def break_off(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, _HostileTicket)
+        self._inner.break_off(ticket.inner)
 
     @property
     @override

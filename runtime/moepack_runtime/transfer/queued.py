@@ -57,9 +57,20 @@ class QueuedTicket(Ticket):
     destination : torch.Tensor or None
         Held until the segment has been carried: memory that may still be written into is never
         freed.
+    unwanted : bool
+        A carrier that can break off does.
     """
 
-    __slots__ = ("arrived", "cancelled", "destination", "done", "error", "lane", "priority")
+    __slots__ = (
+        "arrived",
+        "cancelled",
+        "destination",
+        "done",
+        "error",
+        "lane",
+        "priority",
+        "unwanted",
+    )
 
     def __init__(
         self,
@@ -75,6 +86,7 @@ class QueuedTicket(Ticket):
         self.priority = priority
         self.cancelled = False
         self.done = False
+        self.unwanted = False
         self.error: BaseException | None = None
         self.arrived = threading.Lock()  # held until it is done
         self.arrived.acquire()
@@ -217,13 +229,18 @@ class QueuedTransfer(Transfer):
         self._leave(perf_counter())
         return True
 
+    @override
+    def break_off(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, QueuedTicket)
+        ticket.unwanted = True
+
     def _settle(self) -> None:
         """Add up what has finished."""
         finished = self._finished
         while finished:
             ticket = finished.popleft()
             if ticket.error is None:
-                self._bytes += ticket.stored_bytes
+                self._bytes += ticket.crossed_bytes
                 self._count += 1
             self._leave(ticket.end_s)
 

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from moepack.errors import MoepackError
-from moepack.segments import SegmentId
+from moepack.segments import PIECE_BYTES, SegmentId
 from moepack_runtime.transfer.base import LinkStatistics, Priority, Ticket, Transfer
 
 # Timers fire late by about this much; the rest of a sleep is spent looking at the clock.
@@ -92,7 +92,7 @@ class ThrottledTransfer(Transfer):
         while self._carrying and self._carrying[0].end_s <= now_s:
             ticket = self._carrying.popleft()
             self._carried = LinkStatistics(
-                self._carried.bytes + ticket.stored_bytes,
+                self._carried.bytes + ticket.crossed_bytes,
                 self._carried.reads + 1,
                 self._carried.busy_s + ticket.end_s - ticket.begin_s,
             )
@@ -140,6 +140,21 @@ class ThrottledTransfer(Transfer):
                 self._inner.wait(ticket.inner)
         ticket.cancelled = True
         return True
+
+    @override
+    def break_off(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, _ThrottledTicket)
+        self._inner.break_off(ticket.inner)
+        now_s = perf_counter()
+        self._advance(now_s)
+        # What has had its turn and is not the last has ended.
+        if not self._carrying or ticket is not self._carrying[-1] or ticket.end_s <= now_s:
+            return
+        share = (now_s - ticket.begin_s) / (ticket.end_s - ticket.begin_s)
+        pieces = math.ceil(share * ticket.stored_bytes / PIECE_BYTES)
+        ticket.crossed_bytes = min(pieces * PIECE_BYTES, ticket.stored_bytes)
+        share = ticket.crossed_bytes / ticket.stored_bytes
+        ticket.end_s = self._free_s = ticket.begin_s + share * (ticket.end_s - ticket.begin_s)
 
     @property
     @override
