@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepack import records
+from moepack.atomic import require_writable
 from moepack.cli.models import Source
 from moepack.cli.options import JsonOption, LinkOption, ModelArgument, SizeRange, size, size_range
 from moepack.cli.output import emit, note
@@ -151,6 +152,9 @@ def plan(
     )
     request = with_asked_calibration(case, request, ignored=no_calibration)
     require_bounded(case, quality, request)
+    for path in (out, html):
+        if path is not None:
+            require_writable(path)  # planning a large model takes minutes
     _note_source(case.source)
     answer = find_answer(Planner(request), asked, measured_damage(case))
     document = answer_document(answer)

@@ -133,6 +133,20 @@ def test_a_budget_that_is_too_small(measured: Path, model: Path, moepack: Moepac
     assert_named(outcome, "BudgetTooSmallError", "bytes) are missing", "--vram")
 
 
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_a_plan_that_cannot_be_written_is_not_made(
+    measured: Path,
+    model: Path,
+    moepack: Moepack,
+    tmp_path: Path,
+    option: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moepack.cli.plan.find_answer", None)
+    for place in (tmp_path, ""):
+        assert_named(moepack("plan", model, *PLAN, option, place), "OutputError", "Is a directory")
+
+
 def test_a_model_without_a_plan(measured: Path, model: Path, moepack: Moepack) -> None:
     assert_named(moepack("pack", model), "WorkspaceError", "moepack plan")
 
