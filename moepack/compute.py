@@ -122,6 +122,10 @@ class LayerCompute:
         The expert in every quantised encoding that fits it.
     rounded : RoundedLayer or None
         The pieces that have matrices of the trunk, where those are INT8; None: not known.
+    ahead_transfer_s, ahead_burst_s : float or None
+        What one transfer that was asked for ahead costs it, needed or not, and having any of them
+        in a pass that demands nothing: they come while it computes. None where they were not
+        measured apart.
     prompt_transfer_s, prompt_burst_s : float or None
         ``transfer_s`` and ``burst_s`` in a pass over a prompt, which computes meanwhile instead of
         waiting; None where they were not measured apart.
@@ -140,6 +144,17 @@ class LayerCompute:
     rounded: RoundedLayer | None = added(default=None)
     prompt_transfer_s: float | None = added(default=None)
     prompt_burst_s: float | None = added(default=None)
+    ahead_transfer_s: float | None = added(default=None)
+    ahead_burst_s: float | None = added(default=None)
+
+    @property
+    def of_ahead(self) -> tuple[float, float]:
+        """What one transfer that was asked for ahead costs, and having any of those."""
+        transfer_s, burst_s = self.ahead_transfer_s, self.ahead_burst_s
+        return (
+            self.transfer_s if transfer_s is None else transfer_s,
+            self.burst_s if burst_s is None else burst_s,
+        )
 
     @property
     def of_prompt(self) -> tuple[float, float]:

@@ -5,7 +5,7 @@ weights where a run finds them: not in a processor's cache. The ways of having e
 within one walk after the other, so that a machine that slows down slows all of them; and beside
 each walk a yardstick is read, by which all times are told for one speed of the processor
 (:mod:`moepack.yardstick`). Peak memory beyond the engine's: 128 MiB of experts, or the experts of
-one token twice; and what :mod:`moepack.trunk_probe` says.
+one token six times; and what :mod:`moepack.trunk_probe` says.
 """
 
 from __future__ import annotations
@@ -30,19 +30,13 @@ from moepack.compute import (
 )
 from moepack.compute_rounds import at_pace, median_profile, worthwhile_threads
 from moepack.encodings import QUANTISED, fitting
-from moepack.expert_probe import (
-    Probe,
-    missing_experts,
-    priced_in_order_s,
-    priced_missing_s,
-    resident_experts,
-    walked,
-)
+from moepack.expert_probe import LEAD_IN, Probe, missing_experts, resident_experts, walked
 from moepack.hardware import HardwareProfile
 from moepack.layer_walk import Experts, Laps, LayerWalk, median_laps
 from moepack.layouts import layer_layout
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.timing import Stopwatch
+from moepack.transfer_prices import Around, priced_ahead_s, priced_in_order_s, priced_missing_s
 from moepack.trunk_probe import renumbered, rounded_walk
 from moepack.yardstick import MixedYardstick, SteadyPace
 
@@ -73,6 +67,7 @@ _PROMPT_TOKENS = 64
 _MANY, _SPLIT, _ONE, _DENSE = "many", "split", "one", "dense"
 _TRUNK = "trunk"
 _ALL_MISSING, _ONE_MISSING = "all missing", "one missing"
+_ALL_AHEAD, _ONE_AHEAD = "all ahead", "one ahead"
 
 # How much of an expert its first segment is, in the two ways of cutting it.
 _RATIOS = {_MANY: 1.0, _SPLIT: 0.5}
@@ -179,7 +174,7 @@ def probe_context_tokens(spec: ModelSpec) -> int:
 
 def _singles() -> int:
     """Walks with one token behind one context: each lengthens it by one."""
-    ways = max(6, len(_RATIOS) * len(QUANTISED))
+    ways = max(6 + 2 * (1 + LEAD_IN), len(_RATIOS) * len(QUANTISED))
     return ways * (_WALKS + 1)
 
 
@@ -224,14 +219,12 @@ def _measure_kind(probe: Probe, numbers: tuple[int, ...], pace: SteadyPace) -> _
                     ways[_ONE] = Experts(run, 1)
         missing = stack.enter_context(missing_experts(probe, those))
         laps = {count: _take_turns(walk, count, ways, pace).laps for count in tokens if count > 1}
-        fetched = {
-            _ALL_MISSING: Experts(missing.every, moe.top_k),
-            _ONE_MISSING: Experts(missing.one, moe.top_k),
-        }
+        fetched = {_ALL_MISSING: missing.every, _ONE_MISSING: missing.one}
+        ahead = {_ALL_AHEAD: missing.every_ahead, _ONE_AHEAD: missing.one_ahead}
         reads_s: list[float] = []
         beside = None if missing.read_s is None else _keeping(missing.read_s, reads_s)
         # One token is what most of a generation is made of.
-        alone = _take_turns(walk, 1, {**ways, **fetched}, pace, 5 * _LIMIT_S, beside)
+        alone = _take_turns(walk, 1, {**ways, **fetched, **ahead}, pace, 6 * _LIMIT_S, beside)
         laps = {1: alone.laps, **laps}
         of_prompt = max(count for count in tokens if count <= _PROMPT_TOKENS)
         prompt = _take_turns(walk, of_prompt, {_MANY: ways[_MANY], **fetched}, pace, 2 * _LIMIT_S)
@@ -399,16 +392,19 @@ def _moe_compute(
         for name in fitting(spec.hidden_size, moe.intermediate_size)
     )
 
-    def beyond_s(way: str, missing: int) -> float:
-        """What a layer takes longer than the cost model says when it has to fetch experts.
+    def beyond_s(way: str, priced_s: float) -> float:
+        """What a layer takes longer than it is priced when it has to fetch experts.
 
         The whole walk is compared: readers that wake, and what they drive out of the caches, slow
         down what follows as well. A link does not slow down with the processor, so all is compared
         as it was, and only what is left is the processor's.
         """
         found = laps[1][way]
-        longer_s = found.around_s + found.experts_s - alone.around_s
-        longer_s += (found.head_s - alone.head_s) / len(walked_over)
+        layer_s = found.around_s + found.experts_s
+        layer_s += (found.head_s - alone.head_s) / len(walked_over)
+        return layer_s - priced_s / slowness
+
+    def demanded_s(way: str, missing: int) -> float:
         priced_s = priced_missing_s(
             probe,
             numbers[0],
@@ -417,10 +413,27 @@ def _moe_compute(
             missing=missing,
             read_s=read_s,
         )
-        return longer_s - priced_s / slowness
+        return beyond_s(way, priced_s + alone.around_s * slowness)
+
+    def ahead_s(way: str, missing: int) -> float:
+        before_s = alone.attention_s + alone.router_s + fixed_s[0]
+        around = (before_s, alone.ffn_s, alone.head_s)
+        priced_s = priced_ahead_s(
+            probe,
+            numbers[0],
+            Around(*(piece_s * slowness for piece_s in around)),
+            expert.at(1) * slowness,
+            layers=len(walked_over),
+            missing=missing,
+            read_s=read_s,
+        )
+        return beyond_s(way, priced_s)
 
     transfer_s, burst_s = _transfer_and_burst_s(
-        beyond_s(_ONE_MISSING, 1), beyond_s(_ALL_MISSING, moe.top_k), moe.top_k
+        demanded_s(_ONE_MISSING, 1), demanded_s(_ALL_MISSING, moe.top_k), moe.top_k
+    )
+    ahead_transfer_s, ahead_burst_s = _transfer_and_burst_s(
+        ahead_s(_ONE_AHEAD, 1), ahead_s(_ALL_AHEAD, moe.top_k), moe.top_k
     )
     compute = LayerCompute(
         layers=numbers,
@@ -436,6 +449,8 @@ def _moe_compute(
         burst_s=burst_s,
         quantised=tuple(quantised),
         rounded=_rounded_layer(rounded, has_ffn=bool(moe.shared_intermediate_size)),
+        ahead_transfer_s=ahead_transfer_s,
+        ahead_burst_s=ahead_burst_s,
     )
     return _Kind(compute, alone.head_s, rounded[1].head_s)
 

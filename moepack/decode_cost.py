@@ -63,7 +63,8 @@ def decode_ahead_s(
     (:func:`ranks_in_time`) brings that share of ``E(r - 1) - E(r)``; the rest of its transfer, if
     it was wrong, delays the demands: ``(begun - done) (1 - A) tau``, half a transfer on average
     (half a piece, where it is broken off), weighted by how likely the layer waits for the link at
-    all.
+    all. What was begun costs the computing thread what a transfer ahead does, instead of what a
+    demand would have.
 
     Returns
     -------
@@ -83,7 +84,13 @@ def decode_ahead_s(
     late_s = parts.link_s(wasted) / parts.pieces
     if isinstance(stage, TierStage):
         late_s = np.maximum(late_s, parts.read_s(wasted))
-    costs_s = _transfers(wasted, parts) * times.transfer_s
+    ahead_s, ahead_burst_s = times.of_ahead
+    costs_s = _transfers(wasted, parts) * ahead_s
+    transfers = top_k * _transfers(after.mean_lacks(), parts)
+    spared_s = (transfers[:-1] - transfers[1:]) * (times.transfer_s - ahead_s)
+    some = after.any_lacks()[..., None]
+    spared_s = spared_s + (some[:-1] - some[1:]) * (times.burst_s - ahead_burst_s)
+    costs_s = costs_s - spared_s
     layer_s = np.empty(late_s.shape)
     total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held)
     for rank in range(depth):

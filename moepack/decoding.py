@@ -21,6 +21,7 @@ from moepack.segment_times import Segments
 from moepack.timeline import (
     Clock,
     Columns,
+    Costs,
     Flags,
     Instead,
     Outcome,
@@ -93,8 +94,11 @@ class Replayed(NamedTuple):
         return self.demand_bytes + self.ahead_used_bytes + self.ahead_wasted_bytes
 
 
-def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work:
-    """Passes [.., L, columns] of which none fetches ahead: each is a lane of its own."""
+def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds, costs: Costs) -> Work:
+    """Passes [.., L, columns] of which none fetches ahead: each is a lane of its own.
+
+    ``costs``: of each layer.
+    """
     columns = fetch_s.shape[-1]
     lanes = fetch_s.size // columns
     turns = lanes // len(fixed.before_s)
@@ -106,6 +110,7 @@ def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds) -> Work
         fetch_s.reshape(lanes, columns),
         np.zeros((lanes, 0)),
         np.zeros((lanes, columns), dtype=np.intp),
+        Costs(*(np.tile(np.asarray(each_s), turns) for each_s in costs)),
     )
 
 
@@ -409,7 +414,7 @@ class Decoding(AnyDecoding[Clock]):
         passes = self._passes
         # Nothing was begun ahead, so everything that may be replaced is.
         compute_s, fetch_s = passes.instead or (passes.compute_s, passes.fetch_s)
-        work = independent(self._fixed, compute_s, fetch_s)
+        work = independent(self._fixed, compute_s, fetch_s, self._segments.costs)
         clock = Clock.start(self._tokens * self._layers)
         return advance_lanes(clock, work, self._as_ready, self._frames, self._parts)
 
@@ -423,7 +428,7 @@ class Decoding(AnyDecoding[Clock]):
             passes.fetch_s[tokens, layers],
             passes.ahead_s[tokens, layers],
             passes.ahead_of[tokens, layers],
-            self._segments.transfer_s[layers],
+            self._segments.costs.take(layers),
             np.tile(self._piece_s[layers], passes.ahead_s.shape[2] // self._parts),
         )
         instead = passes.instead and Instead(*(v[tokens, layers] for v in passes.instead))

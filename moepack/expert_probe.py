@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moepack.atomic import output_error
 from moepack.budget import layer_segment
-from moepack.cost import Held, LayerTimes, Parts
-from moepack.decode_cost import decode_layer_s
 from moepack.hardware import HardwareProfile
-from moepack.layer_walk import ExpertPass
+from moepack.layer_walk import ExpertPass, Experts
 from moepack.layout import Layout
 from moepack.layouts import layer_layout
 from moepack.plan import LayerPlacement, Policy
@@ -26,7 +24,15 @@ from moepack.units import MIB
 if TYPE_CHECKING:
     import torch
     from moepack_runtime.engine import Engine
+    from moepack_runtime.experts import ExpertMemory
     from moepack_runtime.store import ExpertSource, SegmentStore
+
+    from moepack.model_spec import ModelSpec
+
+#: Walks that go before one whose experts are fetched ahead. Threads that have slept while others
+#: were measured, and what these have driven out of the caches, would count for what they are not
+#: in a run, where one token follows the other.
+LEAD_IN = 2
 
 # Experts that are walked over: more than a processor's cache keeps, if the layers have as many.
 _WALKED_BYTES = 64 * MIB
@@ -83,19 +89,22 @@ def resident_experts(
         store = CheckpointStore(probe.source, spec, layout)
     else:
         store = MadeUpStore(spec, layout)
-    with _open(probe, layout, store, slots=those.experts, keeps=0) as run:
-        yield run
+    with _open(probe, layout, store, slots=those.experts, keeps=0) as passes:
+        yield passes.run
 
 
 class Missing(NamedTuple):
     """Passes over a layer with all experts of a token missing, and with one of them.
 
-    ``read_s`` reads one expert and says how long that took, where experts are so large that a link
-    carries one at a time.
+    ``every`` and ``one`` fetch them on demand, ``every_ahead`` and ``one_ahead`` while the layer
+    before computes. ``read_s`` reads one expert and says how long that took, where experts are so
+    large that a link carries one at a time.
     """
 
-    every: ExpertPass
-    one: ExpertPass
+    every: Experts
+    one: Experts
+    every_ahead: Experts
+    one_ahead: Experts
     read_s: Callable[[], float] | None
 
 
@@ -123,23 +132,25 @@ def missing_experts(probe: Probe, those: Walked) -> Iterator[Missing]:
         there = min(moe.top_k, moe.num_experts) - 1
         more = moe.num_experts > moe.top_k  # else nothing could leave
         with ExitStack() as stack:
-            every = stack.enter_context(
-                _open(
-                    probe,
-                    layout,
-                    store,
-                    slots=min(moe.top_k, moe.num_experts - moe.top_k),
-                    keeps=0,
-                    moves=more,
+
+            def passes(slots: int, keeps: int) -> _Passes:
+                opened = _open(
+                    probe, layout, store, slots=slots, keeps=keeps, moves=more, ahead=True
                 )
-            )
-            one = stack.enter_context(
-                _open(probe, layout, store, slots=there + more, keeps=there, moves=more)
-            )
+                return stack.enter_context(opened)
+
+            every = passes(min(moe.top_k, moe.num_experts - moe.top_k), 0)
+            one = passes(there + more, there)
             alone = probe.hardware.device == "cpu"
             alone &= probe.hardware.disk.readers_for(shape.stored_bytes) == 1
             reads = _reader(store, number, shape.stored_bytes, those.experts) if alone else None
-            yield Missing(every, one, reads)
+            yield Missing(
+                Experts(every.run, moe.top_k),
+                Experts(one.run, moe.top_k),
+                every.ahead(moe.top_k),
+                one.ahead(moe.top_k),
+                reads,
+            )
 
 
 def _reader(
@@ -160,6 +171,84 @@ def _reader(
     return read_s
 
 
+class _Passes:
+    """Passes in which all tokens choose the same experts: the next ones every time.
+
+    Parameters
+    ----------
+    keeps
+        The first so many experts are resident and chosen every time, beside others that are not.
+    among
+        Of each layer, in their order, how many experts take turns.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, memory: ExpertMemory, keeps: int, among: Mapping[int, int]
+    ) -> None:
+        self._spec, self._memory = spec, memory
+        self._keeps, self._among = keeps, among
+        numbers = tuple(among)
+        self._following = dict(zip(numbers, (*numbers[1:], numbers[0]), strict=True))
+        self._turns: Counter[int] = Counter()
+        self._asked: dict[int, list[int]] = {}
+
+    def ahead(self, each: int) -> Experts:
+        """A walk whose experts are asked for while the layer before computes, as in a run."""
+
+        def begin() -> None:
+            self._ask(next(iter(self._among)), each)
+            self._memory.ahead.push()
+
+        def end() -> None:
+            self._memory.come_to_rest()
+            for number in self._asked:  # nobody has had them: it is still their turn
+                self._turns[number] -= each - self._keeps
+            self._asked.clear()
+
+        return Experts(self._run_ahead, each, LEAD_IN, begin, end)
+
+    def run(self, number: int, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        """One layer, whose experts are fetched on demand."""
+        return self._run(number, hidden, self._next(number, count), None)
+
+    def _run_ahead(self, number: int, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        del count  # is known since they were asked for
+        return self._run(number, hidden, self._asked.pop(number), self._following[number])
+
+    def _run(
+        self, number: int, hidden: torch.Tensor, chosen: Sequence[int], following: int | None
+    ) -> torch.Tensor:
+        import torch
+        from moepack_runtime.moe import Block, add_experts
+        from moepack_runtime.router import Routing
+
+        count = len(chosen)
+        ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
+        weights = torch.full(ids.shape, 1 / count, device=hidden.device)
+        total = torch.zeros_like(hidden, dtype=torch.float32)
+        block = Block(hidden, Routing(ids, weights))
+        layer_pass = self._memory.step(number, ids.tolist())
+        if following is not None:
+            self._ask(following, count)
+            layer_pass.fetch_ahead()
+        add_experts(self._spec.moe(number), [block], [total], layer_pass)
+        layer_pass.report()
+        return total.to(hidden.dtype)
+
+    def _next(self, number: int, count: int) -> list[int]:
+        turn, keeps = self._turns[number], self._keeps
+        among = self._among[number] - keeps
+        more = [keeps + (turn + place) % among for place in range(count - keeps)]
+        self._turns[number] += len(more)
+        return sorted((*range(keeps), *more))
+
+    def _ask(self, number: int, count: int) -> None:
+        from moepack_runtime.ahead import Guess
+
+        chosen = self._asked[number] = self._next(number, count)
+        self._memory.guess(number, Guess(chosen, "all", len(chosen), None))
+
+
 @contextmanager
 def _open(
     probe: Probe,
@@ -169,91 +258,33 @@ def _open(
     slots: int,
     keeps: int,
     moves: bool = False,
-) -> Iterator[ExpertPass]:
-    """Passes in which all tokens choose the same experts: the next ones every time.
+    ahead: bool = False,
+) -> Iterator[_Passes]:
+    """Passes over some layers.
 
     Parameters
     ----------
     slots
         Of each layer; where nothing ever misses, the experts are among those that they hold.
     keeps
-        The first so many experts are resident and chosen every time, beside others that are not.
+        See :class:`_Passes`.
     moves
         What is fetched stays until something else is. Otherwise it is dropped again.
+    ahead
+        There are frames for the next layer's experts as well.
     """
-    import torch
     from moepack_runtime.experts import ExpertMemory
     from moepack_runtime.loading import open_transfer
-    from moepack_runtime.moe import Block, add_experts
-    from moepack_runtime.router import Routing
 
     spec = probe.engine.spec
-    places = []
+    places, among = [], {}
     for cut in layout.layers:
-        everyone = tuple(range(spec.moe(cut.layer).num_experts))
+        experts = spec.moe(cut.layer).num_experts
         policy: Policy = "lru" if moves else "pinned"
-        places.append(LayerPlacement(cut.layer, 0, slots, slots, policy, everyone))
-    staging = max(spec.moe(cut.layer).top_k for cut in layout.layers)
+        places.append(LayerPlacement(cut.layer, 0, slots, slots, policy, tuple(range(experts))))
+        among[cut.layer] = experts if moves or keeps or not slots else slots
+    staging = max(spec.moe(cut.layer).top_k for cut in layout.layers) * (1 + ahead)
     with open_transfer(spec, layout, store, probe.hardware.device) as transfer:
         memory = ExpertMemory(spec, layout, places, staging_experts=staging, transfer=transfer)
         memory.warm()
-        turns: Counter[int] = Counter()
-
-        def run(number: int, hidden: torch.Tensor, count: int) -> torch.Tensor:
-            among = spec.moe(number).num_experts if moves or keeps or not slots else slots
-            turn = turns[number]
-            more = [keeps + (turn + place) % (among - keeps) for place in range(count - keeps)]
-            turns[number] += len(more)
-            chosen = sorted((*range(keeps), *more))
-            ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
-            weights = torch.full(ids.shape, 1 / count, device=hidden.device)
-            total = torch.zeros_like(hidden, dtype=torch.float32)
-            block = Block(hidden, Routing(ids, weights))
-            layer_pass = memory.step(number, ids.tolist())
-            add_experts(spec.moe(number), [block], [total], layer_pass)
-            layer_pass.report()
-            return total.to(hidden.dtype)
-
-        yield run
-
-
-def priced_in_order_s(link_s: float, expert_s: float, *, there: int, missing: int) -> float:
-    """What the replay says of a prompt's experts: first those that are there, then the others."""
-    now_s = there * expert_s
-    for number in range(1, missing + 1):
-        now_s = max(now_s, number * link_s) + expert_s
-    return now_s
-
-
-def priced_missing_s(
-    probe: Probe,
-    number: int,
-    fixed_s: float,
-    expert_s: float,
-    *,
-    missing: int,
-    read_s: float | None = None,
-) -> float:
-    """What the cost model says of one token's pass of which so many experts are missing.
-
-    Parameters
-    ----------
-    read_s
-        What reading one took meanwhile; None: as in the hardware profile. Disks that are shared
-        change from minute to minute, and that is not the computing thread's time.
-    """
-    spec = probe.engine.spec
-    moe = spec.moe(number)
-    shape = layer_segment(spec, layer_layout(spec, number, 1.0), "top")
-    assert shape is not None
-    there = moe.top_k - missing
-    priced_s = decode_layer_s(
-        # What is there is computed while the first of the others comes, as a shared expert is.
-        LayerTimes(fixed_s, expert_s, shared_s=there * expert_s),
-        missing,
-        Parts(read_s or probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
-        Held(top=0.0, bottom=1.0),
-        staging_experts=moe.top_k,
-        as_ready=True,
-    )
-    return float(priced_s.item())
+        yield _Passes(spec, memory, keeps, among)

@@ -29,10 +29,17 @@ ExpertPass = Callable[[int, "torch.Tensor", int], "torch.Tensor"]
 
 
 class Experts(NamedTuple):
-    """A way for the experts of a walk: what runs them, and how many of them each token has."""
+    """A way for the experts of a walk: what runs them, and how many of them each token has.
+
+    ``lead_in``: walks that go before the one that counts, in which something is under way from one
+    to the next; ``begin`` and ``end`` are called around all of them.
+    """
 
     run: ExpertPass
     each: int
+    lead_in: int = 0
+    begin: Callable[[], None] | None = None
+    end: Callable[[], None] | None = None
 
 
 class Laps(NamedTuple):
@@ -123,6 +130,18 @@ class LayerWalk:
         experts
             None for layers that have none.
         """
+        if experts is None:
+            return self._walk(tokens, None)
+        if experts.begin is not None:
+            experts.begin()
+        for _ in range(experts.lead_in):
+            self._walk(tokens, experts)
+        laps = self._walk(tokens, experts)
+        if experts.end is not None:
+            experts.end()
+        return laps
+
+    def _walk(self, tokens: int, experts: Experts | None) -> Laps:
         decoder = self._engine.decoder
         hidden = self._sample[:tokens]
         start = next(self._positions) if tokens == 1 else 0

@@ -14,12 +14,12 @@ All arrays have lanes of the replay (independent ones) first; see :mod:`moepack.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moepack.timeline import Columns, Flags, Seconds
+from moepack.timeline import Columns, Costs, Flags, Seconds, of_lanes
 
 #: One is read into while another is copied from.
 LEAST_BOUNCES = 2
@@ -57,7 +57,14 @@ class TierWork(NamedTuple):
     ahead_of: Columns
     next_s: Seconds
     next_read_s: Seconds
-    wasted_s: Seconds | float = 0.0
+    costs: Costs = Costs()
+
+    def take(self, lanes: Columns) -> TierWork:
+        """That of some of the lanes."""
+        fields: dict[str, Any] = self._asdict()
+        costs = fields.pop("costs")
+        taken = {name: of_lanes(values, lanes) for name, values in fields.items()}
+        return TierWork(**taken, costs=costs.take(lanes))
 
 
 class TierClock(NamedTuple):

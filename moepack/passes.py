@@ -126,8 +126,6 @@ def passes_with(
         fates = np.where(found.valid & ~held.all(axis=3), fates, np.int8(EXACT))
         instead = Instead(compute_s.copy(), fetch_s.copy())
         _replace_missing(instead, np.repeat(fates, parts, axis=2), segments)
-        instead.compute_s[...] += disturbance_s(instead.fetch_s, segments)
-    compute_s += disturbance_s(fetch_s, segments)
     hits = _cached_first(held, segments) & found.valid
     made = DecodePasses(compute_s, fetch_s, ahead_s, ahead_of, hits, fates=fates, instead=instead)
     if segments.from_disk is None:
@@ -166,22 +164,6 @@ def read_seconds(
     """
     reads = (fetch_s > 0.0) & from_disk.reshape(fetch_s.shape)
     return np.where(reads, segments.reading_s(experts), 0.0)
-
-
-def disturbance_s(fetch_s: Seconds, segments: Segments, *, of_prompt: bool = False) -> Seconds:
-    """What transfers cost the computing thread: each its share, the first one the burst's as well.
-
-    Parameters
-    ----------
-    fetch_s : [.., L, segments]
-        As they are consumed; 0 where nothing is fetched.
-    """
-    comes = fetch_s > 0
-    first = comes & (np.cumsum(comes, axis=-1) == 1)
-    each_s, first_s = segments.transfer_s, segments.burst_s
-    if of_prompt:
-        each_s, first_s = segments.prompt_transfer_s, segments.prompt_burst_s
-    return np.asarray(comes * each_s[:, None] + first * first_s[:, None])
 
 
 def ahead_seconds(

@@ -69,6 +69,14 @@ class Brought(NamedTuple):
         others = 1.0 - (self.covered @ np.arange(top_k + 1.0))[:, None] / top_k
         return self.lacks.each(lambda lack: others * lack)
 
+    def any_lacks(self) -> Array:
+        """How likely any of the K experts lacks something, [D + 1, S]."""
+        top_k = self.covered.shape[1] - 1
+        whole = 1.0 - np.minimum(self.lacks.bottom + self.lacks.both, 1.0)
+        others = np.arange(top_k, -1, -1.0)
+        none = np.einsum("dk,dsk->ds", self.covered, whole[..., None] ** others)
+        return np.asarray(1.0 - none)
+
     def first(self, ranks: int) -> Brought:
         """The same for no more than so many ranks."""
         return Brought(self.covered[: ranks + 1], self.lacks.each(lambda lack: lack[: ranks + 1]))

@@ -18,7 +18,7 @@ from moepack.link_lanes import TierClock, TierWork
 from moepack.prompts import PromptPasses
 from moepack.segment_times import Segments
 from moepack.tier_timeline import advance_tiers
-from moepack.timeline import Clock, Columns, Seconds, Work, advance, ahead_slots
+from moepack.timeline import Clock, Columns, Costs, Seconds, Work, advance, ahead_slots
 
 #: Runs some lanes (of all) one pass on.
 _Advance = Callable[[C, Columns], Done[C]]
@@ -47,7 +47,7 @@ def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, fram
         ahead = tiers.ahead_s.shape[1]
 
         def run_tiers(clock: TierClock, lanes: Columns) -> Done[TierClock]:
-            work = TierWork(*(np.asarray(values)[lanes] for values in tiers))
+            work = tiers.take(lanes)
             return advance_tiers(
                 clock, work, as_ready=False, frames=frames, segments_per_expert=parts
             )
@@ -59,17 +59,18 @@ def prefill(passes: PromptPasses, fixed: FixedTimes, segments: Segments, *, fram
         slots = ahead_slots(frames, columns // parts, columns // parts if asks else 0)
 
         def run(clock: Clock, lanes: Columns) -> Done[Clock]:
-            work = Work(*(np.asarray(values)[lanes] for values in link))
+            work = link.take(lanes)
             return advance(clock, work, as_ready=False, frames=frames, segments_per_expert=parts)
 
         now_s = _elapsed(Clock.start(prompts * layers, slots), run, layers, asks)
     return np.asarray(now_s + fixed.tail_s)
 
 
-def computing_s(passes: PromptPasses, fixed: FixedTimes) -> Seconds:
+def computing_s(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> Seconds:
     """What of that the compute needs, [prompts]; the rest it waits for the link."""
     each_s = fixed.before_s.sum() + fixed.guess_s.sum() + fixed.after_s.sum() + fixed.tail_s
-    return np.asarray(passes.compute_s.sum(axis=(1, 2)) + each_s)
+    costs_s = segments.prompt_costs.of_demands(passes.fetch_s > 0)
+    return np.asarray((passes.compute_s + costs_s).sum(axis=(1, 2)) + each_s)
 
 
 def _elapsed(idle: C, run: _Advance[C], layers: int, asks: bool) -> Seconds:
@@ -112,7 +113,7 @@ def _work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> Work:
         fetch_s,
         ahead_s,
         _brought_by(fetch_s, ahead_s),
-        np.tile(segments.prompt_transfer_s, prompts),
+        Costs(*(np.tile(np.asarray(each_s), prompts) for each_s in segments.prompt_costs)),
         np.tile(segments.piece_s(), (prompts, ahead_s.shape[1] // segments.link_s.shape[1])),
     )
 
@@ -137,7 +138,7 @@ def _tier_work(passes: PromptPasses, fixed: FixedTimes, segments: Segments) -> T
         work.ahead_of,
         work.ahead_s[nexts],
         ahead_read_s[nexts],
-        work.wasted_s,
+        work.costs,
     )
 
 

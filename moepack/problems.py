@@ -130,6 +130,7 @@ class Problems:
                 entry.transfer_s,
                 float(self._token.after_s[index]),
                 entry.burst_s,
+                *entry.of_ahead,
             ),
             split_s=self._expert_s(index, two=True),
             prompt=PromptTimes(float(self._prompt.before_s[index]), whole_s, split_s),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moepack.compute import ComputeProfile, Curve
 from moepack.layout import Layout
 from moepack.mixed_residency import starting
-from moepack.passes import Oracle, ahead_seconds, disturbance_s, read_seconds
+from moepack.passes import Oracle, ahead_seconds, read_seconds
 from moepack.plan import Placement
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
@@ -152,7 +152,7 @@ def prompt_passes(
     )
     flat = (*used.shape[:2], used.shape[2] * parts)
     fetch_s = fetch_s.reshape(flat)
-    compute_s = compute_s.reshape(flat) + disturbance_s(fetch_s, segments, of_prompt=True)
+    compute_s = compute_s.reshape(flat)
     made = PromptPasses(compute_s, fetch_s, ahead_s)
     if segments.from_disk is None:
         return made

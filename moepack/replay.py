@@ -139,4 +139,4 @@ class Replayer:
         )
         fixed = fixed_times(self._spec, self._compute, prompts.blocks, guessed)
         ttft_s = float(prefill(passes, fixed, segments, frames=placement.staging_experts).mean())
-        return ttft_s, max(0.0, ttft_s - float(computing_s(passes, fixed).mean()))
+        return ttft_s, max(0.0, ttft_s - float(computing_s(passes, fixed, segments).mean()))

@@ -22,7 +22,7 @@ from moepack.plan import Placement
 from moepack.ram_tier import ram_tier
 from moepack.segment_classes import SegmentClasses, seconds_of, segment_classes
 from moepack.segments import PARTS, PIECE_BYTES
-from moepack.timeline import Columns, Flags, Seconds
+from moepack.timeline import Columns, Costs, Flags, Seconds
 
 
 class LowCopies(NamedTuple):
@@ -44,12 +44,11 @@ class Segments(NamedTuple):
         Of one token.
     share
         Of an expert's computing.
-    transfer_s
-        What one transfer costs the computing thread, [L].
-    burst_s
-        What having to transfer anything in a pass costs it, [L].
-    prompt_transfer_s, prompt_burst_s
-        The same of a pass over a prompt.
+    costs
+        What transfers cost the computing thread beside one token, each [L].
+    prompt_costs
+        The same of a pass over a prompt, where it does not matter when they were asked for: there
+        is always something to compute.
     has_top, interior
         Whether a layer has tops, and whether it has bottoms as well, [L].
     read_s
@@ -70,10 +69,8 @@ class Segments(NamedTuple):
     link_s: Seconds
     compute_s: Seconds
     share: Seconds
-    transfer_s: Seconds
-    burst_s: Seconds
-    prompt_transfer_s: Seconds
-    prompt_burst_s: Seconds
+    costs: Costs
+    prompt_costs: Costs
     has_top: Flags
     interior: Flags
     read_s: Seconds | None = None
@@ -147,8 +144,9 @@ def _segments_of(
         for entry, cut, two in zip(entries, layers, interior, strict=True)
     ]
     compute_s = np.array(expert_s)[:, None] * share
-    transfer_s, burst_s = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
-    prompt_transfer_s, prompt_burst_s = np.array([entry.of_prompt for entry in entries]).T
+    demanded = np.array([(entry.transfer_s, entry.burst_s) for entry in entries]).T
+    ahead = np.array([entry.of_ahead for entry in entries]).T
+    of_prompt = np.array([entry.of_prompt for entry in entries]).T
     link_s = seconds_of(sizes, link)
     if not interior.any():  # one segment each: the part that is there
         sizes = sizes.sum(axis=1, keepdims=True)
@@ -161,10 +159,8 @@ def _segments_of(
         link_s,
         compute_s,
         share,
-        transfer_s,
-        burst_s,
-        prompt_transfer_s,
-        prompt_burst_s,
+        Costs(*demanded, *ahead),
+        Costs(*of_prompt, *of_prompt),
         has_top,
         interior,
         classes=classes,

@@ -7,7 +7,7 @@ import numpy as np
 from moepack.decoding import AnyDecoding
 from moepack.link_lanes import TierClock, TierWork
 from moepack.tier_timeline import TierOutcome, advance_tiers
-from moepack.timeline import Columns, Seconds
+from moepack.timeline import Columns, Costs, Seconds
 
 
 class TierDecoding(AnyDecoding[TierClock]):
@@ -53,6 +53,7 @@ class TierDecoding(AnyDecoding[TierClock]):
             np.zeros(fetch_s.shape, dtype=np.intp),
             nothing,
             nothing,
+            Costs(*(np.tile(np.asarray(each_s), self._tokens) for each_s in self._segments.costs)),
         )
         return self._advance(TierClock.start(lanes, 0, self._segments.bounces), work)
 
@@ -74,7 +75,7 @@ class TierDecoding(AnyDecoding[TierClock]):
             passes.ahead_of[tokens, layers],
             passes.ahead_s[after, following] * goes_on[:, None],
             self._ahead_read_s[after, following] * goes_on[:, None],
-            self._segments.transfer_s[layers],
+            self._segments.costs.take(layers),
         )
         return self._advance(now, work)
 

@@ -45,7 +45,8 @@ def advance_tiers(
     coming: Flags = lacking & np.take_along_axis(some, work.ahead_of, axis=1)
     demanded = lacking & ~coming
     begin_s = routed_s + work.guess_s + work.after_s
-    begin_s = begin_s + work.wasted_s * (cut.begun.sum(axis=1) - coming.sum(axis=1))
+    begin_s = begin_s + work.costs.of_ahead(cut.begun, demanded)
+    work = work._replace(compute_s=work.compute_s + work.costs.of_demands(demanded))
     # Where each arrival is found: what came before the routing, the late one, what is demanded.
     there_s = np.full((lanes, ahead + 1), NEVER)
     np.copyto(there_s[:, :-1], cut.ends_s, where=cut.ends_s < NEVER)

@@ -22,7 +22,7 @@ All arrays have lanes first. Seconds are relative to whatever the lane began wit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +116,46 @@ class Instead(NamedTuple):
     fetch_s: Seconds
 
 
+def of_lanes(values: Any, lanes: Columns) -> Any:
+    """Of values by lane those of some; what is alike in all of them stays."""
+    return values[lanes] if np.ndim(values) else values
+
+
+class Costs(NamedTuple):
+    """What transfers cost the computing thread beside the link's own time, each [lanes] or float.
+
+    Attributes
+    ----------
+    demand_s, burst_s
+        One that is demanded, and the first of those in a pass besides: the thread has nothing else
+        to do, and waits until it is woken.
+    ahead_s, ahead_burst_s
+        One that was begun ahead, needed or not; and beginning any, where nothing is demanded. They
+        come while the thread computes.
+    """
+
+    demand_s: Seconds | float = 0.0
+    burst_s: Seconds | float = 0.0
+    ahead_s: Seconds | float = 0.0
+    ahead_burst_s: Seconds | float = 0.0
+
+    def take(self, lanes: Columns) -> Costs:
+        """Those of some of the lanes."""
+        return Costs(*(of_lanes(values, lanes) for values in self))
+
+    def of_demands(self, demanded: Flags) -> Seconds:
+        """What each segment costs, [.., lanes, segments]."""
+        first = demanded & (np.cumsum(demanded, axis=-1) == 1)
+        each_s, first_s = (np.asarray(cost)[..., None] for cost in (self.demand_s, self.burst_s))
+        return np.asarray(demanded * each_s + first * first_s)
+
+    def of_ahead(self, begun: Flags, demanded: Flags) -> Seconds:
+        """What was begun ahead costs, [lanes]."""
+        counts = begun.sum(axis=1)
+        alone = (counts > 0) & ~demanded.any(axis=1)
+        return np.asarray(counts * self.ahead_s + alone * self.ahead_burst_s)
+
+
 class Work(NamedTuple):
     """What one pass of one layer has to do.
 
@@ -132,8 +172,8 @@ class Work(NamedTuple):
         Seconds of the link for what was asked for ahead, in its order; 0 for nothing.
     ahead_of : [lanes, segments]
         Which of these brings a segment; the number of columns where none does.
-    wasted_s : [lanes] or float
-        What a transfer that nobody needed costs the compute.
+    costs : Costs
+        What the transfers cost the compute.
     piece_s : [lanes, ahead] or float
         Seconds of the link for a piece, behind which a transfer that nobody needs is broken off.
     """
@@ -145,8 +185,15 @@ class Work(NamedTuple):
     fetch_s: Seconds
     ahead_s: Seconds
     ahead_of: Columns
-    wasted_s: Seconds | float = 0.0
+    costs: Costs = Costs()
     piece_s: Seconds | float = _NEVER
+
+    def take(self, lanes: Columns) -> Work:
+        """That of some of the lanes."""
+        fields: dict[str, Any] = self._asdict()
+        costs = fields.pop("costs")
+        taken = {name: of_lanes(values, lanes) for name, values in fields.items()}
+        return Work(**taken, costs=costs.take(lanes))
 
 
 class Outcome(NamedTuple):
@@ -218,7 +265,7 @@ def advance(
         link_s = np.maximum(link_s, np.where(begun, over_s, -_NEVER).max(axis=1))
         saved_s = (ends_s - over_s).sum(axis=1)
         ready = ~lacking | (coming & (brought_s <= routed_s[:, None]))
-        begin_s = begin_s + work.wasted_s * (begun.sum(axis=1) - coming.sum(axis=1))
+        begin_s = begin_s + work.costs.of_ahead(begun, lacking & ~coming)
         rest = lacking & ~coming & _of_expert(coming, segments_per_expert)
         if rest.any():  # of an expert that is coming: it goes first
             rest_s = np.where(rest, work.fetch_s, 0.0).sum(axis=1)
@@ -227,6 +274,7 @@ def advance(
     else:
         coming = rest = np.zeros_like(lacking)
         ready = ~lacking
+    work = work._replace(compute_s=work.compute_s + work.costs.of_demands(lacking & ~coming))
     lane = _Lane(
         routed_s, begin_s, link_s, work, arrives_s, lacking & ~coming & ~rest, coming, rest, ready
     )

@@ -102,9 +102,8 @@ def with_compute(request: PlanRequest, factor: float) -> PlanRequest:
 
 def without_transfer_cost(compute: ComputeProfile) -> ComputeProfile:
     """Transfers that cost the computing thread nothing beside the link's own time."""
-    free: dict[str, Any] = dict.fromkeys(
-        ("transfer_s", "burst_s", "prompt_transfer_s", "prompt_burst_s"), 0.0
-    )
+    of = ("", "ahead_", "prompt_")
+    free: dict[str, Any] = {f"{each}{cost}_s": 0.0 for each in of for cost in ("transfer", "burst")}
     return replace(
         compute,
         layers=tuple(replace(entry, **free) for entry in compute.layers),

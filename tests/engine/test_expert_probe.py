@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from moepack_runtime import ffn
-from moepack_runtime.direct_io import Buffer
-from moepack_runtime.measuring_stores import ScratchStore
-from moepack_runtime.store import CheckMode
+from moepack_runtime.transfer import HostTransfer, Priority, Ticket
 
 from moepack import compute_probe
 from moepack.checkpoint import Checkpoint
@@ -27,20 +25,23 @@ from tests.support.plans import mixed_layout, placement
 class Counted:
     """A stopwatch of pretended seconds, by what was done since the last lap.
 
-    Every piece takes 5 s, each segment that is computed 3 s, each that is read 7 s, and having to
-    read anything 11 s.
+    Every piece takes 5 s, each segment that is computed 3 s, each that is demanded 7 s, and having
+    to demand anything 11 s; each that is asked for ahead 2 s, and asking for any 4 s.
     """
 
     products = 0
-    reads = 0
+    demanded = 0
+    asked = 0
     slowness = 1.0
 
     def __init__(self, synchronize: object = None) -> None:
         del synchronize
 
     def lap(self) -> float:
-        seconds = 5.0 + 3.0 * Counted.products + 7.0 * Counted.reads + 11.0 * (Counted.reads > 0)
-        Counted.products = Counted.reads = 0
+        seconds = 5.0 + 3.0 * Counted.products
+        seconds += 7.0 * Counted.demanded + 11.0 * (Counted.demanded > 0)
+        seconds += 2.0 * Counted.asked + 4.0 * (Counted.asked > 0)
+        Counted.products = Counted.demanded = Counted.asked = 0
         return seconds * Counted.slowness
 
 
@@ -53,21 +54,28 @@ class Clock:
 
 @pytest.fixture(name="counting")
 def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    product, read_into = ffn.gated_ffn, ScratchStore.read_into
+    product, start = ffn.gated_ffn, HostTransfer.start
 
     def counted(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         Counted.products += 1
         return product(x, *arguments)  # type: ignore[arg-type]
 
-    def counted_read(
-        self: ScratchStore, segment: SegmentId, destination: Buffer, check: CheckMode
-    ) -> None:
-        Counted.reads += 1
-        read_into(self, segment, destination, check)
+    def counted_start(
+        self: HostTransfer,
+        segment: SegmentId,
+        destination: torch.Tensor,
+        priority: Priority = Priority.DEMAND,
+    ) -> Ticket:
+        Counted.demanded += priority is Priority.DEMAND
+        Counted.asked += priority is Priority.PREFETCH
+        ticket = start(self, segment, destination, priority)
+        if priority is Priority.PREFETCH:
+            self.wait(ticket)  # beside such seconds it is there at once
+        return ticket
 
     monkeypatch.setattr("moepack_runtime.moe.gated_ffn", counted)
     monkeypatch.setattr("moepack_runtime.grouped.gated_ffn", counted)
-    monkeypatch.setattr(ScratchStore, "read_into", counted_read)
+    monkeypatch.setattr(HostTransfer, "start", counted_start)
     monkeypatch.setattr(compute_probe, "Stopwatch", Counted)
     monkeypatch.setattr(compute_probe, "MixedYardstick", Clock)
     monkeypatch.setattr(compute_probe, "_WALKS", 2)
@@ -109,6 +117,7 @@ def test_pieces_of_a_layer_are_told_apart(
     assert layer.transfer_s == pytest.approx(7.0, rel=1e-3)
     assert layer.burst_s == pytest.approx(11.0, rel=1e-3)
     assert layer.of_prompt == pytest.approx((7.0, 11.0), rel=1e-3)
+    assert layer.of_ahead == pytest.approx((2.0, 4.0), rel=1e-3), "of those asked for ahead"
     assert profile.yardstick_s == 1.0
 
 
@@ -135,6 +144,7 @@ def test_a_processor_that_slows_down_meanwhile_changes_nothing_but_the_speed(
     assert layer.transfer_s == pytest.approx(7.0 * mean_s, rel=1e-3)
     assert layer.burst_s == pytest.approx(11.0 * mean_s, rel=1e-3)
     assert layer.of_prompt == pytest.approx((7.0 * mean_s, 11.0 * mean_s), rel=1e-3)
+    assert layer.of_ahead == pytest.approx((2.0 * mean_s, 4.0 * mean_s), rel=1e-3)
 
 
 def test_layers_are_walked_until_no_cache_holds_them(

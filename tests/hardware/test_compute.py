@@ -127,3 +127,20 @@ def test_on_a_slower_processor_everything_takes_so_many_times_as_long() -> None:
     assert (routed.transfer_s, routed.prompt_transfer_s, routed.prompt_burst_s) == (0.25, None, 1.0)
     # What is no time of the layers stays.
     assert (slower.spread, slower.context_tokens) == (profile.spread, profile.context_tokens)
+
+
+def test_what_a_transfer_ahead_costs_is_read_back_and_else_that_of_a_demand(
+    tmp_path: Path,
+) -> None:
+    demanded = dataclasses.replace(ROUTED, transfer_s=7.0, burst_s=11.0)
+    assert demanded.of_ahead == (7.0, 11.0), "an older profile does not tell them apart"
+
+    def told(transfer_s: float) -> ComputeProfile:
+        entry = dataclasses.replace(demanded, ahead_transfer_s=transfer_s, ahead_burst_s=4.0)
+        return dataclasses.replace(PROFILE, layers=(DENSE, entry))
+
+    found = median_profile(SPEC, [told(3.0), told(1.0), told(2.0)])
+    assert found.layer(1).of_ahead == (2.0, 4.0)
+    assert at_pace(found, 2.0).layer(1).of_ahead == (4.0, 8.0)
+    found.save(tmp_path / "compute.yaml")
+    assert load_compute(tmp_path / "compute.yaml") == found

@@ -184,6 +184,25 @@ def test_guesses_and_what_they_waste_cost_the_compute() -> None:
     assert found[:, 0, 0] == pytest.approx(plain.item() + np.array([0.75, 1.0]))
 
 
+def test_what_is_fetched_ahead_costs_what_was_measured_of_that() -> None:
+    """All four are lacking, and hide behind the compute whenever they are asked for."""
+    times = LayerTimes(0.0, 100.0, transfer_s=1.0, burst_s=8.0)
+    whole, nothing = Parts(1e-9, 0.0, 1.0), Held(0.0, 1.0)
+
+    def ahead_s(accuracy: float, times: LayerTimes) -> float:
+        guesses = Ahead("all", 100.0, np.full(4, accuracy), Held(np.zeros(4), np.ones(4)))
+        made = decode_ahead_s(
+            times, 4, whole, nothing, guesses, 4, staging_experts=8, as_ready=True
+        )
+        return float(made[-1].item())
+
+    measured = times._replace(ahead_transfer_s=0.25, ahead_burst_s=2.0)
+    demanded_s = 400.0 + 4 * 1.0 + 8.0
+    assert ahead_s(1.0, times) == pytest.approx(demanded_s), "it was not measured"
+    assert ahead_s(1.0, measured) == pytest.approx(400.0 + 4 * 0.25 + 2.0)
+    assert ahead_s(0.0, measured) == pytest.approx(demanded_s + 4 * 0.25), "all for nothing"
+
+
 def test_a_window_for_all_that_is_lacking_leaves_the_compute() -> None:
     ahead = Ahead("all", 10.0, np.ones(4), Held(np.zeros(4), np.ones(4)))
     times = LayerTimes(10.0, 0.5)

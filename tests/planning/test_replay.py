@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from moepack.activations import activations
 from moepack.belady import belady_hits
+from moepack.compute import Curve
 from moepack.decoding import Decoding, Replayed
 from moepack.fixed_times import FixedTimes
 from moepack.layout import Layout
@@ -255,6 +257,30 @@ def test_transfers_cost_a_prompt_what_was_measured_beside_prompts() -> None:
     )
     assert found.ttft_s == pytest.approx((13 + 13 + 1) * 1e-3)
     assert found.tpot_s == before.tpot_s
+
+
+def test_each_transfer_costs_a_token_what_was_measured_of_its_kind() -> None:
+    """Of both experts of a layer one is guessed, and so is one that nobody needs."""
+    setting, layout, place = by_hand(slots=0, prefetch=2)
+    (entry,) = setting.compute.layers
+    entry = dataclasses.replace(entry, attention=Curve((1,), (9e-3,)))  # time for both guesses
+
+    def longer_s(oracle: Oracle, **costs_s: float) -> float:
+        free: dict[str, Any] = {"ahead_transfer_s": 0.0, "ahead_burst_s": 0.0}
+        tpots_s = []
+        for costs in (free, free | costs_s):
+            layers = (dataclasses.replace(entry, **costs),)
+            compute = dataclasses.replace(setting.compute, layers=layers)
+            costly = dataclasses.replace(setting, compute=compute)
+            tpots_s.append(replayed(costly, layout, place, part="fit", oracle=oracle).tpot_s)
+        return tpots_s[1] - tpots_s[0]
+
+    demands: dict[str, float] = {"transfer_s": 1e-4, "burst_s": 2e-4}
+    ahead: dict[str, float] = {"ahead_transfer_s": 1e-5, "ahead_burst_s": 1e-6}
+    assert longer_s("none", **demands) == pytest.approx(2 * (1e-4 + 2e-4))
+    assert longer_s("none", **ahead) == pytest.approx(0.0, abs=1e-12), "it waits for the demand"
+    assert longer_s("prediction", **demands) == 0.0, "nothing is demanded"
+    assert longer_s("prediction", **ahead) == pytest.approx(2 * (2 * 1e-5 + 1e-6))
 
 
 def test_a_prompt_finds_what_was_fetched_ahead_of_its_second_layer() -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from moepack.link_lanes import TierClock, TierWork
 from moepack.tier_timeline import advance_tiers
-from moepack.timeline import Clock, Work, advance, ahead_slots
+from moepack.timeline import Clock, Costs, Work, advance, ahead_slots
+from tests.support import simulation
 from tests.support.two_stage import Segment, TwoStage
 
-WASTED = 0.25
+COSTS = simulation.Costs(demand=0.5, burst=1.25, ahead=0.25, ahead_burst=0.75)
 
 #: Before, guess, after, experts, what was asked for ahead (copy and read).
 Pass = tuple[float, float, float, list[list[Segment]], list[tuple[float, float]]]
@@ -85,7 +86,7 @@ def work_of(one: Pass, nexts: list[tuple[float, float]], columns: int) -> TierWo
         ahead_of=np.array([[columns if p.ahead is None else p.ahead for p in flat]]),
         next_s=next_copy,
         next_read_s=next_read,
-        wasted_s=WASTED,
+        costs=Costs(*COSTS),
     )
 
 
@@ -100,7 +101,7 @@ def test_passes_end_when_a_plain_simulation_says(
     most = frames if as_ready else frames - 1
     passes = data.draw(several(parts, most, data.draw(st.integers(1, 3)), disk=True))
     bounces = data.draw(st.integers(2, 4))
-    plain = TwoStage(as_ready=as_ready, frames=frames, wasted=WASTED, bounces=bounces)
+    plain = TwoStage(as_ready=as_ready, frames=frames, costs=COSTS, bounces=bounces)
     columns = 4 * parts
     clock = TierClock.start(1, columns, bounces)
     for one, following in zip(passes, [*passes[1:], None], strict=True):

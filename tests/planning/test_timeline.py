@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack.timeline import Clock, Work, advance, ahead_slots
+from moepack.timeline import Clock, Costs, Work, advance, ahead_slots
+from tests.support import simulation
 from tests.support.simulation import Segment, Simulation
 
-WASTED = 0.25
+COSTS = simulation.Costs(demand=0.5, burst=1.25, ahead=0.25, ahead_burst=0.75)
 
 Pass = tuple[float, float, float, list[list[Segment]], list[float]]
 
@@ -21,7 +24,7 @@ def work_of(
     after: float,
     experts: list[list[Segment]],
     ahead: list[float],
-    wasted: float = 0.0,
+    costs: Costs = Costs(),  # noqa: B008 is a tuple
     piece: float | None = None,
 ) -> Work:
     """One lane."""
@@ -34,7 +37,7 @@ def work_of(
         fetch_s=np.array([[part.fetch for part in parts]]),
         ahead_s=np.array([ahead]).reshape(1, -1),
         ahead_of=np.array([[len(ahead) if p.ahead is None else p.ahead for p in parts]]),
-        wasted_s=wasted,
+        costs=costs,
         piece_s=1e30 if piece is None else piece,
     )
 
@@ -76,12 +79,12 @@ def test_passes_end_when_a_plain_simulation_says(
     count = data.draw(st.integers(1, 3))
     passes = data.draw(st.lists(layers(parts, most, count), min_size=1, max_size=4))
     piece = data.draw(st.sampled_from([None, 0.25, 0.5, 1.0, 1.25, 4.0]))
-    plain = Simulation(as_ready=as_ready, frames=frames, wasted=WASTED, piece=piece)
+    plain = Simulation(as_ready=as_ready, frames=frames, costs=COSTS, piece=piece)
     clock = Clock.start(1, ahead_slots(frames, count, 4))
     for one in passes:
         groups = [one[4][place : place + parts] for place in range(0, len(one[4]), parts)]
         seen = plain.run(*one[:4], groups)
-        work = work_of(*one, WASTED, piece)
+        work = work_of(*one, Costs(*COSTS), piece)
         done = advance(clock, work, as_ready=as_ready, frames=frames, segments_per_expert=parts)
         assert done.saved_s[0] == seen.saved
         clock = done.clock
@@ -90,6 +93,37 @@ def test_passes_end_when_a_plain_simulation_says(
         assert set(np.flatnonzero(done.ready[0])) == seen.ready
         assert set(np.flatnonzero(done.demanded[0])) == seen.demanded
         assert set(np.flatnonzero(done.begun[0])) == seen.begun
+
+
+@pytest.mark.parametrize("as_ready", [False, True])
+@given(data=st.data())
+def test_what_came_ahead_is_never_dearer_than_what_is_demanded(
+    as_ready: bool, data: st.DataObject
+) -> None:
+    """All that are lacking have come, or some, but not the first: what demands cost hides behind
+    the next one's arrival, and would not where the last alone were demanded."""
+    count = data.draw(st.integers(1, 4))
+    lacking = [Segment(data.draw(quarters), data.draw(quarters) + 0.25) for _ in range(count)]
+    came = set(range(count))
+    if count > 1 and data.draw(st.booleans()):
+        came = data.draw(st.sets(st.integers(1, count - 1), min_size=1))
+    brought = [
+        [replace(part, ahead=sorted(came).index(place) if place in came else None)]
+        for place, part in enumerate(lacking)
+    ]
+    ahead = [lacking[place].fetch for place in sorted(came)]
+    before = sum(ahead) + data.draw(quarters) + 0.25
+    demand, burst = data.draw(quarters), data.draw(quarters)
+    shares = st.integers(0, 4).map(lambda n: n / 4)
+    costs = Costs(demand, burst, demand * data.draw(shares), burst * data.draw(shares))
+
+    def seconds(experts: list[list[Segment]], ahead: list[float]) -> float:
+        work = work_of(before, 0.0, 0.0, experts, ahead, costs)
+        done = advance(Clock.start(1), work, as_ready=as_ready, frames=8, segments_per_expert=1)
+        assert done.demanded.sum() == count - len(ahead)
+        return float(done.clock.now_s[0])
+
+    assert seconds(brought, ahead) <= seconds([[part] for part in lacking], [])
 
 
 def test_two_misses_by_hand() -> None:
@@ -220,7 +254,7 @@ def test_lanes_do_not_touch_each_other() -> None:
         for lane in range(lanes):
             alone = advance(
                 Clock(*(values[lane : lane + 1] for values in clock)),
-                Work(*(np.asarray(values)[lane : lane + 1] for values in work[:-2])),
+                work.take(np.array([lane])),
                 as_ready=as_ready,
                 frames=frames,
                 segments_per_expert=2,

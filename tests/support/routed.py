@@ -111,8 +111,10 @@ def drawn_compute(spec: ModelSpec, rng: np.random.Generator) -> ComputeProfile:
                 expert=curve() if routed else None,
                 expert_split=curve() if routed else None,
                 ffn=curve() if not routed or rng.random() < 0.5 else None,
-                transfer_s=float(rng.choice([0.0, 1e-4])),
-                burst_s=float(rng.choice([0.0, 2e-4])),
+                transfer_s=(transfer_s := float(rng.choice([0.0, 1e-4]))),
+                burst_s=(burst_s := float(rng.choice([0.0, 2e-4]))),
+                ahead_transfer_s=transfer_s / 2,
+                ahead_burst_s=burst_s / 4,
                 fixed=curve(1e-4) if routed else None,
             )
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 
 @dataclass
@@ -21,13 +23,41 @@ class Segment:
 Experts = Sequence[Sequence[Segment]]
 
 
+class Costs(NamedTuple):
+    """What a transfer costs the processor, and the first of a pass besides.
+
+    ``demand`` and ``burst``: of those that are demanded. ``ahead`` and ``ahead_burst``: of those
+    that were begun ahead, the latter only where nothing is demanded.
+    """
+
+    demand: float = 0.0
+    burst: float = 0.0
+    ahead: float = 0.0
+    ahead_burst: float = 0.0
+
+    def of_ahead(self, seen: Seen) -> float:
+        """Of all that was begun ahead in a pass."""
+        alone = bool(seen.begun) and not seen.demanded
+        return self.ahead * len(seen.begun) + self.ahead_burst * alone
+
+    def of_segment(self, seen: Seen, place: int) -> float:
+        """Of one segment."""
+        if place not in seen.demanded:
+            return 0.0
+        return self.demand + self.burst * (place == min(seen.demanded))
+
+
 @dataclass
 class Seen:
-    """What one pass did, by the place of a segment or of what was asked for ahead."""
+    """What one pass did, by the place of a segment or of what was asked for ahead.
+
+    ``computed``: its segments, with what their transfers cost.
+    """
 
     routed: float
     begin: float
     end: float
+    computed: float = 0.0
     ready: set[int] = field(default_factory=set)
     demanded: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
@@ -42,12 +72,17 @@ class Simulation:
     """
 
     def __init__(
-        self, *, as_ready: bool, frames: int, wasted: float = 0.0, piece: float | None = None
+        self,
+        *,
+        as_ready: bool,
+        frames: int,
+        costs: Costs | None = None,
+        piece: float | None = None,
     ) -> None:
         self.now = self.link = 0.0
         self._as_ready = as_ready
         self._frames = frames
-        self.wasted = wasted
+        self.costs = costs or Costs()
         self._piece = piece
         # When each frame may be filled ahead of the next routing, in the order of being taken.
         self._frees = [0.0] * frames
@@ -86,7 +121,16 @@ class Simulation:
                 place += 1
         used = {part.ahead for expert in experts for part in expert if part.fetch}
         seen.saved = self._break_off(routed, ahead, came, used)
-        seen.begin = routed + guess + after + self.wasted * len(set(came) - used)
+        seen.begin = routed + guess + after + self.costs.of_ahead(seen)
+        places = itertools.count()
+        experts = [
+            [
+                replace(part, compute=part.compute + self.costs.of_segment(seen, next(places)))
+                for part in expert
+            ]
+            for expert in experts
+        ]
+        seen.computed = sum(part.compute for expert in experts for part in expert)
         seen.end = self.now = self._consume(experts, arrives, routed, seen.begin)
         self._frees = [max(free, routed + guess) for free in self._frees]
         return seen

@@ -113,7 +113,9 @@ class TierWalk:
                 experts[expert][layer.parts.index(part)].ahead = number
         return _Pass(*times, layer, experts, what)
 
-    def _run(self, passes: Sequence[_Pass], *, as_ready: bool) -> TierWalked:
+    def _run(
+        self, passes: Sequence[_Pass], *, as_ready: bool, of_prompt: bool = False
+    ) -> TierWalked:
         assert self._placement.host is not None
         clock = TwoStage(
             as_ready=as_ready,
@@ -124,7 +126,7 @@ class TierWalk:
         clock.run(0.0, 0.0, 0.0, [], self._asked(passes[0]))
         for one, following in zip(passes, [*passes[1:], None], strict=True):
             nexts = self._asked(following)
-            clock.wasted = one.layer.entry.transfer_s
+            clock.costs = one.layer.prompt_costs if of_prompt else one.layer.costs
             experts = [one.experts[expert] for expert in sorted(one.experts)]
             seen = clock.run(one.before, one.guess, one.after, experts, nexts)
             parts = [(e, part) for e in sorted(one.experts) for part in one.layer.parts]
@@ -224,4 +226,5 @@ class TierWalk:
             passes.append(self._pass(index, times, counts, guesses, frames))
             waiting_s = 0.0
             index += 1
-        return self._run(passes, as_ready=False).seconds + waiting_s + setting.compute.head_s
+        run_s = self._run(passes, as_ready=False, of_prompt=True).seconds
+        return run_s + waiting_s + setting.compute.head_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tests.support.simulation import Seen
+from tests.support.simulation import Costs, Seen
 
 NEVER = 1e30
 
@@ -128,11 +128,11 @@ class TwoStage:
     """Passes over layers, as an engine with frames runs them."""
 
     def __init__(
-        self, *, as_ready: bool, frames: int, wasted: float = 0.0, bounces: int = 2
+        self, *, as_ready: bool, frames: int, costs: Costs | None = None, bounces: int = 2
     ) -> None:
         self.now = 0.0
         self.machine = Machine(bounces=bounces)
-        self.wasted = wasted
+        self.costs = costs or Costs()
         self.as_ready = as_ready
         self.frames = frames
         self.ahead: list[list[Ticket | None]] = []
@@ -150,8 +150,7 @@ class TwoStage:
         self.machine.run_to(routed)
         one = _Pass(self, experts, routed)
         one.ask(nexts, routed + guess)
-        useless = len(one.seen.begun) - one.used
-        one.seen.begin = routed + guess + after + self.wasted * useless
+        one.seen.begin = routed + guess + after + self.costs.of_ahead(one.seen)
         one.seen.end = self.now = one.compute()
         self.machine.demands.clear()
         return one.seen
@@ -175,7 +174,6 @@ class _Pass:
             for expert in experts
         ]
         self._early = [[t is not None for t in found] for found in self._brings]
-        self.used = sum(map(sum, self._early))
         self._flying = [any(part.fetch for part in expert) for expert in experts]
         # What is fetched, in the order of asking; first what comes already.
         coming = [n for n, early in enumerate(self._early) if any(early)]
@@ -190,7 +188,9 @@ class _Pass:
 
     def _note(self) -> None:
         place = 0
+        self._places: list[range] = []
         for expert, tickets in zip(self._experts, self._brings, strict=True):
+            self._places.append(range(place, place + len(expert)))
             for part, ticket in zip(expert, tickets, strict=True):
                 if part.fetch and ticket is None:
                     self.seen.demanded.add(place)
@@ -254,7 +254,8 @@ class _Pass:
             if part.fetch:
                 assert ticket is not None, "consumed before it has a frame"
                 now = max(now, machine.run_for(ticket))
-            now += part.compute
+            costs = self._engine.costs.of_segment(self.seen, self._places[number][place])
+            now += part.compute + costs
         if self._flying[number]:
             self._order.remove(number)
             self._free += 1

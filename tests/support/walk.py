@@ -21,7 +21,7 @@ from moepack.segments import PARTS, Part
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart
 from tests.support.caches import cache_of
 from tests.support.routed import Setting
-from tests.support.simulation import Seen, Segment, Simulation
+from tests.support.simulation import Costs, Seen, Segment, Simulation
 
 Held = Mapping[Part, set[int]]
 
@@ -73,22 +73,27 @@ class WalkedLayer:
             missing = expert not in held[part]
             found.append(
                 Segment(
-                    seconds * self.shares[part] + missing * self.entry.transfer_s,
+                    seconds * self.shares[part],
                     self.link_s(expert, part) if missing else 0.0,
                 )
             )
         return found
 
     def experts(self, held: Held, tokens: Mapping[int, Sequence[int]]) -> dict[int, list[Segment]]:
-        """Of every expert its segments; the first to be fetched costs the burst as well."""
-        found = {
+        """Of every expert its segments."""
+        return {
             expert: self.segments(expert, held, counts) for expert, counts in sorted(tokens.items())
         }
-        for segment in (segment for segments in found.values() for segment in segments):
-            if segment.fetch > 0:
-                segment.compute += self.entry.burst_s
-                break
-        return found
+
+    @property
+    def costs(self) -> Costs:
+        """Of transfers beside one token."""
+        return Costs(self.entry.transfer_s, self.entry.burst_s, *self.entry.of_ahead)
+
+    @property
+    def prompt_costs(self) -> Costs:
+        """Of transfers beside a prompt."""
+        return Costs(*self.entry.of_prompt, *self.entry.of_prompt)
 
     def asked_ahead(self, guesses: Sequence[int], held: Held, frames: int) -> list[list[Part]]:
         """The parts that are fetched for each guess, as far as there are frames for them."""
@@ -212,11 +217,11 @@ def walk(
                 experts = layer.experts(held, dict.fromkeys(ids, (1,)))
                 following = (index + 1) % len(layers)
                 guess = layers[following].entry.guess_s(1) * guessed[following]
-                clock.wasted = layer.entry.transfer_s
+                clock.costs = layer.costs
                 seen, what = layer.run(
                     clock, waiting_s + before, guess, after, experts, guesses, ahead
                 )
-                _count(walked, index, layer, ids, held, experts, seen, what)
+                _count(walked, index, layer, ids, held, seen, what)
             waiting_s = 0.0
             index += 1
         if counts:
@@ -231,7 +236,6 @@ def _count(
     layer: WalkedLayer,
     ids: Sequence[int],
     held: Held,
-    experts: Mapping[int, list[Segment]],
     seen: Seen,
     what: Sequence[tuple[int, Part]],
 ) -> None:
@@ -254,8 +258,7 @@ def _count(
         else:
             walked.ahead_wasted_bytes += layer.size(expert, part)
         walked.link_s += layer.link_s(expert, part)
-    computed = sum(segment.compute for expert in experts.values() for segment in expert)
-    walked.layer_wait_s[index] += seen.end - seen.begin - computed
+    walked.layer_wait_s[index] += seen.end - seen.begin - seen.computed
 
 
 def first_token_s(
@@ -299,7 +302,7 @@ def first_token_s(
         following = (index + 1) % len(layers)
         lengths = [len(block) for block in blocks] if following else [1]
         guess = sum(map(layers[following].entry.guess_s, lengths)) * guessed[following]
-        clock.wasted = layer.entry.transfer_s
+        clock.costs = layer.prompt_costs
         layer.run(clock, waiting_s + before, guess, after, experts, guesses if index else [], ahead)
         waiting_s = 0.0
         index += 1
