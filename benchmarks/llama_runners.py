@@ -47,12 +47,17 @@ class LlamaRunner(Runner):
         context = len(generation.prompt) + generation.new_tokens + 64
         sampling = ["--temp", str(generation.temperature), "--samplers", "temperature"]
         return [
-            *(str(self.binary), "-m", str(self.gguf), "-f", str(prompt)),
+            *(str(self.binary.resolve()), "-m", str(self.gguf.resolve())),
+            *("-f", str(prompt.resolve())),
             *("-n", str(generation.new_tokens), "-c", str(context), "-t", count, "-tb", count),
             *("--seed", "0", "--ignore-eos", "--no-display-prompt", "--simple-io"),
             *sampling,
             *self.extra,
         ]
+
+    def folder(self, scratch: Path) -> Path:
+        """See :class:`Runner`: some write a log where they are."""
+        return scratch
 
     def count_tokens(self, piece: str) -> int:
         """See :class:`Runner`."""

@@ -85,6 +85,7 @@ def run_watched(
     timeout_s: float,
     count_tokens: Callable[[str], int],
     environment: dict[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Watched:
     """Run a command in a group of its own.
 
@@ -94,6 +95,8 @@ def run_watched(
         A file for its standard error.
     count_tokens
         How many new tokens a piece of its output shows.
+    folder
+        Where it runs; None: here.
     """
     began_s = time.monotonic()
     with (
@@ -106,6 +109,7 @@ def run_watched(
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
+            cwd=folder,
         )
         assert child.stdout is not None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

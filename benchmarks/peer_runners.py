@@ -115,6 +115,10 @@ class Runner(ABC):
         """How many tokens to draw, of those wanted."""
         return wanted
 
+    def folder(self, scratch: Path) -> Path | None:  # noqa: ARG002 for others
+        """Where it runs; None: here."""
+        return None
+
     def run(
         self,
         generation: Generation,
@@ -140,6 +144,7 @@ class Runner(ABC):
                 timeout_s=timeout_s,
                 count_tokens=self.count_tokens,
                 environment={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                folder=self.folder(scratch),
             )
             if watched.failure:
                 return watched.failure

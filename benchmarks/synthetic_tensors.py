@@ -54,6 +54,9 @@ END_ID = 0
 #: Of what the experts add, where there is a shared one beside them.
 _SHARED_SHARE = 0.5
 
+#: Of the logits of its gate, which so stays within a hundredth of one half.
+_GATE_SPREAD = 0.01
+
 
 class Tensor(NamedTuple):
     """One tensor: ``blocks`` gives its rows, float32, in pieces."""
@@ -183,17 +186,26 @@ class _Drawing:
             path = f"{mlp}shared_expert."
             spread = 2 * added * math.sqrt(shared)  # its gate is at one half
             yield from self._ffn(layer, [path + name for name in names], shape.shared_width, spread)
-            yield self._filled(f"{mlp}shared_expert_gate.weight", (1, shape.hidden), 0.0)
+            yield self._shared_gate(layer, f"{mlp}shared_expert_gate.weight")
 
     def _ffn(self, layer: int, names: list[str], inner: int, spread: float) -> Iterator[Tensor]:
         """A gated feed-forward network whose output has so large a standard deviation."""
-        gains, token = self._stream.layers[layer], self._places.token
-        seen = gains.routed_rms / (gains.amplitude * math.sqrt(width(token)))
+        token, columns = self._places.token, [(self._places.token, self._unit(layer))]
         for name in names[:2]:
-            yield self._matrix(f"{name}.weight", (inner, self._shape.hidden), [(token, seen)])
+            yield self._matrix(f"{name}.weight", (inner, self._shape.hidden), columns)
         written = spread / math.sqrt(inner * SILU_ENERGY)
         size = self._shape.hidden, inner
         yield self._matrix(f"{names[2]}.weight", size, [(slice(0, inner), written)], token)
+
+    def _shared_gate(self, layer: int, name: str) -> Tensor:
+        """What is as good as one half, but not of a logit of 0: llama.cpp divides by that."""
+        columns = [(self._places.token, _GATE_SPREAD * self._unit(layer))]
+        return self._matrix(name, (1, self._shape.hidden), columns)
+
+    def _unit(self, layer: int) -> float:
+        """Of weights that read the token: what gives a product a standard deviation of 1."""
+        gains = self._stream.layers[layer]
+        return gains.routed_rms / (gains.amplitude * math.sqrt(width(self._places.token)))
 
     def _router(self, layer: int, name: str) -> Tensor:
         """Rows that read popularity, text, context and noise, each with its gain."""

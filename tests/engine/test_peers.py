@@ -94,13 +94,14 @@ def test_a_process_is_held_to_the_limit_and_counted(tmp_path: Path) -> None:
         pytest.skip(str(failure))
 
     def run(allocated_bytes: int) -> str:
-        code = f"held = b'x' * {allocated_bytes}; print('*' * 3, flush=True)"
+        code = f"held = b'x' * {allocated_bytes}; print('*' * 3, flush=True); open('log', 'w')"
         watched = run_watched(
             [sys.executable, "-c", code],
             limit_bytes=64 * MIB,
             messages=tmp_path / "messages.txt",
             timeout_s=60,
             count_tokens=lambda piece: piece.count("*"),
+            folder=tmp_path,
         )
         assert watched.peak_group_bytes is None or watched.peak_group_bytes <= 64 * MIB
         assert watched.tokens == (0 if watched.failure else 3)
@@ -108,6 +109,7 @@ def test_a_process_is_held_to_the_limit_and_counted(tmp_path: Path) -> None:
         return watched.failure
 
     assert run(1 * MIB) == ""
+    assert (tmp_path / "log").exists()
     assert run(128 * MIB) == "killed for want of memory"
 
 

@@ -89,6 +89,21 @@ def test_transformers_computes_the_same(written: Written, shape: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
+def test_the_gate_of_a_shared_expert_is_near_one_half_and_never_exactly(written: Written) -> None:
+    folder = written("qwen1.5-moe-a2.7b")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.shared_expert_gate.register_forward_hook(
+            lambda _module, _inputs, found: logits.append(found)
+        )
+    with torch.inference_mode():
+        model(torch.arange(1, 400)[None])
+    spread = torch.stack(logits).std()
+    assert 0.002 < spread < 0.04
+    assert all(bool(found.count_nonzero() == found.numel()) for found in logits)
+
+
 def test_the_tokenizer_covers_the_vocabulary(written: Written) -> None:
     folder = written("olmoe-1b-7b")
     mine, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
