@@ -7,8 +7,9 @@ Each ``--plan`` is what ``moepack plan`` is told beside model, budget and contex
 scored once on the texts that ship (``moepack eval``), and by how far it goes along with the greedy
 text of the first plan (:mod:`benchmarks.greedy`); at every budget all of them are raced
 (:mod:`benchmarks.race`) after the prompts of ``moepack bench``. Printed are medians over rounds,
-speeds over that of the first plan round by round, and quality with 95 % intervals. The last line is
-one JSON object.
+speeds over that of the first plan round by round, what was predicted, also at the processor's speed
+meanwhile (:mod:`moepack.yardstick`), and quality with 95 % intervals. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,9 @@ from moepack_runtime.loading import open_packed
 
 from benchmarks.greedy import Agreement, agreement, greedy_texts
 from benchmarks.options import at_least, size_option
-from benchmarks.race import Rounds, median, pack_for, race, ratio
+from benchmarks.race import Raced, median, pack_for, race, ratio
 from benchmarks.setting import Setting, add_options, described, named, open_setting
+from moepack.drift import slowness, stretched_s
 from moepack.evaluating import evaluate
 from moepack.formats import PackedModel
 from moepack.plan import Plan, load_plan
@@ -36,6 +39,7 @@ from moepack.quality import Estimate, Quality
 from moepack.shipped import shipped_texts
 from moepack.texts import read_texts
 from moepack.units import format_size
+from moepack.yardstick import Pace
 
 
 class Stored(NamedTuple):
@@ -119,16 +123,26 @@ def _print_greedy(found: dict[str, Agreement]) -> None:
     sys.stdout.flush()
 
 
-def _print_speed(budget_bytes: int, plans: dict[str, Plan], found: Rounds) -> None:
-    first = next(iter(found.values()))
+def expected_tpot_s(plan: Plan, paces: Sequence[Pace]) -> float:
+    """A token as predicted, on a processor as fast as it was meanwhile: median of the rounds."""
+    slow = (slowness(plan.prediction, pace) for pace in paces)
+    whole_s, wait_s = plan.prediction.tpot_s, plan.prediction.tpot_wait_s
+    return statistics.median(
+        whole_s if each is None else stretched_s(whole_s, wait_s, each.token) for each in slow
+    )
+
+
+def _print_speed(budget_bytes: int, plans: dict[str, Plan], found: Raced) -> None:
+    first = next(iter(found.runs.values()))
     print(f"\n{format_size(budget_bytes)} of fast memory\n")
-    print("| | tokens/s | predicted | over the first | hit rate | link a token |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for told, runs in found.items():
+    print("| | tokens/s | predicted | at this pace | over the first | hit rate | link a token |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for told, runs in found.runs.items():
         middle, least, most = ratio(first, runs, lambda run: run.tpot_s)
         print(
             f"| {told or 'exact'} | {1 / median(runs, lambda run: run.tpot_s):.1f} "
             f"| {plans[told].prediction.tokens_per_s:.1f} "
+            f"| {1 / expected_tpot_s(plans[told], found.paces[told]):.1f} "
             f"| {middle:.2f} ({least:.2f} to {most:.2f}) "
             f"| {median(runs, lambda run: run.hit_rate):.1%} "
             f"| {format_size(round(median(runs, lambda run: run.link_bytes_per_token)))} |"
@@ -158,9 +172,9 @@ def _run(args: argparse.Namespace) -> int:
                 _print_quality(scored)
                 along = compare_greedy(plans, folders, setting.prompts, args.greedy)
                 _print_greedy(along)
-            found = race(plans, folders, setting.prompts, args.new, args.rounds).runs
+            found = race(plans, folders, setting.prompts, args.new, args.rounds)
             _print_speed(budget_bytes, plans, found)
-            for told, runs in found.items():
+            for told, runs in found.runs.items():
                 tpot_s = median(runs, lambda run: run.tpot_s)
                 predicted_s = plans[told].prediction.tpot_s
                 speeds.append(
@@ -169,6 +183,7 @@ def _run(args: argparse.Namespace) -> int:
                         "plan": told,
                         "tpot_s": tpot_s,
                         "predicted_tpot_s": predicted_s,
+                        "expected_tpot_s": expected_tpot_s(plans[told], found.paces[told]),
                     }
                 )
     rows = {
