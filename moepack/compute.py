@@ -150,16 +150,15 @@ class LayerCompute:
     @property
     def of_ahead(self) -> tuple[float, float]:
         """What one transfer that was asked for ahead costs, and having any of those."""
-        transfer_s, burst_s = self.ahead_transfer_s, self.ahead_burst_s
-        return (
-            self.transfer_s if transfer_s is None else transfer_s,
-            self.burst_s if burst_s is None else burst_s,
-        )
+        return self._or_demanded(self.ahead_transfer_s, self.ahead_burst_s)
 
     @property
     def of_prompt(self) -> tuple[float, float]:
         """What one transfer, and transferring anything, costs the thread that computes a prompt."""
-        transfer_s, burst_s = self.prompt_transfer_s, self.prompt_burst_s
+        return self._or_demanded(self.prompt_transfer_s, self.prompt_burst_s)
+
+    def _or_demanded(self, transfer_s: float | None, burst_s: float | None) -> tuple[float, float]:
+        """Costs that older profiles did not tell from those of demands."""
         return (
             self.transfer_s if transfer_s is None else transfer_s,
             self.burst_s if burst_s is None else burst_s,
