@@ -19,13 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moepack.timeline import Columns, Costs, Flags, Seconds, of_lanes
+from moepack.timeline import NEVER, Columns, Costs, Flags, Seconds, of_lanes
 
 #: One is read into while another is copied from.
 LEAST_BOUNCES = 2
-
-#: Stands for a moment that does not come.
-NEVER = 1e30
 
 # The difference between two moments that counts as none.
 _SAME_S = 1e-12

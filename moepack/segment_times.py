@@ -22,7 +22,7 @@ from moepack.plan import Placement
 from moepack.ram_tier import ram_tier
 from moepack.segment_classes import SegmentClasses, seconds_of, segment_classes
 from moepack.segments import PARTS, PIECE_BYTES
-from moepack.timeline import Columns, Costs, Flags, Seconds
+from moepack.timeline import NEVER, Columns, Costs, Flags, Seconds
 
 
 class LowCopies(NamedTuple):
@@ -86,7 +86,7 @@ class Segments(NamedTuple):
         Where transfers cannot be broken off, of all of it.
         """
         pieces = self.stored_bytes / PIECE_BYTES if self.in_pieces else 1.0
-        return np.where(self.link_s > 0.0, self.link_s / np.maximum(pieces, 1.0), 1e30)
+        return np.where(self.link_s > 0.0, self.link_s / np.maximum(pieces, 1.0), NEVER)
 
     def mixed(self, row: int) -> LayerLayout | None:
         """The layout of a layer if that is mixed, else None."""

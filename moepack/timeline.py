@@ -31,7 +31,8 @@ Seconds = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.intp]
 Flags = npt.NDArray[np.bool_]
 
-_NEVER = 1e30
+#: Stands for a moment that does not come: finite, so that differences are numbers.
+NEVER = 1e30
 
 # The difference between two moments that counts as none.
 _SAME_S = 1e-12
@@ -186,7 +187,7 @@ class Work(NamedTuple):
     ahead_s: Seconds
     ahead_of: Columns
     costs: Costs = Costs()
-    piece_s: Seconds | float = _NEVER
+    piece_s: Seconds | float = NEVER
 
     def take(self, lanes: Columns) -> Work:
         """That of some of the lanes."""
@@ -252,17 +253,17 @@ def advance(
     if instead is not None:
         work = _replaced(work, instead, begun, segments_per_expert)
     lacking = work.fetch_s > 0.0
-    arrives_s = np.full(lacking.shape, -_NEVER)
+    arrives_s = np.full(lacking.shape, -NEVER)
     asked_s = routed_s + work.guess_s
     begin_s = asked_s + work.after_s
     if begun.any():
-        comes_s = np.full((len(begun), begun.shape[1] + 1), _NEVER)
+        comes_s = np.full((len(begun), begun.shape[1] + 1), NEVER)
         np.copyto(comes_s[:, :-1], ends_s, where=begun)
         brought_s = np.take_along_axis(comes_s, work.ahead_of, axis=1)
-        coming = lacking & (brought_s < _NEVER)
+        coming = lacking & (brought_s < NEVER)
         np.copyto(arrives_s, brought_s, where=coming)
         over_s = _over(work, begun, ends_s, coming, routed_s)
-        link_s = np.maximum(link_s, np.where(begun, over_s, -_NEVER).max(axis=1))
+        link_s = np.maximum(link_s, np.where(begun, over_s, -NEVER).max(axis=1))
         saved_s = (ends_s - over_s).sum(axis=1)
         ready = ~lacking | (coming & (brought_s <= routed_s[:, None]))
         begin_s = begin_s + work.costs.of_ahead(begun, lacking & ~coming)
@@ -324,7 +325,7 @@ def _fetched_ahead(
     turn = np.minimum(np.maximum(np.cumsum(some, axis=1) - 1, 0), slots - 1)
     frees_s = np.take_along_axis(clock.asked_s, turn, axis=1)
     frees_s = np.repeat(frees_s, segments_per_expert, axis=1)
-    late_s = np.where(asked, frees_s - (total_s - ahead_s), -_NEVER)
+    late_s = np.where(asked, frees_s - (total_s - ahead_s), -NEVER)
     late_s = np.maximum(np.maximum.accumulate(late_s, axis=1), clock.link_s[:, None])
     ends_s = late_s + total_s
     return (ends_s - ahead_s < routed_s[:, None]) & asked, ends_s
@@ -385,7 +386,7 @@ def _ample(lane: _Lane, as_ready: bool) -> tuple[Seconds, Seconds]:
             rest_s = np.where(lane.rest, late_s, 0.0).sum(axis=1)[:, None] + behind_s[:, :1]
             behind_s = np.where(lane.coming, late_s.sum(axis=1)[:, None], behind_s)
             behind_s = np.where(lane.rest, rest_s, behind_s)
-        bound_s = np.where(lane.ready, -_NEVER, arrives_s + behind_s).max(axis=1)
+        bound_s = np.where(lane.ready, -NEVER, arrives_s + behind_s).max(axis=1)
     else:
         bound_s = (arrives_s + _suffix(compute_s)).max(axis=1)
     return np.maximum(lane.begin_s + compute_s.sum(axis=1), bound_s), link_s
