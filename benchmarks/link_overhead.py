@@ -65,13 +65,20 @@ class FileStore(SegmentStore):
         """All are alike."""
         return self._shape
 
-    def read_into(self, segment: SegmentId, destination: Any, check: CheckMode) -> None:
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Any,
+        check: CheckMode,
+        wanted: Any = None,  # noqa: ARG002
+    ) -> int:
         """As a packed folder does, of whatever kind of buffer the measured version hands over."""
         if not self.reads:
-            return
+            return self._shape.stored_bytes
         self.file.read_into(destination, self._places[segment])
         if check is CheckMode.ALWAYS:
             assert zlib.crc32(destination[: self._shape.size_bytes]) == self._crc32
+        return self._shape.stored_bytes
 
     def load_trunk(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
         """There is none."""

@@ -25,6 +25,9 @@ from moepack.units import MIB, format_size
 
 Buffer = npt.NDArray[np.uint8]
 
+#: Whether what is being read is wanted still: asked before each piece, in the reader's thread.
+Wanted = Callable[[], bool]
+
 HUGE_PAGE_BYTES = 2 * MIB
 
 # Since Linux 5.14; the mmap module of our oldest Python does not name it.
@@ -186,14 +189,17 @@ class DirectFile:
         if not self.direct:
             os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
 
-    def read_while(self, wanted: Callable[[], bool], destination: Buffer, offset_bytes: int) -> int:
-        """The same in pieces, as long as it is wanted.
+    def read_while(self, wanted: Wanted | None, destination: Buffer, offset_bytes: int) -> int:
+        """The same in pieces, as long as it is wanted; at one go where nobody is to be asked.
 
         Returns
         -------
         int
             Bytes read: all that the destination takes, or fewer where it was no longer wanted.
         """
+        if wanted is None:
+            self.read_into(destination, offset_bytes)
+            return destination.nbytes
         for done_bytes in range(0, destination.nbytes, PIECE_BYTES):
             if not wanted():
                 return done_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from moepack.budget import layer_segment
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.segments import PARTS, Part, SegmentId, SegmentShape, cut_expert
-from moepack_runtime.direct_io import Buffer, DirectFile
+from moepack_runtime.direct_io import Buffer, DirectFile, Wanted
 from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, ExpertSource, SegmentStore
 
@@ -78,18 +78,12 @@ class ScratchStore(ExpertsAlone):
         return self._shape
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
-        place = self._first[segment.layer] + segment.expert % self._count
-        block = np.asarray(destination)[: self._shape.stored_bytes]
-        self._file.read_into(block, place * self._shape.stored_bytes)
-
-    @override
-    def read_while(
+    def read_into(
         self,
-        wanted: Callable[[], bool],
         segment: SegmentId,
         destination: Buffer,
         check: CheckMode,
+        wanted: Wanted | None = None,
     ) -> int:
         place = self._first[segment.layer] + segment.expert % self._count
         block = np.asarray(destination)[: self._shape.stored_bytes]
@@ -123,9 +117,17 @@ class MadeUpStore(ExpertsAlone):
         return self._shapes[segment.layer, segment.part]
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
-        payload = self._payloads[self.shape(segment)]
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+        wanted: Wanted | None = None,
+    ) -> int:
+        shape = self.shape(segment)
+        payload = self._payloads[shape]
         destination[: len(payload)] = payload
+        return shape.stored_bytes
 
     @override
     def close(self) -> None:

@@ -15,7 +15,7 @@ from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.segments import SegmentId, SegmentShape, SegmentTensor
 from moepack_runtime import int4_fragments, int4_tiles
-from moepack_runtime.direct_io import Buffer
+from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.int4_tiles import memory_tile_rows
 from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.store import CheckMode, SegmentStore
@@ -35,7 +35,7 @@ class RebuildingStore(SegmentStore):
 
     Parameters
     ----------
-    wanted
+    rebuilt
         Of a segment's shape, the tensors that are rebuilt.
     """
 
@@ -43,38 +43,31 @@ class RebuildingStore(SegmentStore):
         self,
         inner: SegmentStore,
         rebuild: Rebuild,
-        wanted: Callable[[SegmentShape], Iterable[SegmentTensor]],
+        rebuilt: Callable[[SegmentShape], Iterable[SegmentTensor]],
     ) -> None:
         self._inner = inner
         self._rebuild = rebuild
-        self._wanted = functools.cache(wanted)  # there are few shapes
+        self._rebuilt = functools.cache(rebuilt)  # there are few shapes
 
     @override
     def shape(self, segment: SegmentId) -> SegmentShape:
         return self._inner.shape(segment)
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
-        self._inner.read_into(segment, destination, check)
-        self._rearrange(segment, destination)
-
-    @override
-    def read_while(
+    def read_into(
         self,
-        wanted: Callable[[], bool],
         segment: SegmentId,
         destination: Buffer,
         check: CheckMode,
+        wanted: Wanted | None = None,
     ) -> int:
-        read_bytes = self._inner.read_while(wanted, segment, destination, check)
-        if read_bytes == self.shape(segment).stored_bytes:
-            self._rearrange(segment, destination)
+        read_bytes = self._inner.read_into(segment, destination, check, wanted)
+        shape = self.shape(segment)
+        if read_bytes == shape.stored_bytes:
+            for tensor in self._rebuilt(shape):
+                end_bytes = tensor.offset_bytes + tensor.size_bytes
+                self._rebuild(destination[tensor.offset_bytes : end_bytes], tensor.shape[0])
         return read_bytes
-
-    def _rearrange(self, segment: SegmentId, destination: Buffer) -> None:
-        for tensor in self._wanted(self.shape(segment)):
-            end_bytes = tensor.offset_bytes + tensor.size_bytes
-            self._rebuild(destination[tensor.offset_bytes : end_bytes], tensor.shape[0])
 
     @override
     def load_trunk(
@@ -107,11 +100,11 @@ def for_device(
     if not _has_codes(layout):
         return store
 
-    def wanted(shape: SegmentShape) -> list[SegmentTensor]:
+    def rebuilt(shape: SegmentShape) -> list[SegmentTensor]:
         lying = int4_fragments.in_memory(shape, spec.dtype, device)
         return [tensor for tensor in lying.tensors if tensor.name.endswith(int4_fragments.SUFFIX)]
 
-    return RebuildingStore(store, int4_fragments.rebuild, wanted)
+    return RebuildingStore(store, int4_fragments.rebuild, rebuilt)
 
 
 def _has_codes(layout: Layout) -> bool:

@@ -6,7 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -39,7 +39,7 @@ from moepack.segments import (
 )
 from moepack.trunk import require_trunk, stored_trunk, trunk_parts
 from moepack.units import MIB
-from moepack_runtime.direct_io import Buffer, DirectFile, allocate
+from moepack_runtime.direct_io import Buffer, DirectFile, Wanted, allocate
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.weights import TORCH_DTYPE
 
@@ -73,7 +73,13 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+        wanted: Wanted | None = None,
+    ) -> int:
         """Read a segment. Called from several threads at once.
 
         Parameters
@@ -81,6 +87,13 @@ class SegmentStore(ABC):
         destination
             As many bytes as the segment stores, 4 KiB aligned. The padding after its tensors is
             written too, with anything.
+        wanted
+            Where a store can break off, it reads as long as this is true; None: to the end.
+
+        Returns
+        -------
+        int
+            Bytes read: as many as it stores, or fewer; then the destination holds anything.
 
         Raises
         ------
@@ -89,23 +102,6 @@ class SegmentStore(ABC):
         DamagedSegmentError
             When it is not what was packed.
         """
-
-    def read_while(
-        self,
-        wanted: Callable[[], bool],  # noqa: ARG002 what cannot break off does not ask
-        segment: SegmentId,
-        destination: Buffer,
-        check: CheckMode,
-    ) -> int:
-        """Read a segment as long as it is wanted, where a store can break off.
-
-        Returns
-        -------
-        int
-            Bytes read: as many as it stores, or fewer; then the destination holds anything.
-        """
-        self.read_into(segment, destination, check)
-        return self.shape(segment).stored_bytes
 
     @abstractmethod
     def load_trunk(
@@ -213,22 +209,12 @@ class PackStore(SegmentStore):
         return self._packed.entry(segment).shape
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
-        entry = self._packed.entry(segment)
-        file = self._files[entry.path]
-        try:
-            file.read_into(destination[: entry.stored_bytes], entry.offset_bytes)
-        except TransferError as failure:
-            raise TransferError(f"{segment}: {failure}") from None
-        self._compare(segment, entry, destination, check)
-
-    @override
-    def read_while(
+    def read_into(
         self,
-        wanted: Callable[[], bool],
         segment: SegmentId,
         destination: Buffer,
         check: CheckMode,
+        wanted: Wanted | None = None,
     ) -> int:
         entry = self._packed.entry(segment)
         room = destination[: entry.stored_bytes]
@@ -378,12 +364,19 @@ class CheckpointStore(SegmentStore):
         raise PlanMismatchError(f"the layout has no segment {segment}; plan again")
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+        wanted: Wanted | None = None,
+    ) -> int:
         shape = self.shape(segment)
         with self._lock:
             weights = self._expert(segment.layer, segment.expert, segment.variant)
             bits = cut_expert(weights, shape, segment.part)
         destination[: shape.size_bytes] = np.frombuffer(bits, np.uint8)
+        return shape.stored_bytes
 
     def _expert(self, layer: int, expert: int, variant: str) -> Mapping[str, Bits]:
         weights = self._recent.pop((layer, expert, variant), None)

@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import torch
+from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
 from moepack_runtime.sampling import Sampler
@@ -190,11 +191,17 @@ class Failing(CheckpointStore):
         self.reads = 0
 
     @override
-    def read_into(self, segment: SegmentId, destination: object, check: CheckMode) -> None:
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+        wanted: Wanted | None = None,
+    ) -> int:
         self.reads += 1
         if self.reads % self.every == 0:
             raise TransferError(f"{segment}: the disk does not answer")
-        super().read_into(segment, destination, check)  # type: ignore[arg-type]
+        return super().read_into(segment, destination, check, wanted)
 
 
 @pytest.mark.parametrize("every", [1, 4, 15, 20, 33])

@@ -11,7 +11,7 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
-from moepack_runtime.direct_io import Buffer
+from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.engine import Engine
 from moepack_runtime.predict import Predictor
 from moepack_runtime.sampling import Sampler
@@ -146,15 +146,19 @@ def test_the_bits_do_not_depend_on_what_is_broken_off(
     """Segments come a page at a time, slowly; what is not wanted ends there, and leaves NaN."""
     broken: list[SegmentId] = []
 
-    def read_while(
+    at_once = CheckpointStore.read_into
+
+    def read_into(
         store: CheckpointStore,
-        wanted: Callable[[], bool],
         segment: SegmentId,
         destination: Buffer,
         check: CheckMode,
+        wanted: Wanted | None = None,
     ) -> int:
+        if wanted is None:
+            return at_once(store, segment, destination, check)
         whole = np.empty_like(destination)
-        store.read_into(segment, whole, check)
+        at_once(store, segment, whole, check)
         destination[:] = 0xFF
         for begin in range(0, len(whole), ALIGNMENT_BYTES):
             if not wanted():
@@ -164,7 +168,7 @@ def test_the_bits_do_not_depend_on_what_is_broken_off(
             destination[begin : begin + ALIGNMENT_BYTES] = whole[begin : begin + ALIGNMENT_BYTES]
         return len(whole)
 
-    monkeypatch.setattr(CheckpointStore, "read_while", read_while)
+    monkeypatch.setattr(CheckpointStore, "read_into", read_into)
     spec = checkpoint.spec
     layout = mixed_layout(spec, (1.0,))
     experts = spec.moe(spec.moe_layers[0]).num_experts

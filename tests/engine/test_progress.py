@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from moepack_runtime.progress import Unit
@@ -74,7 +75,7 @@ def test_loading_reports_every_byte_and_a_prompt_every_layer(
 class Failing(CheckpointStore):
     """Its experts cannot be read."""
 
-    def read_into(self, segment: SegmentId, *_: object) -> None:
+    def read_into(self, segment: SegmentId, *_: object) -> NoReturn:
         raise TransferError(f"{segment}: gone")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moepack_runtime.direct_io import Buffer
+from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.store import CheckMode, CheckpointStore
 from moepack_runtime.tokenizer import Tokenizer
 from typing_extensions import override
@@ -56,12 +56,19 @@ class Kept(CheckpointStore):
         self._kept: dict[SegmentId, bytes] = {}
 
     @override
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,
+        wanted: Wanted | None = None,
+    ) -> int:
         if segment in self._kept:
             destination[:] = np.frombuffer(self._kept[segment], np.uint8)
-            return
-        super().read_into(segment, destination, check)
+            return destination.nbytes
+        read_bytes = super().read_into(segment, destination, check, wanted)
         self._kept[segment] = destination.tobytes()
+        return read_bytes
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from moepack_runtime.direct_io import Buffer, DirectFile
+from moepack_runtime.direct_io import Buffer, DirectFile, Wanted
 from moepack_runtime.measuring_stores import ExpertsAlone
 from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import (
@@ -51,12 +51,19 @@ class PatternStore(ExpertsAlone):
     def shape(self, segment: SegmentId) -> SegmentShape:  # noqa: ARG002
         return SegmentShape(1, (), SIZE_BYTES, STORED_BYTES)
 
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:  # noqa: ARG002
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,  # noqa: ARG002
+        wanted: Wanted | None = None,  # noqa: ARG002
+    ) -> int:
         assert not self.closed
         with self._lock:
             self.read.append(number_of(segment))
         self.before_read(segment)
         destination[:] = content(number_of(segment))
+        return STORED_BYTES
 
     def close(self) -> None:
         self.closed = True
@@ -70,8 +77,14 @@ class FileStore(PatternStore):
         path.write_bytes(b"".join(content(number).tobytes() for number in range(count)))
         self.file = DirectFile(path)
 
-    def read_into(self, segment: SegmentId, destination: Buffer, check: CheckMode) -> None:  # noqa: ARG002
-        self.file.read_into(destination, number_of(segment) * STORED_BYTES)
+    def read_into(
+        self,
+        segment: SegmentId,
+        destination: Buffer,
+        check: CheckMode,  # noqa: ARG002
+        wanted: Wanted | None = None,
+    ) -> int:
+        return self.file.read_while(wanted, destination, number_of(segment) * STORED_BYTES)
 
     def close(self) -> None:
         self.file.close()

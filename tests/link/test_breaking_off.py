@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from moepack_runtime import direct_io
-from moepack_runtime.direct_io import Buffer, DirectFile, allocate
+from moepack_runtime.direct_io import Buffer, DirectFile, Wanted, allocate
 from moepack_runtime.store import CheckMode
 from moepack_runtime.transfer import HostTransfer, Priority, ThrottledTransfer, throttled
 
@@ -27,13 +27,15 @@ class PieceStore(PatternStore):
         super().__init__()
         self.entered, self.opened = threading.Event(), threading.Event()
 
-    def read_while(
+    def read_into(
         self,
-        wanted: Callable[[], bool],
         segment: SegmentId,
         destination: Buffer,
-        check: CheckMode,  # noqa: ARG002
+        check: CheckMode,
+        wanted: Wanted | None = None,
     ) -> int:
+        if wanted is None:
+            return super().read_into(segment, destination, check)
         self.read.append(number_of(segment))
         for done in range(0, STORED_BYTES, PIECE_BYTES):
             if not wanted():

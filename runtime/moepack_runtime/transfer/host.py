@@ -91,12 +91,9 @@ class HostTransfer(QueuedTransfer):
             view = ticket.destination.numpy()
             if view.nbytes > ticket.stored_bytes:
                 view = view[: ticket.stored_bytes]
-            if ticket.priority is Priority.PREFETCH:
-                ticket.crossed_bytes = store.read_while(
-                    lambda: not ticket.unwanted, ticket.segment, view, check
-                )
-            else:
-                store.read_into(ticket.segment, view, check)
+            ahead = ticket.priority is Priority.PREFETCH
+            wanted = (lambda: not ticket.unwanted) if ahead else None
+            ticket.crossed_bytes = store.read_into(ticket.segment, view, check, wanted)
 
         return read
 
