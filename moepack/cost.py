@@ -41,9 +41,9 @@ class LayerTimes(NamedTuple):
         What having to transfer anything costs it, once.
     shared_s : float
         After the routing, before any routed expert: the shared expert.
-    ahead_transfer_s, ahead_burst_s : float or None
+    ahead_transfer_s, ahead_burst_s : float
         What each transfer that was begun ahead costs it, and having any of them where nothing is
-        demanded; None: as demands do.
+        demanded.
     """
 
     other_s: float
@@ -51,17 +51,8 @@ class LayerTimes(NamedTuple):
     transfer_s: float = 0.0
     shared_s: float = 0.0
     burst_s: float = 0.0
-    ahead_transfer_s: float | None = None
-    ahead_burst_s: float | None = None
-
-    @property
-    def of_ahead(self) -> tuple[float, float]:
-        """What each transfer that was begun ahead costs, and having any of them."""
-        transfer_s, burst_s = self.ahead_transfer_s, self.ahead_burst_s
-        return (
-            self.transfer_s if transfer_s is None else transfer_s,
-            self.burst_s if burst_s is None else burst_s,
-        )
+    ahead_transfer_s: float = 0.0
+    ahead_burst_s: float = 0.0
 
 
 class Lacks(NamedTuple):

@@ -84,12 +84,11 @@ def decode_ahead_s(
     late_s = parts.link_s(wasted) / parts.pieces
     if isinstance(stage, TierStage):
         late_s = np.maximum(late_s, parts.read_s(wasted))
-    ahead_s, ahead_burst_s = times.of_ahead
-    costs_s = _transfers(wasted, parts) * ahead_s
+    costs_s = _transfers(wasted, parts) * times.ahead_transfer_s
     transfers = top_k * _transfers(after.mean_lacks(), parts)
-    spared_s = (transfers[:-1] - transfers[1:]) * (times.transfer_s - ahead_s)
+    spared_s = (transfers[:-1] - transfers[1:]) * (times.transfer_s - times.ahead_transfer_s)
     some = after.any_lacks()[..., None]
-    spared_s = spared_s + (some[:-1] - some[1:]) * (times.burst_s - ahead_burst_s)
+    spared_s = spared_s + (some[:-1] - some[1:]) * (times.burst_s - times.ahead_burst_s)
     costs_s = costs_s - spared_s
     layer_s = np.empty(late_s.shape)
     total_s = expected_s[0] + _unhidden_s(times, top_k, parts, held)

@@ -176,7 +176,7 @@ def test_as_ready_what_is_there_hides_the_first_transfer_whatever_the_frames() -
 def test_guesses_and_what_they_waste_cost_the_compute() -> None:
     """Every guess is wrong, and begun in a long window: each costs what a transfer does."""
     wrong = Ahead("all", 100.0, np.zeros(2), Held(np.zeros(2), np.ones(2)), guess_s=0.5)
-    times = LayerTimes(100.0, 10.0, transfer_s=0.25)
+    times = LayerTimes(100.0, 10.0, transfer_s=0.25, ahead_transfer_s=0.25)
     plain = decode_layer_s(times, 2, WHOLE, Held(1.0, 1.0), staging_experts=4, as_ready=True)
     found = decode_ahead_s(
         times, 2, WHOLE, Held(1.0, 1.0), wrong, 2, staging_experts=4, as_ready=True
@@ -184,9 +184,11 @@ def test_guesses_and_what_they_waste_cost_the_compute() -> None:
     assert found[:, 0, 0] == pytest.approx(plain.item() + np.array([0.75, 1.0]))
 
 
-def test_what_is_fetched_ahead_costs_what_was_measured_of_that() -> None:
+def test_what_is_fetched_ahead_costs_as_much_as_is_said_of_that() -> None:
     """All four are lacking, and hide behind the compute whenever they are asked for."""
-    times = LayerTimes(0.0, 100.0, transfer_s=1.0, burst_s=8.0)
+    alike = LayerTimes(
+        0.0, 100.0, transfer_s=1.0, burst_s=8.0, ahead_transfer_s=1.0, ahead_burst_s=8.0
+    )
     whole, nothing = Parts(1e-9, 0.0, 1.0), Held(0.0, 1.0)
 
     def ahead_s(accuracy: float, times: LayerTimes) -> float:
@@ -196,11 +198,11 @@ def test_what_is_fetched_ahead_costs_what_was_measured_of_that() -> None:
         )
         return float(made[-1].item())
 
-    measured = times._replace(ahead_transfer_s=0.25, ahead_burst_s=2.0)
+    cheaper = alike._replace(ahead_transfer_s=0.25, ahead_burst_s=2.0)
     demanded_s = 400.0 + 4 * 1.0 + 8.0
-    assert ahead_s(1.0, times) == pytest.approx(demanded_s), "it was not measured"
-    assert ahead_s(1.0, measured) == pytest.approx(400.0 + 4 * 0.25 + 2.0)
-    assert ahead_s(0.0, measured) == pytest.approx(demanded_s + 4 * 0.25), "all for nothing"
+    assert ahead_s(1.0, alike) == pytest.approx(demanded_s)
+    assert ahead_s(1.0, cheaper) == pytest.approx(400.0 + 4 * 0.25 + 2.0)
+    assert ahead_s(0.0, cheaper) == pytest.approx(demanded_s + 4 * 0.25), "all for nothing"
 
 
 def test_a_window_for_all_that_is_lacking_leaves_the_compute() -> None:
@@ -313,7 +315,7 @@ def test_a_grid_of_options_is_priced_like_each_by_itself() -> None:
                 return Ahead(mode, 1.5, accuracy, held)
 
             grid = decode_ahead_s(
-                LayerTimes(1.5, expert_s, 0.1, 0.2),
+                LayerTimes(1.5, expert_s, 0.1, 0.2, ahead_transfer_s=0.1),
                 3,
                 Parts(top_s, bottom_s, share),
                 Held(tops, bottoms),
@@ -325,7 +327,7 @@ def test_a_grid_of_options_is_priced_like_each_by_itself() -> None:
             for state in range(4):
                 for cut in range(3):
                     one = decode_ahead_s(
-                        LayerTimes(1.5, expert_s[cut], 0.1, 0.2),
+                        LayerTimes(1.5, expert_s[cut], 0.1, 0.2, ahead_transfer_s=0.1),
                         3,
                         Parts(top_s[cut], bottom_s[cut], share[cut]),
                         Held(tops[state], bottoms[state]),
@@ -383,7 +385,7 @@ def test_a_faster_link_is_never_dearer(
     else:
         held, ranks = Held(hit, float(whole)), Held(hits, np.full(depth, float(whole)))
     share = 1.0 if whole else theta
-    times = LayerTimes(gap_s, 1.0, transfer_s, shared_s, burst_s)
+    times = LayerTimes(gap_s, 1.0, transfer_s, shared_s, burst_s, transfer_s, burst_s)
 
     def best_s(top: float, bottom: float) -> float:
         parts = Parts(share * ratio * top, (1.0 - share) * ratio * bottom, share)

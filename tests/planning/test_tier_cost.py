@@ -83,7 +83,7 @@ class Compared:
         case = self.case
         tokens = case.tables.tokens("test")
         trace = case.tables.trace
-        times = LayerTimes(ATTENTION_S, EXPERT_S, TRANSFER_S, SHARED_S)
+        times = LayerTimes(ATTENTION_S, EXPERT_S, TRANSFER_S, SHARED_S, ahead_transfer_s=TRANSFER_S)
         link_s = [case.link_s(load, size) for size in self.sizes]
         reads = [slower * seconds for seconds in link_s]
         assert self.placement.host is not None
