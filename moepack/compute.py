@@ -210,9 +210,9 @@ class ComputeProfile:
     head_s : float
         Embedding, final norm, head and sampling of one token.
     yardstick_s : float
-        What :mod:`moepack.yardstick` took on average while all of this was measured, on as many
-        threads: all times are for that speed of the processor. 0 where it is not known: derived,
-        of a device, or measured by an older moepack.
+        What :mod:`moepack.yardstick` took on average while all of this was measured: all times are
+        for that speed of the processor. 0 where it is not known: derived, of a device, or measured
+        by an older moepack.
     spread : float
         Of the time of a token, or of a block, through the whole model, whichever varies more: the
         interquartile range between rounds over the median; 0 where derived.

@@ -41,7 +41,9 @@ class Yardstick(Protocol):
 class MixedYardstick:
     """A few products of bfloat16 matrices and some steps of the interpreter, about equally long.
 
-    Peak memory: 8 MiB.
+    All of it runs on the calling thread, whatever number torch computes with: two threads of one
+    product wait for each other, and so for whatever else the process does just then (a reader, what
+    the last product left spinning), which is not how fast the processor is. Peak memory: 8 MiB.
     """
 
     def __init__(self) -> None:
@@ -55,18 +57,25 @@ class MixedYardstick:
 
     def read_s(self) -> float:
         """Seconds of the work once."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            stopwatch = Stopwatch()
+            return median(self._once_s(stopwatch) for _ in range(_REPEATS))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _once_s(self, stopwatch: Stopwatch) -> float:
         import torch.nn.functional as F
 
-        stopwatch = Stopwatch()
-        seconds = []
-        for _ in range(_REPEATS):
-            total = 0
-            for step in range(_STEPS):
-                total += step * step
-            for weight in itertools.islice(self._turn, _PRODUCTS):
-                F.linear(self._rows, weight)
-            seconds.append(stopwatch.lap())
-        return median(seconds)
+        total = 0
+        for step in range(_STEPS):
+            total += step * step
+        for weight in itertools.islice(self._turn, _PRODUCTS):
+            F.linear(self._rows, weight)
+        return stopwatch.lap()
 
 
 class SteadyPace:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from moepack.yardstick import MixedYardstick, PaceKeeper, SteadyPace
 
@@ -17,6 +19,15 @@ class Readings:
 
     def read_s(self) -> float:
         return next(self._seconds)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """What torch computes with, meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_what_was_measured_is_compared_with_readings_before_and_behind_it() -> None:
@@ -51,3 +62,30 @@ def test_more_work_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     once_s = min(yardstick.read_s() for _ in range(20))
     monkeypatch.setattr("moepack.yardstick._STEPS", 40_000)
     assert min(yardstick.read_s() for _ in range(5)) > 2 * once_s
+
+
+def test_it_computes_on_one_thread_and_leaves_the_others_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    yardstick = MixedYardstick()
+    threads = []
+    product = F.linear
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return product(rows, weight)
+
+    monkeypatch.setattr(F, "linear", counted)
+    yardstick.read_s()
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_a_reading_that_fails_leaves_the_threads_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    yardstick = MixedYardstick()
+    monkeypatch.setattr(F, "linear", None)
+    with pytest.raises(TypeError):
+        yardstick.read_s()
+    assert torch.get_num_threads() == 2
