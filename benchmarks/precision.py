@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +161,10 @@ def _run(args: argparse.Namespace) -> int:
     scored: dict[str, Stored] = {}
     along: dict[str, Agreement] = {}
     speeds: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="precision.") as scratch:
+    with (
+        setting.calibration or nullcontext(),
+        tempfile.TemporaryDirectory(dir=args.scratch, prefix="precision.") as scratch,
+    ):
         folder = Path(scratch)
         for budget_bytes in args.vram:
             plans = {told: plan_with(told, args, budget_bytes, folder) for told in args.plan}

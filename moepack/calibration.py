@@ -28,12 +28,14 @@ import functools
 import hashlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
 
 from moepack.atomic import writing_atomically
 from moepack.errors import PlanMismatchError, ProfileError
@@ -131,8 +133,11 @@ class Calibration:
         self,
         arrays: Mapping[str, npt.NDArray[Any]],
         what: str = "calibration",
-        factors: Callable[[], FactorFile] | None = None,
+        factors: Callable[[], AbstractContextManager[FactorFile]] | None = None,
     ) -> None:
+        self._files = ExitStack()
+        if isinstance(arrays, NpzFile):
+            self._files.enter_context(arrays)
         self._arrays = arrays
         self._what = what
         self._recent: tuple[int, LayerMoments] | None = None
@@ -173,7 +178,10 @@ class Calibration:
         factors: Mapping[int, LayerFactors] = MappingProxyType({}),
         file: FactorFile | None = None,
     ) -> Calibration:
-        """From the moments of every layer, and which second ones are in a file."""
+        """From the moments of every layer, and which second ones are in a file.
+
+        The file stays the caller's.
+        """
         arrays = {
             f"{layer}.{name}": values
             for layer, moments in layers.items()
@@ -184,7 +192,13 @@ class Calibration:
             for layer, found in factors.items()
             for name, values in found._asdict().items()
         }
-        return cls(arrays, factors=None if file is None else lambda: file)
+        return cls(arrays, factors=None if file is None else lambda: nullcontext(file))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
     @property
     def kept(self) -> dict[int, Kept]:
@@ -242,7 +256,7 @@ class Calibration:
         if self._factors is None:
             if self._open_factors is None:
                 raise ProfileError(f"{self._what}: without its second moments; {_REMEDY}")
-            self._factors = self._open_factors()
+            self._factors = self._files.enter_context(self._open_factors())
         return Moments.of(self._factors.read(place, digest.tobytes(), _REMEDY))
 
     def save(self, folder: Path) -> None:
@@ -252,7 +266,8 @@ class Calibration:
         for layer, found in self._lists.items():
             arrays |= {f"{layer}.factors.{name}": each for name, each in found._asdict().items()}
         if self._lists and self._open_factors is not None:
-            self._open_factors().save(folder)
+            with self._open_factors() as file:
+                file.save(folder)
         with writing_atomically(folder / CALIBRATION_FILE) as out:
             np.savez(out, **arrays)
 

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from moepack_runtime.layer_loop import Hidden
 
     from moepack.checkpoint import Checkpoint
+    from moepack.factor_file import FactorFile
     from moepack.layout import Layout
     from moepack.model_spec import ModelSpec
     from moepack.plan import DeviceKind, Placement
@@ -84,7 +85,7 @@ _LOGIT_BYTES = 256 * MIB
 
 
 class Measured(NamedTuple):
-    """What rounding does, and what it was weighed by."""
+    """What rounding does, and what it was weighed by, whose second moments are in a file."""
 
     damage: DamageProfile
     calibration: Calibration
@@ -95,7 +96,7 @@ def measure_damage(
     *,
     device: DeviceKind,
     texts: Sequence[Path],
-    scratch: Path | None = None,
+    factors: FactorFile,
     progress: Progress = NO_PROGRESS,
 ) -> Measured:
     """Measure every expert of a model at every precision that it fits.
@@ -106,9 +107,8 @@ def measure_damage(
 
     Parameters
     ----------
-    scratch
-        A folder for what second moments take (:mod:`moepack.factor_file`), in a file without a
-        name; None: the system's.
+    factors
+        Where the second moments go, and from which the calibration reads them.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def measure_damage(
             Misses(low, RULES),
             progress,
             pool,
-            scratch,
+            factors,
         )
         engine.observe(recorder)
         experts = sum(spec.moe(number).num_experts for number in spec.moe_layers)

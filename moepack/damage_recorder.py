@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from moepack_runtime.router import Routing
     from moepack_runtime.store import ExpertSource
 
+    from moepack.factor_file import FactorFile
     from moepack.model_spec import MoeSpec
     from moepack.segments import Bits
 
@@ -110,8 +110,8 @@ class DamageRecorder:
         What runs in front of the copies of the reference.
     misses
         What is tried in copies of its own, behind the first two.
-    scratch
-        A folder for the second moments, in a file without a name; None: the system's.
+    factors
+        Where the second moments go.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class DamageRecorder:
         misses: Misses,
         progress: Progress,
         pool: Executor,
-        scratch: Path | None = None,
+        factors: FactorFile,
     ) -> None:
         self._decoder = engine.decoder
         self._spec = engine.spec
@@ -145,7 +145,7 @@ class DamageRecorder:
         self._changes: list[list[torch.Tensor]] = []  # fine, coarse: of each reference sequence
         self._found: list[Errors] = []
         self._moments: dict[int, LayerMoments] = {}
-        self._second = SecondMoments(engine.spec, scratch)
+        self._second = SecondMoments(engine.spec, factors)
 
     def routed(self, layer: int, residual: torch.Tensor, routing: Routing) -> None:
         """See :class:`moepack_runtime.observers.Observer`.

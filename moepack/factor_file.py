@@ -28,7 +28,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from moepack.atomic import writing_atomically
 from moepack.errors import ProfileError
@@ -168,6 +168,8 @@ def _width(inputs: int, most_bytes: int, all_inputs: int) -> int:
 class FactorFile:
     """Factors at their places; reading from several threads at once is fine.
 
+    Whoever opens one closes it, at the end of a ``with``.
+
     Parameters
     ----------
     file
@@ -183,7 +185,7 @@ class FactorFile:
 
     @classmethod
     def temporary(cls, scratch: Path | None = None) -> FactorFile:
-        """One without a name in this folder, to be kept by :meth:`save`."""
+        """One without a name, to be kept by :meth:`save`; in this folder, or the system's."""
         return cls(tempfile.TemporaryFile(dir=scratch), "second moments")
 
     @classmethod
@@ -231,7 +233,10 @@ class FactorFile:
         except ValueError as failure:
             raise ProfileError(f"{self._what}: {failure}; {remedy}") from None
 
-    def __del__(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def save(self, folder: Path) -> None:

@@ -7,7 +7,6 @@ damage is measured of the very codes that packing makes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepack.calibration import Calibration, LayerFactors, LayerMoments
@@ -26,16 +25,16 @@ class SecondMoments:
 
     Parameters
     ----------
-    scratch
-        A folder for the file; None: the system's.
+    file
+        Where they go.
     """
 
-    def __init__(self, spec: ModelSpec, scratch: Path | None) -> None:
+    def __init__(self, spec: ModelSpec, file: FactorFile) -> None:
         sizes = sizes_of(spec)
         kept = dict(zip(sizes, choose(sizes.values()), strict=True))
         self._kept = kept
         self._places = Places({layer: (sizes[layer], kept[layer]) for layer in sizes})
-        self._file = FactorFile.temporary(scratch)
+        self._file = file
         self._layers: dict[int, LayerSecond] = {}
 
     def of_layer(self, layer: int, seen: Seen) -> LayerSecond:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from moepack import records
@@ -35,14 +36,16 @@ def pack(
         f"packing {source.record.name} to {place}: at most {format_size(space.needed_bytes)}, "
         f"{format_size(space.free_bytes)} free"
     )
-    done = write_pack(
-        source.checkpoint,
-        plan,
-        place,
-        progress=TerminalProgress(),
-        reuse=_earlier_pack(folder, place),
-        calibration=load_calibration(folder.folder) if plan.layout.calibration else None,
-    )
+    weighed = load_calibration(folder.folder) if plan.layout.calibration else nullcontext()
+    with weighed as calibration:
+        done = write_pack(
+            source.checkpoint,
+            plan,
+            place,
+            progress=TerminalProgress(),
+            reuse=_earlier_pack(folder, place),
+            calibration=calibration,
+        )
     workspace.make_current(folder.with_pack(place))
     emit(records.to_data(done), as_json=json, view=lambda: pack_done_view(done))
 

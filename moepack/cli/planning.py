@@ -287,13 +287,14 @@ def with_asked_calibration(case: Case, request: PlanRequest, *, ignored: bool) -
         return request
     if not (case.folder.folder / CALIBRATION_FILE).exists():
         return request
-    found = load_calibration(case.folder.folder)
-    if not found.kept:
+    with load_calibration(case.folder.folder) as found:
+        kept_second, digest = found.kept, found.digest
+    if not kept_second:
         note(
             "the calibration has no second moments, by which errors are made good; moepack profile "
             "--bits measures them"
         )
-    return replace(request, calibration=found.digest)
+    return replace(request, calibration=digest)
 
 
 def asked_thresholds(

@@ -138,18 +138,20 @@ def _measure_damage(
     progress: Progress,
 ) -> Measured:
     from moepack.damage_probe import measure_damage
+    from moepack.factor_file import FactorFile
 
-    measured = measure_damage(
-        source.checkpoint,
-        device=hardware.device,
-        texts=texts,
-        scratch=folder.folder,
-        progress=progress,
-    )
+    with FactorFile.temporary(folder.folder) as factors:
+        measured = measure_damage(
+            source.checkpoint,
+            device=hardware.device,
+            texts=texts,
+            factors=factors,
+            progress=progress,
+        )
+        measured.calibration.save(folder.folder)
     measured = measured._replace(
         damage=dataclasses.replace(measured.damage, model_name=source.record.name)
     )
-    measured.calibration.save(folder.folder)
     measured.damage.save(folder.folder)
     return measured
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import pytest
 from moepack.checkpoint import Checkpoint
 from moepack.cli.app import main
 from moepack.damage_probe import Measured, measure_damage
+from moepack.factor_file import FactorFile
 from moepack.presets import preset_path
 from moepack.workspace import Workspace
 from tests.conftest import TinyFolder
@@ -96,11 +97,12 @@ def packed(_packed_once: Path, measured: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rounded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+def rounded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     """What rounding does to the model."""
     text = tmp_path_factory.mktemp("texts") / "text.txt"
     text.write_text(" ".join(f"{word} {number}" for number in range(5) for word in _WORDS.split()))
-    return measure_damage(Checkpoint.open(model), device="cpu", texts=[text])
+    with FactorFile.temporary() as factors:
+        yield measure_damage(Checkpoint.open(model), device="cpu", texts=[text], factors=factors)
 
 
 @pytest.fixture

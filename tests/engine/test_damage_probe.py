@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from moepack.damage import DamageProfile, MissTrial
 from moepack.damage_probe import Measured, measure_damage
 from moepack.encodings import encoding
 from moepack.errors import ProfileError, TextError
+from moepack.factor_file import FactorFile
 from moepack.quantise import dequantise_expert, quantise_expert
 from tests.conftest import TinyFolder
 from tests.support.scored_by_transformers import load
@@ -44,8 +46,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, texts: list[Path]) -> Measured:
-    return measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+def factors() -> Iterator[FactorFile]:
+    with FactorFile.temporary() as file:
+        yield file
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, texts: list[Path], factors: FactorFile) -> Measured:
+    return measure_damage(Checkpoint.open(folder), device="cpu", texts=texts, factors=factors)
 
 
 @pytest.fixture(scope="module")
@@ -289,20 +297,26 @@ def test_a_sample_of_an_experts_inputs_tells_its_error(
 ) -> None:
     measured = found.damage
     monkeypatch.setattr(damage_inputs, "SAMPLED", 20)
-    sampled, calibration = measure_damage(Checkpoint.open(folder), device="cpu", texts=texts)
+    with FactorFile.temporary() as other:
+        sampled, calibration = measure_damage(
+            Checkpoint.open(folder), device="cpu", texts=texts, factors=other
+        )
     assert calibration.digest == found.calibration.digest  # of all tokens
     for one, all_of_them in zip(sampled.layers, measured.layers, strict=True):
         assert sum(one.errors[-1]) == pytest.approx(sum(all_of_them.errors[-1]), rel=0.15)
         assert one.coarse_divergence == all_of_them.coarse_divergence
 
 
-def test_texts_that_say_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_texts_that_say_nothing_are_refused(
+    folder: Path, tmp_path: Path, factors: FactorFile
+) -> None:
+    measure = partial(measure_damage, Checkpoint.open(folder), device="cpu", factors=factors)
     short = tmp_path / "short.txt"
     short.write_text("a")
     with pytest.raises(ProfileError, match="name longer ones with --text"):
-        measure_damage(Checkpoint.open(folder), device="cpu", texts=[short])
+        measure(texts=[short])
     with pytest.raises(TextError):
-        measure_damage(Checkpoint.open(folder), device="cpu", texts=[tmp_path / "missing.txt"])
+        measure(texts=[tmp_path / "missing.txt"])
 
 
 def test_second_moments_are_not_from_tokens_that_tell_what_rounding_does() -> None:

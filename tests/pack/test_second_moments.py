@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,27 +136,29 @@ def test_what_is_kept_takes_no_more_than_it_may(layers: list[Sizes], most_bytes:
             assert width in (0, inputs) or (inputs % width == 0 and width % 64 == 0)
 
 
-def with_factors(kept: Kept, seed: int = 0) -> Calibration:
+@contextmanager
+def with_factors(kept: Kept, seed: int = 0) -> Iterator[Calibration]:
     """A calibration of the small model that has second moments."""
     spec = model()
     moments = calibration_of(spec)
     sizes = Sizes(3, spec.hidden_size, spec.moe(1).intermediate_size)
     places = Places(dict.fromkeys(spec.moe_layers, (sizes, kept)))
-    file = FactorFile.temporary()
     lists = {}
-    for layer in spec.moe_layers:
-        digests: tuple[list[bytes], list[bytes]] = [], []
-        for expert in range(sizes.experts):
-            for which, place in enumerate(
-                (places.hidden(layer, expert), places.neurons(layer, expert))
-            ):
-                if place is None or (which == 0 and expert and not kept.by_expert):
-                    continue
-                number = 100 * layer + 10 * expert + which + 1000 * seed
-                factor = exactly_made(place.inputs, number, place.width)
-                digests[which].append(file.write(place, factor))
-        lists[layer] = LayerFactors.of(kept, *digests)
-    return Calibration.of({layer: moments.moments(layer) for layer in moments.layers}, lists, file)
+    with FactorFile.temporary() as file:
+        for layer in spec.moe_layers:
+            digests: tuple[list[bytes], list[bytes]] = [], []
+            for expert in range(sizes.experts):
+                for which, place in enumerate(
+                    (places.hidden(layer, expert), places.neurons(layer, expert))
+                ):
+                    if place is None or (which == 0 and expert and not kept.by_expert):
+                        continue
+                    number = 100 * layer + 10 * expert + which + 1000 * seed
+                    factor = exactly_made(place.inputs, number, place.width)
+                    digests[which].append(file.write(place, factor))
+            lists[layer] = LayerFactors.of(kept, *digests)
+        firsts = {layer: moments.moments(layer) for layer in moments.layers}
+        yield Calibration.of(firsts, lists, file)
 
 
 KEPT = [Kept(True, 64, 128), Kept(False, 64, 64), Kept(False, 64, 0), Kept(False, 0, 128)]
@@ -162,56 +166,62 @@ KEPT = [Kept(True, 64, 128), Kept(False, 64, 64), Kept(False, 64, 0), Kept(False
 
 @pytest.mark.parametrize("kept", KEPT)
 def test_second_moments_are_read_as_they_were_written(tmp_path: Path, kept: Kept) -> None:
-    made = with_factors(kept)
-    made.save(tmp_path)
+    with with_factors(kept) as made:
+        made.save(tmp_path)
     assert (tmp_path / FACTORS_FILE).stat().st_size == made.second_bytes
-    found = load_calibration(tmp_path)
+    with load_calibration(tmp_path) as found:
+        importances = {
+            (layer, expert): found.importance(layer, expert)
+            for layer in made.layers
+            for expert in (2, 0, 1)
+        }
     assert found.digest == made.digest
     assert found.kept == dict.fromkeys(made.layers, kept)
-    for layer in made.layers:
-        for expert in (2, 0, 1):
-            importance = found.importance(layer, expert)
-            number = 100 * layer + 10 * expert
-            for which, (moments, width, inputs) in enumerate(
-                (
-                    (importance.of_hidden, kept.hidden, 64),
-                    (importance.of_neurons, kept.neurons, 128),
-                )
-            ):
-                if not width:
-                    assert moments is None
-                    continue
-                own = number if which or kept.by_expert else 100 * layer
-                expected = Moments.of(exactly_made(inputs, own + which, width))
-                assert moments is not None
-                np.testing.assert_array_equal(moments.coefficients, expected.coefficients)
-                np.testing.assert_array_equal(moments.weights, expected.weights)
+    for (layer, expert), importance in importances.items():
+        number = 100 * layer + 10 * expert
+        for which, (moments, width, inputs) in enumerate(
+            (
+                (importance.of_hidden, kept.hidden, 64),
+                (importance.of_neurons, kept.neurons, 128),
+            )
+        ):
+            if not width:
+                assert moments is None
+                continue
+            own = number if which or kept.by_expert else 100 * layer
+            expected = Moments.of(exactly_made(inputs, own + which, width))
+            assert moments is not None
+            np.testing.assert_array_equal(moments.coefficients, expected.coefficients)
+            np.testing.assert_array_equal(moments.weights, expected.weights)
 
 
 def test_a_calibration_names_its_second_moments() -> None:
     plain = calibration_of(model())
-    found = [with_factors(kept).digest for kept in KEPT]
-    found += [plain.digest, with_factors(KEPT[0], seed=1).digest]
+    found = [plain.digest]
+    for kept, seed in [*((kept, 0) for kept in KEPT), (KEPT[0], 1)]:
+        with with_factors(kept, seed) as made:
+            found.append(made.digest)
     assert len(set(found)) == len(found)
     assert plain.importance(1, 1).of_hidden is None, "of before there were any"
 
 
 def test_second_moments_that_are_others_are_refused(tmp_path: Path) -> None:
-    made = with_factors(KEPT[1])
-    made.save(tmp_path)
+    with with_factors(KEPT[1]) as made:
+        made.save(tmp_path)
     path = tmp_path / FACTORS_FILE
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
-    found = load_calibration(tmp_path)
-    with pytest.raises(ProfileError, match=r"are not those of the calibration; .*profile --bits"):
-        found.importance(1, 0)
+
+    def refused(match: str) -> None:
+        with load_calibration(tmp_path) as found, pytest.raises(ProfileError, match=match):
+            found.importance(1, 0)
+
+    refused(r"are not those of the calibration; .*profile --bits")
     path.write_bytes(b"")
-    with pytest.raises(ProfileError, match="are not those"):
-        load_calibration(tmp_path).importance(1, 0)
+    refused("are not those")
     path.unlink()
-    with pytest.raises(ProfileError, match=r"No such file.*profile --bits"):
-        load_calibration(tmp_path).importance(1, 0)
+    refused(r"No such file.*profile --bits")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +240,8 @@ def test_second_moments_that_are_others_are_refused(tmp_path: Path) -> None:
 def test_a_list_of_second_moments_that_is_none_is_named(
     tmp_path: Path, name: str, value: np.ndarray
 ) -> None:
-    with_factors(KEPT[1]).save(tmp_path)
+    with with_factors(KEPT[1]) as made:
+        made.save(tmp_path)
     with np.load(tmp_path / CALIBRATION_FILE) as found:
         arrays = dict(found)
     arrays[f"1.factors.{name}"] = value
