@@ -33,11 +33,15 @@ def classes_view(plan: Plan) -> RenderableType:
     return columns(("slots of experts in", *names), by_layer(rows))
 
 
-def quality_rows(quality: PredictedQuality) -> Iterator[tuple[str, str]]:
-    """What rounding is predicted to do, and what else the same bytes, or others, would."""
+def quality_rows(quality: PredictedQuality, *, mixed: bool) -> Iterator[tuple[str, str]]:
+    """What rounding is predicted to do, and what else the same bytes, or others, would.
+
+    ``mixed``: whether experts differ in precision; else nothing was drawn among them.
+    """
     told = f"perplexity {quality.perplexity_ratio - 1:+.2%}, KL {figure(quality.divergence)} nats"
-    drawn = f"{figure(quality.at_random_divergence)} if as many bytes went to any experts"
-    yield "predicted", f"{told}; {drawn}"
+    if mixed:
+        told += f"; {figure(quality.at_random_divergence)} if as many bytes went to any experts"
+    yield "predicted", told
     if not quality.as_measured:
         yield "", "measured of experts rounded by another calibration than these, or by one at all"
     yield "uniform", "; ".join(map(_uniform_words, quality.uniform))

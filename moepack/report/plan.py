@@ -29,7 +29,7 @@ def plan_view(
             ("model", plan.model_name),
             ("experts", experts_words(plan, precision) + _rounding_words(plan)),
             *trunk_rows(plan, quality),
-            *(() if quality is None else quality_rows(quality)),
+            *(() if quality is None else quality_rows(quality, mixed=precision.quality == "mixed")),
             ("hardware", plan.provenance.hardware),
             ("device", placement.device),
             (

@@ -74,6 +74,9 @@ def test_people_see_who_is_stored_in_what_and_what_that_will_do(
     assert page.stat().st_size > 10_000
     swept = moepack("plan", model, "--context", "256", "--bits", "6", "--sweep", "4M:4M")
     assert swept.code == 0, swept.err
+    alike = " ".join(moepack("plan", model, *BUDGET, "--quality", "int4").out.split())
+    assert "predicted perplexity +" in alike
+    assert "any experts" not in alike
 
 
 def test_a_bound_on_perplexity_takes_as_few_bits_as_it_allows(
