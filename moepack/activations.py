@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moepack.lane_clock import Columns, Flags
 from moepack.routing_tables import RoutingTables
-from moepack.timeline import Columns, Flags
 from moepack.trace import NO_PREDICTION
 
 

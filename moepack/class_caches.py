@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.class_ranks import ClassTrace
+from moepack.lane_clock import Flags
 from moepack.plan import Policy
-from moepack.timeline import Flags
 
 #: An expert's number, in the low bits of what it is worth.
 _NUMBER_BITS = 16

@@ -18,9 +18,9 @@ from moepack.budget import class_slots
 from moepack.class_caches import stepped_classes
 from moepack.class_ranks import ClassRanks, ClassTrace
 from moepack.cost import Array
+from moepack.lane_clock import Flags
 from moepack.layout import LayerLayout
 from moepack.plan import POLICIES, LayerPlacement, Policy
-from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, Trace, hot_rankings
 
 

@@ -15,22 +15,11 @@ import numpy.typing as npt
 
 from moepack.activations import Activations
 from moepack.fixed_times import FixedTimes
+from moepack.lane_clock import Clock, Columns, Costs, Flags, Instead, Seconds, Work, ahead_slots
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.passes import DecodePasses
 from moepack.segment_times import Segments
-from moepack.timeline import (
-    Clock,
-    Columns,
-    Costs,
-    Flags,
-    Instead,
-    Outcome,
-    Seconds,
-    Work,
-    advance,
-    ahead_slots,
-    brought,
-)
+from moepack.timeline import Outcome, advance, brought
 
 #: Lanes that run side by side, and passes that each runs beforehand to find where it begins.
 LANES = 1024
@@ -129,7 +118,7 @@ def advance_lanes(
 
 
 class _Standing(Protocol):
-    """Where lanes of a replay stand: :class:`moepack.timeline.Clock`, or that of three tiers."""
+    """Where lanes of a replay stand: :class:`moepack.lane_clock.Clock`, or that of three tiers."""
 
     @property
     def now_s(self) -> Seconds: ...

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moepack.timeline import NEVER, Columns, Costs, Flags, Seconds, of_lanes
+from moepack.lane_clock import NEVER, Columns, Costs, Flags, Seconds, of_lanes
 
 #: One is read into while another is copied from.
 LEAST_BOUNCES = 2
@@ -31,7 +31,7 @@ _Rows = npt.NDArray[np.intp]
 
 
 class TierWork(NamedTuple):
-    """What one pass of one layer has to do; see :class:`moepack.timeline.Work`.
+    """What one pass of one layer has to do; see :class:`moepack.lane_clock.Work`.
 
     Attributes
     ----------

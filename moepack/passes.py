@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from moepack.activations import Activations
 from moepack.errors import PlanMismatchError
+from moepack.lane_clock import Columns, Flags, Instead, Seconds
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import LayerPlacement, Placement
 from moepack.routing_tables import Cache, RoutingTables
 from moepack.segment_times import Segments
-from moepack.timeline import Columns, Flags, Instead, Seconds
 from moepack.trace import NO_PREDICTION, LayerShape
 
 #: What a bound may know: the next layer's experts, or all that is to come.
@@ -31,7 +31,7 @@ class DecodePasses(NamedTuple):
     Attributes
     ----------
     compute_s, fetch_s : [T, L, K * G]
-        In the order of consumption; see :class:`moepack.timeline.Work`.
+        In the order of consumption; see :class:`moepack.lane_clock.Work`.
     ahead_s : [T, L, D * G]
     ahead_of : int [T, L, K * G]
     hits : bool [T, L, K]

@@ -14,11 +14,12 @@ import numpy as np
 
 from moepack.decoding import C, Done
 from moepack.fixed_times import FixedTimes
+from moepack.lane_clock import Clock, Columns, Costs, Seconds, Work, ahead_slots
 from moepack.link_lanes import TierClock, TierWork
 from moepack.prompts import PromptPasses
 from moepack.segment_times import Segments
 from moepack.tier_timeline import advance_tiers
-from moepack.timeline import Clock, Columns, Costs, Seconds, Work, advance, ahead_slots
+from moepack.timeline import advance
 
 #: Runs some lanes (of all) one pass on.
 _Advance = Callable[[C, Columns], Done[C]]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.compute import ComputeProfile, Curve
+from moepack.lane_clock import Seconds
 from moepack.layout import Layout
 from moepack.mixed_residency import starting
 from moepack.passes import Oracle, ahead_seconds, read_seconds
@@ -17,7 +18,6 @@ from moepack.plan import Placement
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
 from moepack.segment_times import Segments
-from moepack.timeline import Seconds
 from moepack.trace import NO_PREDICTION, RoutingPart
 
 #: Prompts whose mean is the time to the first token.
@@ -91,7 +91,7 @@ def prompts_at(
 
 
 class PromptPasses(NamedTuple):
-    """The work of some prompts, each [W, L, N * G]; see :class:`moepack.timeline.Work`.
+    """The work of some prompts, each [W, L, N * G]; see :class:`moepack.lane_clock.Work`.
 
     ``read_s`` and ``ahead_read_s``: of the disk, before the other two; None where RAM holds all.
     """

@@ -23,13 +23,13 @@ from moepack.cache_curves import (
 )
 from moepack.class_tables import ClassTables
 from moepack.half_lives import fitted_half_lives
+from moepack.lane_clock import Flags
 from moepack.layout import LayerLayout
 from moepack.plan import Policy, SharedPool
 from moepack.pool_hits import pool_masks
 from moepack.routing import RoutingProfile
 from moepack.small_caches import stepped_hits
 from moepack.stack_ranks import Ranks, StackRanks, stack_ranks
-from moepack.timeline import Flags
 from moepack.trace import ROUTING_PARTS, LayerShape, RoutingPart, Trace, activation_counts
 
 #: For each layer every expert, hottest first.

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
+from moepack.lane_clock import Columns, Flags, Seconds
 from moepack.layout import LayerLayout
 from moepack.model_spec import ModelSpec
 from moepack.segments import PARTS, Part
-from moepack.timeline import Columns, Flags, Seconds
 
 Values = npt.NDArray[Any]
 

@@ -16,13 +16,13 @@ from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
 from moepack.errors import ProfileError
+from moepack.lane_clock import NEVER, Columns, Costs, Flags, Seconds
 from moepack.layout import LayerLayout, Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import Placement
 from moepack.ram_tier import ram_tier
 from moepack.segment_classes import SegmentClasses, seconds_of, segment_classes
 from moepack.segments import PARTS, PIECE_BYTES
-from moepack.timeline import NEVER, Columns, Costs, Flags, Seconds
 
 
 class LowCopies(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from moepack.lane_clock import Flags
 from moepack.mixed_residency import layer_cache
 from moepack.on_miss import EXACT, fates
 from moepack.plan import LayerPlacement, Placement
@@ -19,7 +20,6 @@ from moepack.residency import ExpertCache, LayerCache, SharedCache
 from moepack.routing_tables import RoutingTables
 from moepack.segment_classes import whole_part
 from moepack.segment_times import Segments
-from moepack.timeline import Flags
 
 
 class SteppedCaches:

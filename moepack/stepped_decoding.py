@@ -14,13 +14,13 @@ import numpy as np
 from moepack.activations import Activations
 from moepack.decoding import Decoding
 from moepack.fixed_times import FixedTimes
+from moepack.lane_clock import Flags
 from moepack.passes import passes_with
 from moepack.plan import Placement
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import Segments
 from moepack.stepped_caches import SteppedCaches
 from moepack.tier_decoding import TierDecoding
-from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION
 
 #: Every one costs as much as the replay itself.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moepack.decoding import AnyDecoding
+from moepack.lane_clock import Columns, Costs, Seconds
 from moepack.link_lanes import TierClock, TierWork
 from moepack.tier_timeline import TierOutcome, advance_tiers
-from moepack.timeline import Columns, Costs, Seconds
 
 
 class TierDecoding(AnyDecoding[TierClock]):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moepack.lane_clock import NEVER, Flags, Seconds
 from moepack.link_lanes import Cut, LinkLanes, TierClock, TierWork, last_of
-from moepack.timeline import NEVER, Flags, Seconds
 
 
 class TierOutcome(NamedTuple):

@@ -13,8 +13,9 @@ from moepack.budget import layer_segment
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
 from moepack.expert_probe import LEAD_IN, Probe
+from moepack.lane_clock import Clock, Work
 from moepack.layouts import layer_layout
-from moepack.timeline import Clock, Work, advance
+from moepack.timeline import advance
 
 
 class Around(NamedTuple):

@@ -24,6 +24,7 @@ from moepack.budget import stored_bytes
 from moepack.checkpoint import Checkpoint
 from moepack.compute import QuantisedExpert
 from moepack.decoding import AnyDecoding, Seen
+from moepack.lane_clock import Clock
 from moepack.layout import Layout
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.plan import (
@@ -40,7 +41,6 @@ from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
 from moepack.segments import PARTS, Bits, SegmentId
 from moepack.tier_decoding import TierDecoding
-from moepack.timeline import Clock
 from moepack.trace import NO_PREDICTION, LayerShape, Trace
 from tests.conftest import TinyFolder
 from tests.support.caches import half_life_of

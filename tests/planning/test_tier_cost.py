@@ -12,13 +12,13 @@ import pytest
 from moepack.budget import slow_bytes, stored_bytes
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
+from moepack.lane_clock import Flags
 from moepack.plan import LayerPlacement, Placement
 from moepack.prefetching import Ahead
 from moepack.ram_tier import host_tier, ram_tier
 from moepack.replay import Replayer
 from moepack.routing_tables import Cache
 from moepack.segments import PARTS
-from moepack.timeline import Flags
 from moepack.trace import NO_PREDICTION
 from tests.planning.test_replay_agreement import (
     ATTENTION_S,

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moepack.lane_clock import Clock, Costs, Work, ahead_slots
 from moepack.link_lanes import TierClock, TierWork
 from moepack.tier_timeline import advance_tiers
-from moepack.timeline import Clock, Costs, Work, advance, ahead_slots
+from moepack.timeline import advance
 from tests.support import simulation
 from tests.support.two_stage import Segment, TwoStage
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moepack.timeline import Clock, Costs, Work, advance, ahead_slots
+from moepack.lane_clock import Clock, Costs, Work, ahead_slots
+from moepack.timeline import advance
 from tests.support import simulation
 from tests.support.simulation import Segment, Simulation
 
