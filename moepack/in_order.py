@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,11 +53,28 @@ def in_order_s(
     columns = (
         tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
     )
-    return _in_order_s(top_k, *columns, min(frames, top_k), shared_s)
+    return _by_lacks(False, top_k, *columns, min(frames, top_k), shared_s)
 
 
-@functools.lru_cache(maxsize=64)  # layers of one kind ask for the same
-def _in_order_s(
+def as_ready_s(
+    top_k: int,
+    expert_s: Array,
+    top_s: Array,
+    bottom_s: Array,
+    hidden_s: Array,
+    frames: int,
+    shared_s: float = 0.0,
+) -> Array:
+    """The same where what is there is computed first, then the others as they arrive."""
+    columns = (
+        tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
+    )
+    return _by_lacks(True, top_k, *columns, min(frames, top_k), shared_s)
+
+
+@functools.lru_cache(maxsize=128)  # layers of one kind ask for the same
+def _by_lacks(
+    as_ready: bool,
     top_k: int,
     expert_s: _Key,
     top_s: _Key,
@@ -75,75 +93,55 @@ def _in_order_s(
         # The mean over the missing ones, [lack + 1, C]: a top beside its bottom is hidden behind
         # the bottom's transfer at most.
         share = (both / lack)[:, None]
-        fetch_s = second_s + share * first_s
-        before_s = (1.0 - share) * head_s + share * np.minimum(head_s, second_s)
-        found[lack - both, both] = _walk(
-            top_k, lack, compute_s, fetch_s, before_s, frames, shared_s
+        missing = _Missing(
+            lack,
+            second_s + share * first_s,
+            (1.0 - share) * head_s,
+            share * np.minimum(head_s, second_s),
         )
+        walk = _walk_as_ready if as_ready else _walk_in_order
+        found[lack - both, both] = walk(top_k, compute_s, missing, frames, shared_s)
     return found
 
 
-def as_ready_s(
-    top_k: int,
-    expert_s: Array,
-    top_s: Array,
-    bottom_s: Array,
-    hidden_s: Array,
-    frames: int,
-    shared_s: float = 0.0,
+class _Missing(NamedTuple):
+    """So many that lack something, and of each on average, [lack + 1, C].
+
+    ``fetch_s`` is the link's; ``head_s`` what is computed of tops that are there, and ``hidden_s``
+    of those that come, before their bottoms are there.
+    """
+
+    lack: int
+    fetch_s: Array
+    head_s: Array
+    hidden_s: Array
+
+
+def _walk_as_ready(
+    top_k: int, compute_s: Array, missing: _Missing, frames: int, shared_s: float
 ) -> Array:
-    """The same where what is there is computed first, then the others as they arrive."""
-    columns = (
-        tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
-    )
-    return _as_ready_s(top_k, *columns, min(frames, top_k), shared_s)
+    """Seconds with so many missing, [lack + 1, C]: what is there is computed before anything."""
+    lack, fetch_s, head_s, hidden_s = missing
+    each_s = compute_s - head_s
+    last_s = each_s - hidden_s
+    now_s = shared_s + top_k * compute_s - lack * each_s
+    arrival_s = np.zeros_like(fetch_s)
+    done_s: list[Array] = []
+    for turn in range(lack):
+        if turn >= frames:
+            arrival_s = np.maximum(arrival_s, done_s[turn - frames])
+        arrival_s = arrival_s + fetch_s
+        now_s = np.maximum(now_s + each_s, arrival_s + last_s)
+        done_s.append(now_s)
+    return now_s
 
 
-@functools.lru_cache(maxsize=64)
-def _as_ready_s(
-    top_k: int,
-    expert_s: _Key,
-    top_s: _Key,
-    bottom_s: _Key,
-    hidden_s: _Key,
-    frames: int,
-    shared_s: float,
+def _walk_in_order(
+    top_k: int, compute_s: Array, missing: _Missing, frames: int, shared_s: float
 ) -> Array:
-    compute_s, first_s, second_s, head_s = (
-        np.array(values) for values in (expert_s, top_s, bottom_s, hidden_s)
-    )
-    found = np.zeros((top_k + 1, top_k + 1, len(compute_s)))
-    found[0, 0] = shared_s + top_k * compute_s
-    for lack in range(1, top_k + 1):
-        both = np.arange(lack + 1)
-        share = (both / lack)[:, None]
-        fetch_s = second_s + share * first_s
-        # A resident top is computed before anything; one beside its bottom hides behind that.
-        each_s = compute_s - (1.0 - share) * head_s
-        last_s = each_s - share * np.minimum(head_s, second_s)
-        now_s = shared_s + top_k * compute_s - lack * each_s
-        arrival_s = np.zeros_like(fetch_s)
-        done_s: list[Array] = []
-        for turn in range(lack):
-            if turn >= frames:
-                arrival_s = np.maximum(arrival_s, done_s[turn - frames])
-            arrival_s = arrival_s + fetch_s
-            now_s = np.maximum(now_s + each_s, arrival_s + last_s)
-            done_s.append(now_s)
-        found[lack - both, both] = now_s
-    return found
-
-
-def _walk(
-    top_k: int,
-    lack: int,
-    compute_s: Array,
-    fetch_s: Array,
-    before_s: Array,
-    frames: int,
-    shared_s: float,
-) -> Array:
-    """Mean seconds with so many missing, [lack + 1, C]."""
+    """The mean of them over all places of what is missing."""
+    lack, fetch_s, head_s, hidden_s = missing
+    before_s = head_s + hidden_s
     places = _placings(top_k, lack)  # [P, lack]
     done_s: list[Array] = []
     arrival_s = np.zeros((1, *fetch_s.shape))
