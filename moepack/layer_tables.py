@@ -17,7 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.byte_division import Frontier
-from moepack.cost import Array, Held, LinkSeconds, Parts, missing_after, prefill_layer_s
+from moepack.cost import (
+    Array,
+    Held,
+    LayerTimes,
+    LinkSeconds,
+    Parts,
+    missing_after,
+    prefill_layer_s,
+)
 from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import Cuts, Integers, LayerProblem
 from moepack.plan import Policy, PrefetchMode
@@ -230,6 +238,37 @@ def variants_of(problem: LayerProblem) -> Iterator[Variant]:
             yield from (Variant(mode, depth) for depth in range(1, ranks_ahead(problem) + 1))
 
 
+def token_prices(
+    problem: LayerProblem,
+    token: LayerTimes,
+    parts: Parts,
+    held: Held,
+    mode: PrefetchMode,
+    ranks: Held | None,
+) -> Array:
+    """Seconds of a decoded token, by how many ranks are asked for ahead, [1 or D, S, C].
+
+    ``ranks``: how likely what is predicted at each rank is held; None where nothing is fetched
+    ahead.
+    """
+    frames, as_ready = problem.staging_experts, problem.engine.as_ready
+    if ranks is None:
+        return decode_layer_s(
+            token, problem.top_k, parts, held, staging_experts=frames, as_ready=as_ready
+        )[None]
+    ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
+    return decode_ahead_s(
+        token,
+        problem.top_k,
+        parts,
+        held,
+        ahead,
+        ranks_ahead(problem),
+        staging_experts=frames,
+        as_ready=as_ready,
+    )
+
+
 def _reads(
     problem: LayerProblem, policies: list[Policy], leader: npt.NDArray[np.intp]
 ) -> tuple[Array, Array] | None:
@@ -263,7 +302,6 @@ class _Pricer:
         self._reads = reads
         self._hits = hits
         self._predicted_held = predicted_held
-        self._ranks = ranks_ahead(problem)
         self._missing = missing_after(problem.used)
         cuts, interior = problem.cuts, problem.cuts.interior
         self._transfers: tuple[Array, ...] = _part_seconds(cuts, problem.link)
@@ -290,30 +328,16 @@ class _Pricer:
         tops = states.start == 0
         reads, predicted_reads = self._reads or (None, None)
         held = self._held(self._hits, tops, reads)
-        frames, as_ready = problem.staging_experts, problem.engine.as_ready
         later = max(0, problem.new_tokens - 1)
         for mode in ("off", "bottoms", "all"):
             wanted = [place for place, variant in enumerate(variants) if variant.prefetch == mode]
             if not wanted or (mode == "bottoms" and not tops):
                 continue  # where every top is there, "bottoms" is "all"
             first_s = self._prefill_s(parts, tops, columns, ahead=mode != "off")
-            if mode == "off":
-                tokens_s = decode_layer_s(
-                    token, problem.top_k, parts, held, staging_experts=frames, as_ready=as_ready
-                )[None]
-            else:
+            ranks = None
+            if mode != "off":
                 ranks = self._held(self._predicted_held, tops, predicted_reads)
-                ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
-                tokens_s = decode_ahead_s(
-                    token,
-                    problem.top_k,
-                    parts,
-                    held,
-                    ahead,
-                    self._ranks,
-                    staging_experts=frames,
-                    as_ready=as_ready,
-                )
+            tokens_s = token_prices(problem, token, parts, held, mode, ranks)
             yield from zip(wanted, first_s + later * tokens_s, strict=True)
 
     def _held(self, curve: Array, tops: bool, reads: Array | None) -> Held:

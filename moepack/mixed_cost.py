@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
-from moepack.decode_cost import decode_ahead_s, decode_layer_s
 from moepack.layer_problem import LayerProblem
-from moepack.layer_tables import Variant, ranks_ahead
-from moepack.prefetching import Ahead
+from moepack.layer_tables import Variant, token_prices
 
 # States that are priced at once: of as many by as many results the diagonal is what counts.
 _AT_ONCE = 16
@@ -77,7 +75,6 @@ def state_prices(problem: LayerProblem, variants: Sequence[Variant], rates: Rate
 
 def _prices(problem: LayerProblem, variants: Sequence[Variant], rates: Rates) -> Array:
     """Seconds of some states under every variant, [variants, P]."""
-    frames, as_ready = problem.staging_experts, problem.engine.as_ready
     later, disk = max(0, problem.new_tokens - 1), problem.disk
     bounces = 2 if disk is None else disk.bounces
     none = np.zeros_like(rates.hits)
@@ -90,28 +87,8 @@ def _prices(problem: LayerProblem, variants: Sequence[Variant], rates: Rates) ->
         if not wanted:
             continue
         first_s = _prefill_s(problem, rates, bounces, ahead=mode != "off")
-        if mode == "off":
-            tokens_s = decode_layer_s(
-                token,
-                problem.top_k,
-                parts,
-                held,
-                staging_experts=frames,
-                as_ready=as_ready,
-            )[None]
-        else:
-            ranks = _held(rates.predicted, rates.predicted_reads)
-            ahead = Ahead(mode, problem.gap_s, problem.accuracy, ranks, problem.guess_s)
-            tokens_s = decode_ahead_s(
-                token,
-                problem.top_k,
-                parts,
-                held,
-                ahead,
-                ranks_ahead(problem),
-                staging_experts=frames,
-                as_ready=as_ready,
-            )
+        ranks = None if mode == "off" else _held(rates.predicted, rates.predicted_reads)
+        tokens_s = token_prices(problem, token, parts, held, mode, ranks)
         own_s = np.diagonal(tokens_s, axis1=1, axis2=2)
         found[wanted] = first_s + later * own_s
     return found
