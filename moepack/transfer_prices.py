@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepack.budget import layer_segment
+from moepack.budget import stored_bytes
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
 from moepack.expert_probe import LEAD_IN, Probe
@@ -34,6 +34,20 @@ def priced_in_order_s(link_s: float, expert_s: float, *, there: int, missing: in
     return now_s
 
 
+def expert_link_s(probe: Probe, number: int, read_s: float | None = None) -> float:
+    """Seconds of the link for a whole expert of a layer.
+
+    Parameters
+    ----------
+    read_s
+        What reading one took meanwhile; None: as in the hardware profile. Disks that are shared
+        change from minute to minute, and that is not the computing thread's time.
+    """
+    spec = probe.engine.spec
+    size_bytes = stored_bytes(spec, layer_layout(spec, number, 1.0), "top")
+    return read_s or probe.hardware.link_seconds(size_bytes)
+
+
 def priced_missing_s(
     probe: Probe,
     number: int,
@@ -45,24 +59,17 @@ def priced_missing_s(
 ) -> float:
     """What the cost model says of one token's pass of which so many experts are missing.
 
-    Parameters
-    ----------
-    read_s
-        What reading one took meanwhile; None: as in the hardware profile. Disks that are shared
-        change from minute to minute, and that is not the computing thread's time.
+    ``read_s``: as in :func:`expert_link_s`.
     """
-    spec = probe.engine.spec
-    moe = spec.moe(number)
-    shape = layer_segment(spec, layer_layout(spec, number, 1.0), "top")
-    assert shape is not None
-    there = moe.top_k - missing
+    top_k = probe.engine.spec.moe(number).top_k
+    there = top_k - missing
     priced_s = decode_layer_s(
         # What is there is computed while the first of the others comes, as a shared expert is.
         LayerTimes(fixed_s, expert_s, shared_s=there * expert_s),
         missing,
-        Parts(read_s or probe.hardware.link_seconds(shape.stored_bytes), 0.0, 1.0),
+        Parts(expert_link_s(probe, number, read_s), 0.0, 1.0),
         Held(top=0.0, bottom=1.0),
-        staging_experts=moe.top_k,
+        staging_experts=top_k,
         as_ready=True,
     )
     return float(priced_s.item())
@@ -88,21 +95,18 @@ def priced_ahead_s(
         So many of one token's experts are asked for while the layer before computes; the others
         are there.
     read_s
-        See :func:`priced_missing_s`.
+        See :func:`expert_link_s`.
     """
-    spec = probe.engine.spec
-    top_k = spec.moe(number).top_k
-    shape = layer_segment(spec, layer_layout(spec, number, 1.0), "top")
-    assert shape is not None
-    link_s = read_s or probe.hardware.link_seconds(shape.stored_bytes)
+    top_k = probe.engine.spec.moe(number).top_k
+    fetch_s = expert_link_s(probe, number, read_s)
     experts = np.arange(top_k)[None]
     work = Work(
         before_s=around.before_s,
         guess_s=0.0,
         after_s=around.after_s,
         compute_s=np.full(experts.shape, expert_s),
-        fetch_s=np.where(experts < missing, link_s, 0.0),
-        ahead_s=np.full((1, missing), link_s),
+        fetch_s=np.where(experts < missing, fetch_s, 0.0),
+        ahead_s=np.full((1, missing), fetch_s),
         ahead_of=np.minimum(experts, missing),
     )
     clock = Clock.start(1)

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from moepack.budget import stored_bytes
 from moepack.compute import Curve, LayerCompute, QuantisedExpert, RoundedLayer
 from moepack.encodings import fitting
 from moepack.layer_walk import Laps, median_laps
-from moepack.layouts import layer_layout
-from moepack.transfer_prices import Around, priced_ahead_s, priced_in_order_s, priced_missing_s
+from moepack.transfer_prices import (
+    Around,
+    expert_link_s,
+    priced_ahead_s,
+    priced_in_order_s,
+    priced_missing_s,
+)
 
 if TYPE_CHECKING:
     from moepack.expert_probe import Probe
@@ -182,12 +186,8 @@ def with_prompt(
 ) -> LayerCompute:
     """What transfers cost the thread that computes a prompt, by what its walks take longer."""
     assert compute.expert is not None, "layers with experts"
-    number = compute.layers[0]
-    size_bytes = stored_bytes(
-        probe.engine.spec, layer_layout(probe.engine.spec, number, 1.0), "top"
-    )
     # As it was meanwhile: see beyond_s.
-    link_s = probe.hardware.link_seconds(size_bytes) / turns.slowness
+    fetch_s = expert_link_s(probe, compute.layers[0]) / turns.slowness
     expert_s = compute.expert.at(tokens)
     alone = turns.laps[MANY]
 
@@ -196,7 +196,7 @@ def with_prompt(
         longer_s = found.around_s + found.experts_s - alone.around_s - alone.experts_s
         longer_s += (found.head_s - alone.head_s) / layers
         there = moe.top_k - missing
-        priced_s = priced_in_order_s(link_s, expert_s, there=there, missing=missing)
+        priced_s = priced_in_order_s(fetch_s, expert_s, there=there, missing=missing)
         return longer_s - (priced_s - moe.top_k * expert_s)
 
     transfer_s, burst_s = _transfer_and_burst_s(
