@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moepack.cost import Array, Held, Parts, missing_after, prefill_layer_s
+from moepack.layer_prices import Variant, token_prices
 from moepack.layer_problem import LayerProblem
-from moepack.layer_tables import Variant, token_prices
 
 # States that are priced at once: of as many by as many results the diagonal is what counts.
 _AT_ONCE = 16

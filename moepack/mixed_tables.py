@@ -20,8 +20,9 @@ from moepack.byte_division import Frontier
 from moepack.class_division import Divisions, divisions
 from moepack.class_tables import ClassCurves
 from moepack.cost import Array, missing_after
+from moepack.layer_prices import Variant, variants_of
 from moepack.layer_problem import Integers, LayerProblem
-from moepack.layer_tables import Choice, Variant, smoothed, variants_of
+from moepack.layer_tables import Choice, smoothed
 from moepack.mixed_cost import Rates, state_prices
 from moepack.plan import Policy
 
