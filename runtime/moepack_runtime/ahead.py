@@ -73,7 +73,7 @@ class Ahead:
         self._queue.clear()
         if guess.mode == "off":
             return
-        for expert in guess.ranking:
+        for expert in dict.fromkeys(guess.ranking):  # a frame each, whatever a predictor says
             missing = layer.missing(expert)
             if not missing or (guess.mode == "bottoms" and "top" in missing and layer.is_cut):
                 continue

@@ -283,14 +283,17 @@ class Engine:
         Raises
         ------
         RunError
-            When there is nothing to go on with.
+            When there is nothing to go on with: no generation, or one that ended inside a step.
         ContextLengthError
             When the new tokens exceed the planned context.
         TransferError, DamagedSegmentError
             When a segment does not arrive whole.
         """
         if self._drawn is None:
-            raise RunError("there is no generation to go on with; expected one before; generate")
+            raise RunError(
+                "there is no generation to go on with: expected one that was stopped between two "
+                "tokens; generate"
+            )
         self._forward.require_room(self.kv.length + 1, max_new_tokens)
         yield from self._go_on(max_new_tokens, sampler, stop_ids)
 
@@ -334,10 +337,12 @@ class Engine:
         progress: Progress = NO_PROGRESS,
     ) -> torch.Tensor:
         """Run tokens behind what is in the cache; see :meth:`Forward.forward`."""
+        self._drawn = None  # it is in the cache from here on, or the pass fails
         return self._forward.forward(tokens, all_logits=all_logits, progress=progress)
 
     def last_state(self, tokens: Sequence[int]) -> torch.Tensor:
         """The same without the head: [1, hidden] of the last token, for :meth:`logits`."""
+        self._drawn = None
         return self._forward.last_state(tokens)
 
     def survey(

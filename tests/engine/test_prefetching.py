@@ -26,6 +26,7 @@ from moepack_runtime.transfer import (
 from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
+from moepack.errors import RunError
 from moepack.layout import Layout
 from moepack.plan import Placement, PrefetchMode, SharedPool
 from moepack.segments import ALIGNMENT_BYTES, SegmentId
@@ -267,6 +268,25 @@ def test_experts_are_asked_for_in_descending_score(checkpoint: Checkpoint) -> No
         assert [s.expert for s in ahead if s.layer == number] == [3, 0, 2]
 
 
+def test_an_expert_that_is_guessed_twice_takes_one_frame(checkpoint: Checkpoint) -> None:
+    spec = checkpoint.spec
+    layout = mixed_layout(spec, (1.0,))
+    place = placement(
+        spec, layout, tops=0, bottoms=0, staging=4, context=CONTEXT, prefetch="all", depth=3
+    )
+
+    class Stammering(Predictor):
+        @override
+        def rank(self, target: int, residual: torch.Tensor, depth: int) -> torch.Tensor:
+            return torch.tensor([[3, 3, 5]])[:, :depth].expand(len(residual), -1)
+
+    with open_engine(checkpoint, layout, place, predictor=Stammering()) as engine:
+        for token in FOLLOWING:
+            engine.decode(token)
+        engine._experts.come_to_rest()
+        assert len(engine._experts.frames._free) == 4
+
+
 def test_bottoms_alone_are_fetched_where_their_tops_are(checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
     layout = mixed_layout(spec, (0.5,))
@@ -308,3 +328,31 @@ def test_a_stopped_generation_goes_on_from_its_cache(checkpoint: Checkpoint) -> 
             "the prompt is not run again"
         )
         assert first + rest == whole
+
+
+class Interrupted(Sampler):
+    """Ctrl-C comes while a token is drawn: its step is over, and the cache has its input."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    @override
+    def draw(self, logits: torch.Tensor) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().draw(logits)
+
+
+def test_a_generation_that_ended_inside_a_step_is_not_gone_on_with(checkpoint: Checkpoint) -> None:
+    """It would run its last token once more."""
+    layout = mixed_layout(checkpoint.spec, (1.0,))
+    place = placement(checkpoint.spec, layout, tops=2, bottoms=0, staging=3, context=CONTEXT)
+    with open_engine(checkpoint, layout, place) as engine:
+        whole = list(engine.generate(PROMPT, max_new_tokens=8, sampler=Sampler()))
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.generate(PROMPT, max_new_tokens=8, sampler=Interrupted(4)))
+        with pytest.raises(RunError, match="stopped between two tokens"):
+            list(engine.resume(max_new_tokens=4, sampler=Sampler()))
+        assert list(engine.generate(PROMPT, max_new_tokens=8, sampler=Sampler())) == whole
