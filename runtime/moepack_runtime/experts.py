@@ -132,7 +132,7 @@ class ExpertMemory:
     def come_to_rest(self) -> None:
         """Forget what was to be fetched ahead, and wait until no frame is written into."""
         self.ahead.forget()
-        while self.frames.wait():
+        while self.frames.wait() is not None:
             pass
 
     def is_resident(self, layer: int) -> bool:

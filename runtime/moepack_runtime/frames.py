@@ -83,12 +83,13 @@ class Frames:
             else:
                 self._unwanted.append((frame, tickets))
 
-    def wait(self) -> bool:
-        """Wait until one more frame is free; False where none is to come."""
+    def wait(self) -> Ticket | None:
+        """Wait until one more frame is free: what arrived in it; None where none is to come."""
         if not self._unwanted:
-            return False
-        self._let_go(*self._unwanted.popleft())
-        return True
+            return None
+        frame, tickets = self._unwanted.popleft()
+        self._let_go(frame, tickets)
+        return tickets[-1]
 
     def _let_go(self, frame: Piece, tickets: list[Ticket]) -> None:
         for ticket in tickets:

@@ -228,8 +228,7 @@ class LayerPass:
         self._end_slice()
         while not self._fetches:
             # Every frame is still being written to for nobody.
-            came = self._frames.wait()
-            assert came, "no frame is free, and none will be"
+            assert self._wait_for_frame(), "no frame is free, and none will be"
             self._fetch_on()
         for expert, fetch in self._fetches.items():
             if all(map(self._transfer.is_ready, fetch.tickets.values())):
@@ -241,7 +240,7 @@ class LayerPass:
         assert self._missing[0] == expert, "what is missing is fetched in the order of summation"
         self._end_slice()
         while expert not in self._fetches:
-            if not self._frames.wait():
+            if not self._wait_for_frame():
                 last = max(self._fetches)
                 fetch = self._fetches.pop(last)
                 lost = self._frames.abandon(fetch)
@@ -278,6 +277,18 @@ class LayerPass:
             return
         began_s = perf_counter()
         self._transfer.wait(ticket)
+        self._waited(ticket, began_s)
+
+    def _wait_for_frame(self) -> bool:
+        """Wait for what nobody wants, whose frame is free then; False where there is no such."""
+        began_s = perf_counter()
+        ticket = self._frames.wait()
+        if ticket is None:
+            return False
+        self._waited(ticket, began_s)
+        return True
+
+    def _waited(self, ticket: Ticket, began_s: float) -> None:
         ended_s = perf_counter()
         self._wait_s += ended_s - began_s
         if self._timeline is not None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from time import perf_counter
 
 import pytest
 from moepack_runtime.chrome_trace import ChromeTrace
 from moepack_runtime.pass_report import PassReport, total
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.stats import Meter
-from moepack_runtime.transfer import ThrottledTransfer
+from moepack_runtime.transfer import ThrottledTransfer, Ticket, Transfer
+from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
 from tests.conftest import TinyFolder
 from tests.support.engines import open_engine
 from tests.support.plans import mixed_layout, placement
+from tests.support.predictors import Guesses
 from tests.support.traces import Slice, assert_apart, assert_nested, tracks, written
 
 PROMPT = [(11 * place + 3) % 250 + 3 for place in range(30)]
@@ -83,6 +86,48 @@ def test_a_trace_holds_every_byte_and_wait_that_the_passes_report(
     for name, slices in found.items():
         if name != "compute":
             assert_apart(slices)
+
+
+class Timed(ThrottledTransfer):
+    """Adds up for how long it has held up whoever waited."""
+
+    waited_s = 0.0
+
+    @override
+    def wait(self, ticket: Ticket) -> None:
+        began_s = perf_counter()
+        super().wait(ticket)
+        self.waited_s += perf_counter() - began_s
+
+
+def test_waiting_for_a_frame_that_is_filled_for_nobody_counts(
+    checkpoint: Checkpoint, reports: list[PassReport]
+) -> None:
+    """One frame, wrong guesses, and a link of four milliseconds a segment."""
+    layout = mixed_layout(checkpoint.spec, (1.0,))
+    place = placement(
+        checkpoint.spec, layout, tops=0, bottoms=0, staging=1, context=96, prefetch="all", depth=1
+    )
+    made: list[Timed] = []
+
+    def slow(transfer: Transfer) -> Transfer:
+        made.append(Timed(transfer, 1e9, 4e-3))
+        return made[0]
+
+    experts = checkpoint.spec.moe(0).num_experts
+    guesses = Guesses(experts, seed=1)
+    trace = ChromeTrace()
+    with open_engine(checkpoint, layout, place, twin=slow, predictor=guesses) as engine:
+        engine.observe_time(trace)
+        made[0].waited_s = 0.0
+        for token in PROMPT[:6]:
+            engine.decode(token)
+        waited_s = made[0].waited_s
+    reported = total(reports)
+    assert reported.ahead_wasted_bytes > 0
+    assert reported.wait_s == pytest.approx(waited_s, rel=0.05)
+    shown_s = sum(p.end_ns - p.begin_ns for p in tracks(written(trace))["waits"]) / 1e9
+    assert shown_s == pytest.approx(reported.wait_s, abs=1e-6 * len(reports))
 
 
 def test_layers_hold_their_parts_and_every_segment_of_their_experts(
