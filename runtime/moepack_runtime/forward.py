@@ -46,6 +46,7 @@ class Forward:
         self._planned_bytes = placement.memory.total_bytes
         self._device = torch.device(placement.device)
         self._switch_tokens = spec.rope.switch_tokens
+        self._vocab_size = spec.vocab_size
         self._decoder = decoder
         self._kv = kv
         self._loop = loop
@@ -102,6 +103,7 @@ class Forward:
         """All layers over tokens behind what is in the cache, which they join."""
         start = self._kv.length
         self.require_room(start + len(tokens), 0)
+        self._require_known(tokens)
         run: Sequence[int] = tokens
         switch = self._switch_tokens
         if switch is not None and 0 < start <= switch < start + len(tokens):
@@ -133,6 +135,8 @@ class Forward:
         """
         for tokens in sequences:
             self.require_room(len(tokens), 0)
+            self._require_known(tokens)
+        self.reset()  # the angles are those of the length, the cache's included
         stream = self._run([(0, tokens) for tokens in sequences], progress)
         self.reset()
         return stream
@@ -171,6 +175,23 @@ class Forward:
                 stream.append(Hidden(start + offset, block))
             del embedded
         return stream
+
+    def _require_known(self, tokens: Sequence[int]) -> None:
+        """Refuse what has no embedding, before anything is touched: a device does not survive it.
+
+        Raises
+        ------
+        RunError
+            Naming the token.
+        """
+        if not tokens:
+            raise ContextLengthError("there are no tokens to run; expected at least one")
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < self._vocab_size:
+                raise RunError(
+                    f"there is a token {token}, the model has 0 to {self._vocab_size - 1}; put the "
+                    "model's own tokenizer.json beside it and pack again"
+                )
 
     def _refusals_named(self) -> AbstractContextManager[None]:
         return refusals_named(self._device, self._planned_bytes)

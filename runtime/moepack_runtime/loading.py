@@ -102,19 +102,20 @@ def _open(
     process_base_bytes: int,
     progress: Progress = NO_PROGRESS,
 ) -> Engine:
-    tier = require_host_memory(spec, layout, placement, process_base_bytes)
-    torch.set_num_threads(placement.threads)  # of the process: torch knows no other
-    transfer = open_transfer(
-        spec,
-        layout,
-        store,
-        placement.device,
-        check=check,
-        readers=placement.readers,
-        tier=tier,
-        progress=progress,
-    )
+    opened: SegmentStore | Transfer = store
     try:
+        tier = require_host_memory(spec, layout, placement, process_base_bytes)
+        torch.set_num_threads(placement.threads)  # of the process: torch knows no other
+        opened = transfer = open_transfer(
+            spec,
+            layout,
+            store,
+            placement.device,
+            check=check,
+            readers=placement.readers,
+            tier=tier,
+            progress=progress,
+        )
         if link is not None:
             transfer = ThrottledTransfer(transfer, *link)
         return Engine(
@@ -128,7 +129,7 @@ def _open(
             progress=progress,
         )
     except BaseException:
-        transfer.close()
+        opened.close()
         raise
 
 

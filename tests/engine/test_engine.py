@@ -33,6 +33,7 @@ from tests.support.packs import plan_for
 from tests.support.plans import mixed_layout, placement
 
 PROMPT = [(11 * place + 3) % 250 + 3 for place in range(40)]
+OTHER = [(7 * place + 5) % 250 + 3 for place in range(30)]
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -144,6 +145,24 @@ def test_the_context_is_a_limit(checkpoint: Checkpoint) -> None:
         assert len(filled) == 56
 
 
+def test_tokens_that_the_model_has_not_are_refused_and_the_engine_goes_on(
+    checkpoint: Checkpoint,
+) -> None:
+    layout, place = whole(checkpoint, tops=3, staging=2)
+    last = checkpoint.spec.vocab_size - 1
+    with open_engine(checkpoint, layout, place) as engine:
+        expected = list(engine.generate(PROMPT, max_new_tokens=5, sampler=Sampler(GREEDY)))
+        for wrong in (-1, last + 1):
+            with pytest.raises(RunError, match=f"token {wrong}, the model has 0 to {last}"):
+                engine.prefill([*PROMPT, wrong])
+            with pytest.raises(RunError, match=f"token {wrong}, the model has"):
+                engine.survey([PROMPT, [wrong]])
+        with pytest.raises(ContextLengthError, match="no tokens"):
+            engine.forward([])
+        found = list(engine.generate(PROMPT, max_new_tokens=5, sampler=Sampler(GREEDY)))
+    assert found == expected
+
+
 def test_generation_ends_with_the_stop_token_and_repeats_itself(checkpoint: Checkpoint) -> None:
     layout, place = whole(checkpoint, tops=3, staging=2)
     with open_engine(checkpoint, layout, place) as engine:
@@ -239,6 +258,20 @@ def test_a_survey_routes_each_sequence_as_if_alone_and_reads_each_expert_once(
     assert reads == experts
 
 
+def test_a_survey_does_not_depend_on_the_length_of_what_was_in_the_cache(
+    tiny_folder: TinyFolder,
+) -> None:
+    """The angles change at 64 tokens."""
+    checkpoint = Checkpoint.open(tiny_folder("phimoe", "longrope"))
+    layout, place = whole(checkpoint, tops=3, staging=2)
+    found = []
+    with open_engine(checkpoint, layout, place) as engine:
+        for _ in range(2):
+            found.append(torch.cat([block.hidden for block in engine.survey([PROMPT, OTHER])]))
+            engine.prefill(PROMPT)
+    assert torch.equal(*found)
+
+
 def test_a_host_that_cannot_hold_the_process_is_refused_before_the_system_kills_it(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -246,5 +279,11 @@ def test_a_host_that_cannot_hold_the_process_is_refused_before_the_system_kills_
     out = tmp_path / "pack"
     pack(checkpoint, plan_for(checkpoint.spec, layout, place), out)
     tight = dataclasses.replace(place, ram_budget_bytes=place.memory.total_bytes)
+    files = open_files()
     with pytest.raises(BudgetTooSmallError, match="of host memory and the process itself"):
         open_packed(PackedModel.open(out), plan_for(checkpoint.spec, layout, tight))
+    assert open_files() == files
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
