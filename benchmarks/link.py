@@ -7,11 +7,12 @@ For each budget, a share of what the model takes when all of it is in the fast t
 planned and run after the prompts of ``moepack bench``. Medians over the rounds of
 
 - bytes over the link by the wall clock, over what the profile measured for transfers of that size:
-  1 is a link that is never idle, in decoding that the link limits;
-- the same by the time during which the link had work;
-- each token over the replay of the very routing that was run: with processor and link as they were
-  profiled, and as they were meanwhile (:mod:`moepack.yardstick`; the rate at which the link went
-  while it had work). What is left then is the engine's;
+  1 is a link that is never idle, in decoding that the link limits; the same for a disk as slow as
+  it was meanwhile (:mod:`benchmarks.link_pace`);
+- bytes over the link by the time during which it had work, over what the profile measured;
+- each token over the replay of the very routing that was run: with processor and disk as they were
+  profiled, and as they were meanwhile (:mod:`moepack.yardstick`). What is left then is the
+  engine's;
 - each token over the replay's bound: a clairvoyant cache and a perfect prediction.
 
 The last line is one JSON object.
@@ -30,16 +31,17 @@ from typing import NamedTuple
 
 from moepack_runtime.loading import open_packed
 
+from benchmarks.link_pace import open_disk_pace
 from benchmarks.options import link_option, positive
 from benchmarks.race import Raced, median, pack_for, race
+from benchmarks.replays import replayed
 from benchmarks.setting import Setting, add_options, described, named, open_setting
-from moepack.compute_rounds import at_pace
 from moepack.drift import slowness
 from moepack.formats import PackedModel
 from moepack.needs import needs
 from moepack.plan import Plan
 from moepack.planner import Planner
-from moepack.replayed_run import mean_of, record_run, replay_run
+from moepack.replayed_run import record_run
 from moepack.trace import Trace
 from moepack.units import format_rate, format_size
 
@@ -49,15 +51,16 @@ class Line(NamedTuple):
 
     Attributes
     ----------
-    used_of_link : float
-        Bytes over the link a second of decoding, over the link's own rate.
+    used_of_link, used_of_link_now : float
+        Bytes over the link a second of decoding, over the link's own rate; and over the disk's
+        meanwhile.
     efficiency : float
         Bytes over the link a second during which it had work, over the link's own rate.
     over_replay, over_replay_now : float
         A token's time over that of the replay of what was run, and over that with processor and
-        link as fast as they were.
-    slowness : float
-        How many times as long the processor took as when it was profiled.
+        disk as fast as they were.
+    slowness, disk_slowness : float
+        How many times as long processor and disk took as when they were profiled.
     over_bound : float
         A token's time over that of a clairvoyant cache with a perfect prediction.
     """
@@ -75,11 +78,13 @@ class Line(NamedTuple):
     wasted_bytes_per_token: float
     link_bytes_per_s: float
     used_of_link: float
+    used_of_link_now: float
     efficiency: float
     link_busy: float
     over_replay: float
     over_replay_now: float
     slowness: float
+    disk_slowness: float
     over_bound: float
 
 
@@ -95,10 +100,10 @@ def line_of(
     efficiency = float(median(runs, lambda run: run.link_bytes_per_s) / rate)
     paces = (slowness(plan.prediction, pace) for pace in found.paces["plan"])
     slower = statistics.median(1.0 if pace is None else pace.token for pace in paces)
-    replayed_s, replayed_now_s = (
-        replayed_tpot_s(setting, planner, plan, run, *speeds)
-        for speeds in ((1.0, 1.0), (slower, efficiency or 1.0))
-    )
+    disk_slower = statistics.median(found.disk_slowness)
+    used_of_link = float(bytes_per_token / tpot_s / rate)
+    as_profiled = replayed(setting, planner, plan, run)
+    meanwhile = replayed(setting, planner, plan, run, slower=slower, disk_slower=disk_slower)
     return Line(
         share=share,
         fast_budget_bytes=plan.placement.fast_budget_bytes,
@@ -112,27 +117,16 @@ def line_of(
         link_bytes_per_token=bytes_per_token,
         wasted_bytes_per_token=median(runs, lambda run: run.ahead_wasted_bytes_per_token),
         link_bytes_per_s=bytes_per_token / tpot_s,
-        used_of_link=float(bytes_per_token / tpot_s / rate),
+        used_of_link=used_of_link,
+        used_of_link_now=used_of_link * disk_slower,
         efficiency=efficiency,
         link_busy=median(runs, lambda run: run.link_busy_fraction),
-        over_replay=tpot_s / replayed_s,
-        over_replay_now=tpot_s / replayed_now_s,
+        over_replay=float(tpot_s / as_profiled.tpot_s),
+        over_replay_now=float(tpot_s / meanwhile.tpot_s),
         slowness=slower,
+        disk_slowness=disk_slower,
         over_bound=tpot_s / plan.baselines["belady"].tpot_s,
     )
-
-
-def replayed_tpot_s(
-    setting: Setting, planner: Planner, plan: Plan, run: Trace, slower: float, faster: float
-) -> float:
-    """A token of the replay, the processor so many times slower, the link so much faster."""
-    compute = at_pace(setting.compute, slower)
-
-    def link(size_bytes: int) -> float:
-        return planner.link(size_bytes) / faster
-
-    replays = replay_run(setting.spec, compute, link, plan.layout, plan.placement, run)
-    return mean_of(replays[len(setting.prompts) :]).tpot_s  # the first ones warm up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,17 +141,18 @@ def _run(args: argparse.Namespace) -> int:
     lines = []
     print(
         "| share | budget | plan | each token, predicted | hits | ready | recall | link, a token "
-        "| of it wasted | over the link | of the link's rate | while it had work | busy "
-        "| over the replay | processor | as they were | over the bound |"
+        "| of it wasted | over the link | of the link's rate, as it was | while it had work | busy "
+        "| over the replay | processor, disk | as they were | over the bound |"
     )
     print("| --- " * 17 + "|")
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="link.") as scratch:
         for share in args.share:
             plan = planner.plan(round(share * whole_bytes))
             folders = pack_for(setting.checkpoint, {"plan": plan}, Path(scratch))
-            found = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds)
-            packed = PackedModel.open(folders[plan.layout.digest])
-            with open_packed(packed, plan, link=plan.link) as engine:
+            folder = folders[plan.layout.digest]
+            with open_disk_pace(folder, setting.hardware, args.link) as disk:
+                found = race({"plan": plan}, folders, setting.prompts, args.new, args.rounds, disk)
+            with open_packed(PackedModel.open(folder), plan, link=plan.link) as engine:
                 run = record_run(engine, setting.prompts, args.new)
             lines.append(line_of(setting, planner, share, plan, found, run))
             _print_line(lines[-1])
@@ -172,8 +167,10 @@ def _print_line(line: Line) -> None:
         f"| {line.tpot_s * 1e3:.1f} ms, {line.predicted_tpot_s * 1e3:.1f} "
         f"| {line.hit_rate:.1%} | {line.ready_rate:.1%} | {line.recall:.1%} "
         f"| {format_size(line.link_bytes_per_token)} | {format_size(line.wasted_bytes_per_token)} "
-        f"| {format_rate(line.link_bytes_per_s)} | {line.used_of_link:.2f} | {line.efficiency:.2f} "
-        f"| {line.link_busy:.0%} | {line.over_replay:.2f} | {line.slowness:.2f} "
+        f"| {format_rate(line.link_bytes_per_s)} "
+        f"| {line.used_of_link:.2f}, {line.used_of_link_now:.2f} | {line.efficiency:.2f} "
+        f"| {line.link_busy:.0%} | {line.over_replay:.2f} "
+        f"| {line.slowness:.2f}, {line.disk_slowness:.2f} "
         f"| {line.over_replay_now:.2f} | {line.over_bound:.2f} |"
     )
     sys.stdout.flush()

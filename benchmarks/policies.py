@@ -12,8 +12,9 @@ Printed are medians over the rounds:
 
 - the speed of the plan over each strategy's, round by round, and the range of that;
 - each token beside the plan's forecast, beside the replay of the very routing that was run, as it
-  is and at the pace that the processor had meanwhile (:mod:`moepack.yardstick`), and beside the
-  larger of useful link bytes over bandwidth and computing at this pace;
+  is and at the pace that processor and disk had meanwhile (:mod:`moepack.yardstick`,
+  :mod:`benchmarks.link_pace`), and beside the larger of useful link bytes over bandwidth and
+  computing at this pace;
 - what crossed the link for a token: demanded, fetched ahead and used, fetched ahead and wasted.
 
 The last line is one JSON object.
@@ -33,8 +34,10 @@ from typing import NamedTuple
 
 from moepack_runtime.loading import open_packed
 
+from benchmarks.link_pace import open_disk_pace
 from benchmarks.options import Throttle, link_option, positive, size_option
 from benchmarks.race import Raced, median, pack_for, race, ratio
+from benchmarks.replays import replayed
 from benchmarks.setting import (
     Setting,
     add_options,
@@ -43,14 +46,14 @@ from benchmarks.setting import (
     open_setting,
 )
 from moepack.budget import stored_bytes
-from moepack.drift import compare, slowness, stretched_s
+from moepack.drift import compare, slowness
 from moepack.errors import PlanError
 from moepack.fixed_times import fixed_times
 from moepack.formats import PackedModel
 from moepack.layouts import uniform_layout
 from moepack.plan import Plan
 from moepack.planner import Planner
-from moepack.replayed_run import mean_of, record_run, replay_run
+from moepack.replayed_run import record_run
 from moepack.routing_tables import RoutingTables
 from moepack.trace import Trace
 from moepack.units import format_rate, format_size
@@ -75,8 +78,8 @@ class Line(NamedTuple):
         The plan's speed over the contender's, round by round: median, least, largest.
     replayed_tpot_s, replayed_ready_rate : float
         Of the replay of the routing that was run.
-    slowness : float
-        How many times as long the processor took beside the tokens as when it was profiled.
+    slowness, disk_slowness : float
+        How many times as long processor and disk took beside the tokens as when they were profiled.
     over_replay : float
         Time of a token over the replayed one at the pace of its round.
     bound_s : float
@@ -95,6 +98,7 @@ class Line(NamedTuple):
     predicted_tpot_s: float
     replayed_tpot_s: float
     slowness: float
+    disk_slowness: float
     over_replay: float
     bound_s: float
     bound_is_clear: bool
@@ -157,22 +161,22 @@ def lines_of(
     lines = []
     for name, runs in found.runs.items():
         plan = plans[name]
-        compute = setting.compute
-        replays = replay_run(setting.spec, compute, planner.link, plan.layout, plan.placement, run)
-        replayed = mean_of(replays[len(setting.prompts) :])  # the first ones warm up
-        wait_s = float(replayed.layer_wait_s.sum())
+        as_profiled = replayed(setting, planner, plan, run)
         paces = found.paces[name]
         pace = Pace(*(statistics.median(seconds) for seconds in zip(*paces, strict=True)))
-        slow = [slowness(plan.prediction, each) or _AS_PROFILED for each in paces]
-        expected_s = [stretched_s(replayed.tpot_s, wait_s, each.token) for each in slow]
-        slower = statistics.median(each.token for each in slow)
-        compute_s = float(replayed.tpot_s - wait_s) * slower
-        taken_s = [each.tpot_s or 0.0 for each in runs]
-        over = [each / seconds for each, seconds in zip(taken_s, expected_s, strict=True)]
+        slow = [(slowness(plan.prediction, each) or _AS_PROFILED).token for each in paces]
+        over = [
+            (each.tpot_s or 0.0)
+            / replayed(setting, planner, plan, run, slower=own, disk_slower=disk).tpot_s
+            for each, own, disk in zip(runs, slow, found.disk_slowness, strict=True)
+        ]
+        slower, disk_slower = statistics.median(slow), statistics.median(found.disk_slowness)
+        compute_s = float(as_profiled.tpot_s - as_profiled.layer_wait_s.sum()) * slower
         used_bytes = median(runs, lambda run: run.ahead_used_bytes_per_token)
         demand_bytes = median(runs, lambda run: run.demand_bytes_per_token)
         size_bytes = max(1, round(median(runs, lambda run: run.mean_read_bytes)))
-        useful_s = float((demand_bytes + used_bytes) * planner.link(size_bytes) / size_bytes)
+        transfer_s = planner.link(size_bytes) * disk_slower
+        useful_s = float((demand_bytes + used_bytes) * transfer_s / size_bytes)
         fields = ("ttft_s", "tpot_s", "hit_rate", "ready_rate", "link_bytes_per_token")
         medians = {field: median(runs, attrgetter(field)) for field in fields}
         drifts = compare(plan.prediction, medians, pace)
@@ -184,14 +188,15 @@ def lines_of(
                 predicted_ttft_s=plan.prediction.ttft_s,
                 tpot_s=medians["tpot_s"],
                 predicted_tpot_s=plan.prediction.tpot_s,
-                replayed_tpot_s=replayed.tpot_s,
+                replayed_tpot_s=as_profiled.tpot_s,
                 slowness=slower,
+                disk_slowness=disk_slower,
                 over_replay=statistics.median(over),
                 bound_s=max(useful_s, compute_s),
                 bound_is_clear=min(useful_s, compute_s) < max(useful_s, compute_s) / 2,
                 hit_rate=medians["hit_rate"],
                 ready_rate=medians["ready_rate"],
-                replayed_ready_rate=replayed.ready_rate,
+                replayed_ready_rate=as_profiled.ready_rate,
                 demand_bytes=demand_bytes,
                 used_bytes=used_bytes,
                 wasted_bytes=median(runs, lambda run: run.ahead_wasted_bytes_per_token),
@@ -221,12 +226,13 @@ def _run(args: argparse.Namespace) -> int:
                 strategies = planner.strategies(budget_bytes)
                 plans |= _asked(args.strategies, strategies, plans["plan"])
                 folders = pack_for(setting.checkpoint, plans, Path(scratch))
-                found = race(plans, folders, setting.prompts, args.new, args.rounds)
                 own = plans["plan"]
-                packed = PackedModel.open(folders[own.layout.digest])
-                with open_packed(packed, own) as engine:
-                    run = record_run(engine, setting.prompts, args.new)
                 compute_s, transfer_s, _ = layer_seconds(setting, planner)
+                folder = folders[own.layout.digest]
+                with open_disk_pace(folder, setting.hardware, throttle) as disk:
+                    found = race(plans, folders, setting.prompts, args.new, args.rounds, disk)
+                with open_packed(PackedModel.open(folder), own) as engine:
+                    run = record_run(engine, setting.prompts, args.new)
                 lines = lines_of(setting, planner, plans, found, run)
                 cells.append(
                     Cell(
@@ -268,7 +274,7 @@ def _print_table(cell: Cell) -> None:
     )
     print(
         "| | plan over it | first token, predicted | each token, predicted, replayed "
-        "| over replay | processor | at this pace | over bound | ready, replayed "
+        "| over replay | processor, disk | at this pace | over bound | ready, replayed "
         "| demanded, used, wasted | link busy | |"
     )
     print("| --- " * 12 + "|")
@@ -281,7 +287,7 @@ def _print_table(cell: Cell) -> None:
             f"| {line.ttft_s * 1e3:.0f} ms, {line.predicted_ttft_s * 1e3:.0f} "
             f"| {line.tpot_s * 1e3:.2f} ms, {line.predicted_tpot_s * 1e3:.2f}, "
             f"{line.replayed_tpot_s * 1e3:.2f} | {line.tpot_s / line.replayed_tpot_s:.2f} "
-            f"| {line.slowness:.2f} | {line.over_replay:.2f} "
+            f"| {line.slowness:.2f}, {line.disk_slowness:.2f} | {line.over_replay:.2f} "
             f"| {over_bound:.2f}{'' if line.bound_is_clear else ' (near)'} "
             f"| {line.ready_rate:.1%}, {line.replayed_ready_rate:.1%} "
             f"| {', '.join(map(format_size, sizes))} | {line.link_busy:.0%} "

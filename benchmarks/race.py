@@ -1,7 +1,9 @@
 """Named plans of one model, measured against each other.
 
 All of them are open at once and generate after the same prompts, some tokens in turn: a machine
-that is busy for a while is so for all of them. Peak memory: the fast tiers of all plans together.
+that is busy for a while is so for all of them. How fast its processor and its disk are meanwhile is
+read beside them (:mod:`moepack.yardstick`, :mod:`benchmarks.link_pace`). Peak memory: the fast
+tiers of all plans together.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from moepack_runtime.loading import open_packed
 from moepack_runtime.stats import RunStats
 
+from benchmarks.link_pace import DiskPace
 from moepack.calibration import Calibration
 from moepack.checkpoint import Checkpoint
 from moepack.formats import PackedModel
@@ -34,10 +37,18 @@ Rounds = dict[str, list[RunStats]]
 
 
 class Raced(NamedTuple):
-    """What every plan took in each round, and how fast the processor was beside it."""
+    """What every plan took in each round, and how fast the machine was beside it.
+
+    Attributes
+    ----------
+    disk_slowness : list of float
+        In each round, how many times as long the disk took as when it was profiled; 1 where nobody
+        looked.
+    """
 
     runs: Rounds
     paces: dict[str, list[Pace]]
+    disk_slowness: list[float]
 
 
 def pack_for(
@@ -66,8 +77,11 @@ def race(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     rounds: int,
+    disk: DiskPace | None = None,
 ) -> Raced:
     """Measure every plan once a round. All of them are open at once, and take turns.
+
+    ``disk`` is read before every prompt, and behind the last.
 
     Raises
     ------
@@ -75,7 +89,7 @@ def race(
         When two plans of one layout draw different tokens: they must not differ in a bit.
     """
     packed = {digest: PackedModel.open(folder) for digest, folder in folders.items()}
-    found = Raced({name: [] for name in plans}, {name: [] for name in plans})
+    found = Raced({name: [] for name in plans}, {name: [] for name in plans}, [])
     yardstick = MixedYardstick()
     for _ in range(rounds):
         with ExitStack() as stack:
@@ -86,6 +100,7 @@ def race(
                 warm_up(engine, prompts)
             runs: Rounds = {name: [] for name in plans}
             keepers = {name: PaceKeeper(yardstick) for name in plans}
+            slower = [1.0 if disk is None else disk.slowness()]
             for prompt in prompts:
                 streams = {
                     name: keepers[name].beside(draw(engine, prompt, new_tokens))
@@ -94,6 +109,8 @@ def race(
                 _draw_in_turns(plans, streams, new_tokens)
                 for name, engine in engines.items():
                     runs[name].append(engine.stats())
+                slower.append(1.0 if disk is None else disk.slowness())
+            found.disk_slowness.append(statistics.fmean(slower))
             for name, several in runs.items():
                 found.runs[name].append(average(several))
                 found.paces[name].append(keepers[name].pace())

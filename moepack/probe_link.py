@@ -124,8 +124,14 @@ def _scratch_bytes(folder: Path) -> int:
     return size_bytes
 
 
-class _Reads:
-    """Batches of reads at random places of a file, into the memory that the runtime uses."""
+class RandomReads:
+    """Batches of reads at random places of a file, into the memory that the runtime uses.
+
+    Attributes
+    ----------
+    moved_bytes : int
+        By all of them.
+    """
 
     def __init__(self, file: DirectFile) -> None:
         from moepack_runtime.direct_io import allocate
@@ -136,6 +142,7 @@ class _Reads:
         self.moved_bytes = 0
 
     def read(self, size_bytes: int, place: int = 0) -> None:
+        """One read, into the place of that number: no two at once into the same."""
         blocks = (self._file.size_bytes - size_bytes) // ALIGNMENT_BYTES
         offset_bytes = self._chance.randrange(blocks) * ALIGNMENT_BYTES
         self._file.read_into(self._memory[place * size_bytes :][:size_bytes], offset_bytes)
@@ -148,7 +155,7 @@ class _Reads:
         return perf_counter() - begin_s
 
     def time_batch(self, size_bytes: int, readers: ThreadPoolExecutor) -> float:
-        """Seconds for each read of a batch."""
+        """Seconds for each read of a batch, as many in flight as there are readers."""
         count = _batch(size_bytes)
         begin_s = perf_counter()
         list(readers.map(self.read, [size_bytes] * count, range(count)))
@@ -164,7 +171,7 @@ class DiskProbe:
     """Reads from a file, past the page cache where that can be had."""
 
     def __init__(self, file: DirectFile, pools: Mapping[int, ThreadPoolExecutor]) -> None:
-        self._reads = _Reads(file)
+        self._reads = RandomReads(file)
         self._file = file
         self._pools = pools
         self._singles_s: list[float] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import link, policies, scale
+from benchmarks.link_pace import open_disk_pace
 from benchmarks.policies import STRATEGIES
 from moepack.cli.models import open_source
 from moepack.hardware import load_hardware
@@ -57,6 +59,9 @@ def test_strategies_are_raced_at_one_budget(
         assert lines["prefetch_only"]["demand_bytes"] < lines["on_demand"]["demand_bytes"]
         for line in lines.values():
             assert line["replayed_tpot_s"] > 0
+            # One disk for all of them; a throttle is as fast as ever.
+            assert line["disk_slowness"] == lines["plan"]["disk_slowness"] > 0
+    assert all(line["disk_slowness"] == 1.0 for line in throttled["lines"])
     assert not list(tmp_path.glob("policies.*")), "the packs are gone"
 
 
@@ -72,6 +77,25 @@ def test_the_link_is_compared_with_its_rate(
         assert line["used_of_link"] <= line["efficiency"] * 1.05
         assert line["over_replay"] > 0
         assert line["over_replay_now"] > 0
+        assert line["used_of_link_now"] == line["used_of_link"], "a throttle is as fast as ever"
+
+
+def test_a_disk_is_as_slow_as_it_takes_longer_than_profiled(packed: Path) -> None:
+    hardware = load_hardware(Workspace.locate().hardware_path)
+    points = tuple(
+        dataclasses.replace(point, bytes_per_s=point.bytes_per_s * 50)
+        for point in hardware.disk.points
+    )
+    faster = dataclasses.replace(hardware, disk=dataclasses.replace(hardware.disk, points=points))
+    with (
+        open_disk_pace(packed, hardware, None) as disk,
+        open_disk_pace(packed, faster, None) as other,
+    ):
+        assert disk is not None
+        assert other is not None
+        assert other.slowness() > 5 * disk.slowness() > 0
+    with open_disk_pace(packed, hardware, (1e9, 0.0)) as throttled:
+        assert throttled is None
 
 
 @pytest.mark.parametrize(
