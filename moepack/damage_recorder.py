@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -321,7 +321,7 @@ def _ffn(weights: Mapping[str, np.ndarray], device: torch.device) -> FfnWeights:
     import torch
     from moepack_runtime.ffn import FfnWeights
 
-    tensors = {
+    tensors: dict[str, Any] = {
         name.replace(".weight", "").replace(".", "_"): torch.from_numpy(array).to(device)
         for name, array in weights.items()
     }

@@ -219,21 +219,21 @@ class _Passes:
         self, number: int, hidden: torch.Tensor, chosen: Sequence[int], following: int | None
     ) -> torch.Tensor:
         import torch
-        from moepack_runtime.moe import Block, add_experts
+        from moepack_runtime.moe import Block, join_experts
         from moepack_runtime.router import Routing
 
         count = len(chosen)
         ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
         weights = torch.full(ids.shape, 1 / count, device=hidden.device)
-        total = torch.zeros_like(hidden, dtype=torch.float32)
+        joined = torch.zeros_like(hidden)
         block = Block(hidden, Routing(ids, weights))
         layer_pass = self._memory.step(number, ids.tolist())
         if following is not None:
             self._ask(following, count)
             layer_pass.fetch_ahead()
-        add_experts(self._spec.moe(number), [block], [total], layer_pass)
+        join_experts(self._spec.moe(number), [block], [joined], [None], layer_pass)
         layer_pass.report()
-        return total.to(hidden.dtype)
+        return joined
 
     def _next(self, number: int, count: int) -> list[int]:
         turn, keeps = self._turns[number], self._keeps

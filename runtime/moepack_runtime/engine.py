@@ -111,6 +111,7 @@ class Engine:
             self._experts.warm(progress)
             self.token_graphs: TokenGraphs | None = None
             if recording is not None:
+                self._experts.prepare(spec)
                 self.token_graphs = TokenGraphs(spec, self.decoder, self.kv, recording)
         self._predictor = predictor or NextRouter(self.decoder.layers)
         look_ahead = LookAhead(spec, placement, self._experts, self._predictor)

@@ -16,12 +16,14 @@ from moepack.plan import LayerPlacement, OnMiss, SharedPool
 from moepack.segments import Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.frames import Frames
+from moepack_runtime.fused import prepare
 from moepack_runtime.layer_pass import LayerPass
 from moepack_runtime.observers import Timeline
 from moepack_runtime.pieces import Piece, pieces
 from moepack_runtime.progress import NO_PROGRESS, Progress, working
 from moepack_runtime.slots import LayerSlots, allocate_slots
 from moepack_runtime.transfer import Transfer
+from moepack_runtime.weights import TORCH_DTYPE
 
 
 class Load(NamedTuple):
@@ -96,6 +98,13 @@ class ExpertMemory:
             for part, slots in layer.slots.items()
         ]
         self.fill(loads, progress)
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """On a device, have what computes one token's experts compiled."""
+        for number, layer in self.layers.items():
+            of_parts = (*layer.shapes.values(), *layer.low_shapes.values())
+            shapes = {shape for of_experts in of_parts for shape in of_experts}
+            prepare(shapes, spec.moe(number), TORCH_DTYPE[spec.dtype], len(layer.shapes))
 
     def fill(self, loads: Iterable[Load], progress: Progress = NO_PROGRESS) -> None:
         """Load experts into slots, and wait for them."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moepack.model_spec import ActivationSpec
 from moepack.segments import align_up
 from moepack.working_memory import ROW_MULTIPLE
+from moepack_runtime.places import Place
 from moepack_runtime.products import (
     dear_rows,
     is_dear,
@@ -37,6 +38,8 @@ class FfnWeights(NamedTuple):
         The rows of gate, then those of up, as one tensor: [2 neurons, hidden] and [2 neurons].
         Given where the format makes them neighbours (always in a segment), never where they only
         happen to be: one product instead of two is faster and may round differently.
+    place : Place or None
+        Where a kernel finds all of them, where they lie as in a pack.
     """
 
     gate: torch.Tensor
@@ -47,6 +50,7 @@ class FfnWeights(NamedTuple):
     down_bias: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
+    place: Place | None = None
 
 
 class QuantisedFfn(NamedTuple):
@@ -60,12 +64,15 @@ class QuantisedFfn(NamedTuple):
         [hidden, neurons].
     gate_up_bias, down_bias : Tensor or None
         [2 neurons] and [hidden], in the model's dtype.
+    place : Place or None
+        Where a kernel finds all of them.
     """
 
     gate_up: QuantisedMatrix
     down: QuantisedMatrix
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    place: Place | None = None
 
 
 def gated_ffn(

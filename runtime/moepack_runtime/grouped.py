@@ -1,6 +1,7 @@
-"""The experts of one token, all at once: the place for a kernel that fuses them.
+"""The experts of one token, all at once.
 
-The contract of :func:`experts_one_token`, for whatever takes its place:
+The contract of :func:`experts_one_token`, on a device that of :mod:`moepack_runtime.fused`, which
+the layers ask themselves since it can add the rows up, too; and of whatever takes its place:
 
 - *In*: one token's normed hidden state, and segments wherever they lie (slots or frames): views,
   of which no two need be neighbours or of equal width. They are read where they are: nothing that
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn, activate, gated_ffn
+from moepack_runtime.fused import Segment, TokenRows, has_kernels
 
 
 def experts_one_token(
@@ -44,6 +46,10 @@ def experts_one_token(
         [segments, hidden] in the dtype of ``x``.
     """
     if x.is_cuda:
+        if has_kernels(x.device):
+            rows = TokenRows(x, len(segments), activation)
+            rows.compute([Segment(row, weights) for row, weights in enumerate(segments)])
+            return rows.values
         plain = [segment for segment in segments if isinstance(segment, FfnWeights)]
         alike = len({segment.gate.shape for segment in plain}) == 1
         if len(plain) == len(segments) and alike and all(s.gate_up is not None for s in plain):

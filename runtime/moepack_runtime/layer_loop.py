@@ -15,7 +15,7 @@ from moepack_runtime.kv_cache import KvCache
 from moepack_runtime.live_routing import RoutingWindow
 from moepack_runtime.look_ahead import LookAhead
 from moepack_runtime.model import Decoder, DecoderLayer
-from moepack_runtime.moe import Block, add_experts
+from moepack_runtime.moe import Block, join_experts
 from moepack_runtime.observers import Observer, PassObserver, Timeline
 from moepack_runtime.progress import Progress, working
 from moepack_runtime.stats import Meter
@@ -164,11 +164,9 @@ class LayerLoop:
             self.look_ahead.look(number, residuals)
             layer_pass.fetch_ahead()
             slices.end("predict")
-        totals = [layer.begin_sum(block.inputs) for block in blocks]
+        shared = [layer.shared(block.inputs) for block in blocks]
         slices.end("shared")
-        add_experts(moe, blocks, totals, layer_pass)
-        for residual, total in zip(residuals, totals, strict=True):
-            residual.add_(total.to(residual.dtype))
+        join_experts(moe, blocks, residuals, shared, layer_pass)
         self.meter.count(number, layer_pass.report())
         if self.watching.live is not None:
             self.watching.live.record(number, tokens)

@@ -92,11 +92,6 @@ class DecoderLayer:
             output.mul_(self._shared_gate(x).sigmoid_())
         return output
 
-    def begin_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Float32 [tokens, hidden] for the experts' outputs: the shared one's, or zeros."""
-        shared = self.shared(x)
-        return torch.zeros_like(x, dtype=torch.float32) if shared is None else shared.float()
-
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the FFN of a layer without experts."""
         assert self._ffn is not None, "a layer of experts has no dense FFN"

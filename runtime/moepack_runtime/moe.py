@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from moepack.model_spec import MoeSpec
 from moepack_runtime.ffn import gated_ffn, rows_for
+from moepack_runtime.fused import Segment, TokenRows, has_kernels
 from moepack_runtime.grouped import experts_one_token
 from moepack_runtime.layer_pass import LayerPass
 from moepack_runtime.router import Routing
@@ -39,6 +40,62 @@ class Block(NamedTuple):
 
     inputs: torch.Tensor
     routing: Routing
+
+
+def join_experts(
+    moe: MoeSpec,
+    blocks: Sequence[Block],
+    residuals: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor | None],
+    layer_pass: LayerPass,
+) -> None:
+    """Add what the second half of a layer gives to the residual stream.
+
+    Parameters
+    ----------
+    residuals
+        Of each block, [tokens, hidden]: added to in place.
+    shared
+        Of each block the shared expert's output, like it; None where there is none.
+    layer_pass
+        The pass over the experts that the blocks use.
+    """
+    if _is_fused(blocks, layer_pass):
+        _join_one_token(moe, blocks[0], residuals[0], shared[0], layer_pass)
+        return
+    pairs = zip(blocks, shared, strict=True)
+    totals = [begin_sum(block.inputs, output) for block, output in pairs]
+    add_experts(moe, blocks, totals, layer_pass)
+    for residual, total in zip(residuals, totals, strict=True):
+        residual.add_(total.to(residual.dtype))
+
+
+def begin_sum(inputs: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+    """Float32 [tokens, hidden] for the experts' outputs: the shared one's, or zeros."""
+    return torch.zeros_like(inputs, dtype=torch.float32) if shared is None else shared.float()
+
+
+def _is_fused(blocks: Sequence[Block], layer_pass: LayerPass) -> bool:
+    """Whether kernels of our own take the one token that there is."""
+    inputs = blocks[0].inputs
+    one = inputs.is_cuda and len(blocks) == 1 and inputs.shape[0] == 1
+    return one and not layer_pass.left_out and has_kernels(inputs.device)
+
+
+def _join_one_token(
+    moe: MoeSpec,
+    block: Block,
+    residual: torch.Tensor,
+    shared: torch.Tensor | None,
+    layer_pass: LayerPass,
+) -> None:
+    """:func:`_add_one_token` in few launches, in the same order."""
+    keys = itertools.product(layer_pass.tokens[0], layer_pass.parts)
+    place = {key: row for row, key in enumerate(keys)}
+    rows = TokenRows(block.inputs, len(place), moe.activation_spec)
+    for portion in layer_pass.as_ready():
+        rows.compute([Segment(place[expert, part], weights) for expert, part, weights in portion])
+    rows.add_to(residual, shared, block.routing.weights[0].contiguous())
 
 
 def add_experts(

@@ -7,6 +7,7 @@ import torch
 from moepack.segments import SegmentShape
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn
 from moepack_runtime.int4_fragments import SUFFIX
+from moepack_runtime.places import Place, form_of
 from moepack_runtime.quantised import Int4Fragments, Int4Matrix, Int8Matrix, QuantisedMatrix
 from moepack_runtime.weights import TORCH_DTYPE
 
@@ -60,6 +61,8 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | Q
         uint8 [>= shape.size_bytes].
     """
     places = {tensor.name: tensor for tensor in shape.tensors}
+    form = form_of(shape) if buffer.is_cuda else None  # kernels by address are a device's
+    place = None if form is None else Place(buffer.data_ptr(), form)
 
     def view(first: str, last: str) -> torch.Tensor | None:
         """The neighbouring tensors ``first`` to ``last``, as one with all their rows."""
@@ -86,6 +89,7 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | Q
             int4("down"),
             view("gate.bias", "up.bias"),
             view("down.bias", "down.bias"),
+            place,
         )
     if "down.scale" in places:
         return QuantisedFfn(
@@ -93,6 +97,7 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | Q
             Int8Matrix(tensor("down.weight"), tensor("down.scale")),
             view("gate.bias", "up.bias"),
             view("down.bias", "down.bias"),
+            place,
         )
     return FfnWeights(
         gate=tensor("gate.weight"),
@@ -103,4 +108,5 @@ def segment_weights(buffer: torch.Tensor, shape: SegmentShape) -> FfnWeights | Q
         down_bias=view("down.bias", "down.bias"),
         gate_up=view("gate.weight", "up.weight"),
         gate_up_bias=view("gate.bias", "up.bias"),
+        place=place,
     )

@@ -47,7 +47,7 @@ def load(folder: Path) -> Weights:
     for layer in spec.moe_layers:
         for expert in range(spec.moe(layer).num_experts):
             tensors = checkpoint.expert(layer, expert)
-            parts = {
+            parts: dict[str, Any] = {
                 name.replace(".weight", "").replace(".", "_"): to_torch(bits, spec.dtype)
                 for name, bits in tensors.items()
             }

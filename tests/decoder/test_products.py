@@ -74,7 +74,8 @@ def test_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch, was_on: bool) -
     library: Any = torch.backends.mkldnn
     monkeypatch.setattr(library, "enabled", was_on)
     x = drawn(1, 96).bfloat16()
-    weights = FfnWeights(*(drawn(96, 96, seed=seed).bfloat16() for seed in range(3)))
+    gate, up, down = (drawn(96, 96, seed=seed).bfloat16() for seed in range(3))
+    weights = FfnWeights(gate, up, down)
     gated_ffn(x, weights, ActivationSpec("silu"))
     assert library.enabled == was_on
     with pytest.raises(RuntimeError):

@@ -122,7 +122,8 @@ def test_a_step_stays_within_the_planned_workspace(
     assert peak_bytes(attend_block_by_block) <= planned
     assert peak_bytes(lambda: layer.attend(x[:1], CONTEXT - block)) <= planned
     assert peak_bytes(lambda: layer.route(layer.mlp_norm(x))) <= planned
-    expert = FfnWeights(*(torch.randn(256, 256).to(storage) for _ in range(3)))
+    gate, up, down = (torch.randn(256, 256).to(storage) for _ in range(3))
+    expert = FfnWeights(gate, up, down)
     assert peak_bytes(lambda: gated_ffn(x, expert, MOE.activation_spec)) <= planned
     assert peak_bytes(lambda: decoder.logits(x[:1])) <= planned
     ids = torch.arange(CONTEXT) % 512

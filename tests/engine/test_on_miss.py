@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from moepack_runtime.capabilities import require_fit
 from moepack_runtime.engine import Engine
+from moepack_runtime.moe import begin_sum
 from moepack_runtime.router import Routing
 from moepack_runtime.sampling import Sampler
 from moepack_runtime.weights import TORCH_DTYPE
@@ -98,7 +99,7 @@ class Plain:
                 if self.spec.layers[number].moe is None:
                     hidden = residual + layer.dense(x)
                     continue
-                total = layer.begin_sum(x)
+                total = begin_sum(x, layer.shared(x))
                 self.add(number, total, x, layer.route(x), held)
                 hidden = residual + total
             return engine.decoder.logits(hidden)
