@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from moepack_runtime.transfer import cuda
 
 
 class FakeRuntime:
@@ -40,6 +41,7 @@ class FakeStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.cuda_stream = 0
         self.passing = threading.Event()
         self.passing.set()
         self.failure = ""
@@ -59,11 +61,14 @@ class FakeStream:
 class FakeEvent:
     """Has happened as soon as the stream passes that it was last recorded on."""
 
+    made: ClassVar[list[FakeEvent]] = []
+
     def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
         self._blocking = blocking
         self._timed = enable_timing
         self.stream: FakeStream | None = None
         self._recorded_s = 0.0
+        FakeEvent.made.append(self)
 
     def record(self, stream: FakeStream) -> None:
         if stream.failure:
@@ -87,6 +92,10 @@ class FakeEvent:
             sleep(1e-4)
 
 
+def copy_at_once(destination: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
+    destination[: source.nbytes].copy_(source)
+
+
 class FakeDevice:
     """All of it, in the place of torch's own."""
 
@@ -95,6 +104,7 @@ class FakeDevice:
         self.consumer = FakeStream(torch.device("cpu"))
         self.of_thread: dict[int, FakeStream] = {}
         monkeypatch.setattr(FakeStream, "made", [])
+        monkeypatch.setattr(FakeEvent, "made", [])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self.runtime)
         monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
@@ -103,6 +113,9 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "set_stream", self._set_stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.consumer)
+        raw = "_cuda_getCurrentRawStream"
+        monkeypatch.setattr(torch._C, raw, lambda _: id(self.consumer), raising=False)
+        monkeypatch.setattr(cuda, "copy_to_device", copy_at_once)
 
     def _set_stream(self, stream: FakeStream) -> None:
         self.of_thread[threading.get_ident()] = stream

@@ -149,6 +149,25 @@ def test_prefetches_wait_behind_two_copies_and_demands_do_not(device: FakeDevice
         assert link.transfer.statistics[:2] == (5 * STORED_BYTES, 5)
 
 
+def test_events_are_recorded_again_once_nobody_asks_them(device: FakeDevice) -> None:
+    """One behind the other they take three; in flight each copy has one of its own."""
+    link = Link()
+    with link.transfer:
+        for number in range(6):
+            link.transfer.wait(link.start(number))
+        assert len(FakeEvent.made) == 3
+        device.copies.passing.clear()
+        tickets = [link.start(number) for number in range(6)]
+        recorded = [event for event in FakeEvent.made if event.stream is device.copies]
+        assert len(recorded) == 7, "where the first begins, and where each ends"
+        device.copies.passing.set()
+        for ticket in tickets:
+            link.transfer.wait(ticket)
+        begun = [ticket.begin_s for ticket in tickets]
+        assert begun == sorted(begun)
+        assert len(FakeEvent.made) == 8
+
+
 def test_a_prefetch_that_is_waited_for_becomes_a_demand(device: FakeDevice) -> None:
     link = Link(stall_s=0.1)
     with link.transfer:
