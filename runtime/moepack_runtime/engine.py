@@ -109,12 +109,14 @@ class Engine:
                 on_miss=placement.on_miss,
             )
             self._experts.warm(progress)
+            self._predictor = predictor or NextRouter(self.decoder.layers)
+            look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
             self.token_graphs: TokenGraphs | None = None
             if recording is not None:
                 self._experts.prepare(spec)
-                self.token_graphs = TokenGraphs(spec, self.decoder, self.kv, recording)
-        self._predictor = predictor or NextRouter(self.decoder.layers)
-        look_ahead = LookAhead(spec, placement, self._experts, self._predictor)
+                self.token_graphs = TokenGraphs(
+                    spec, self.decoder, self.kv, recording, look_ahead.recordable()
+                )
         meter = Meter(0, transfer.statistics)
         self._loop = LayerLoop(
             spec, self.decoder, self.kv, self._experts, look_ahead, meter, self.token_graphs

@@ -97,13 +97,14 @@ class LayerLoop:
         moe = self._spec.layers[number].moe
         residuals: list[Hidden] = []
         blocks: list[Block] = []
+        named: torch.Tensor | None = None
         stream.reverse()
         while stream:
             start, hidden = stream.pop()
             slices = _Slices(self.watching.time, number)
             if start == 0:
                 self._kv.layers[number].truncate(0)  # a survey passes from sequence to sequence
-            residual, inputs, routing = self._reach(number, layer, hidden, start, slices)
+            residual, inputs, routing, named = self._reach(number, layer, hidden, start, slices)
             residuals.append(Hidden(start, residual))
             if inputs is None or routing is None:
                 continue
@@ -111,7 +112,7 @@ class LayerLoop:
                 self.watching.routing.routed(number, residual, routing)
             blocks.append(Block(inputs, routing))
         if moe is not None:
-            self._add_experts(number, moe, layer, residuals, blocks)
+            self._add_experts(number, moe, layer, residuals, blocks, named)
         whole.end("layer")
         return residuals
 
@@ -147,11 +148,20 @@ class LayerLoop:
         layer: DecoderLayer,
         stream: Sequence[Hidden],
         blocks: Sequence[Block],
+        named: torch.Tensor | None,
     ) -> None:
-        """Add the second half of a layer to the residual stream, in place."""
+        """Add the second half of a layer to the residual stream, in place.
+
+        ``named`` is that of a recorded step (:class:`Reached`).
+        """
         slices = _Slices(self.watching.time, number)
         residuals = [hidden for _, hidden in stream]
-        tokens = [row for block in blocks for row in block.routing.ids.tolist()]
+        ranking: list[int] | None = None
+        if named is None:
+            tokens = [row for block in blocks for row in block.routing.ids.tolist()]
+        else:
+            (ids,) = named.tolist()
+            tokens, ranking = [ids[: moe.top_k]], ids[moe.top_k :] or None
         weights = None
         # Prompts are exact: what they leave in the KV cache all later tokens look at, and their
         # experts cross the link once for many tokens.
@@ -161,7 +171,7 @@ class LayerLoop:
         slices.end("route")
         # Behind the demands, before anything else: the link is to have work from now on.
         if self.look_ahead.looks_from(number):
-            self.look_ahead.look(number, residuals)
+            self.look_ahead.look(number, residuals, ranking)
             layer_pass.fetch_ahead()
             slices.end("predict")
         shared = [layer.shared(block.inputs) for block in blocks]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -10,7 +11,11 @@ from moepack.model_spec import ModelSpec
 from moepack.plan import Placement
 from moepack_runtime.ahead import Guess
 from moepack_runtime.experts import ExpertMemory
-from moepack_runtime.predict import Predictor
+from moepack_runtime.predict import Predictor, RecordablePredictor
+
+#: From the residual stream [1, hidden] after a layer's attention to the ids of the experts that the
+#: next one will probably need, int64 [1, experts].
+Ranking = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LookAhead:
@@ -39,20 +44,40 @@ class LookAhead:
         """Whether anything is to be guessed while a layer runs."""
         return self._following[number] in self._places
 
-    def look(self, number: int, residuals: Sequence[torch.Tensor]) -> None:
+    def recordable(self) -> Mapping[int, Ranking]:
+        """What may be recorded for one token: by the number of the layer that runs meanwhile."""
+        predictor = self._predictor
+        if not isinstance(predictor, RecordablePredictor):
+            return {}
+        return {
+            number: partial(predictor.rank, target, depth=self._places[target].prefetch_depth)
+            for number, target in self._following.items()
+            if target in self._places
+        }
+
+    def look(
+        self,
+        number: int,
+        residuals: Sequence[torch.Tensor],
+        ranking: Sequence[int] | None = None,
+    ) -> None:
         """Guess and ask while the layer ``number`` runs.
 
         Parameters
         ----------
         residuals
             The residual stream after this layer's attention, [tokens, hidden] of every block.
+        ranking
+            Of one token, where it has been guessed already.
         """
         target = self._following[number]
         place = self._places[target]
         if target <= number:
             residuals = [residuals[-1][-1:]]  # a new token is guessed from the one before it
         if len(residuals) == 1 and len(residuals[0]) == 1:
-            ranking = self._predictor.rank(target, residuals[0], place.prefetch_depth)[0].tolist()
+            if ranking is None:
+                ranked = self._predictor.rank(target, residuals[0], place.prefetch_depth)
+                ranking = ranked[0].tolist()
             guess = Guess(ranking, place.prefetch, self._staging, frozenset(ranking))
         else:
             # One frame stays for what nobody has guessed: experts are computed in their order.

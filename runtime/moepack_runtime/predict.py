@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -34,7 +35,20 @@ class Predictor(Protocol):
         """
 
 
-class NextRouter(Predictor):
+class RecordablePredictor(Predictor):
+    """A predictor whose guess from one token a device may record once and replay.
+
+    For each target and depth its ``rank`` of one token launches the same every time, waits for
+    nothing, remembers nothing, and names just so many experts. What it is given lies where it lay
+    when it was recorded. Others are asked anew for every token, as any predictor is for a prompt.
+    """
+
+    @override
+    @abstractmethod
+    def rank(self, target: int, residual: torch.Tensor, depth: int) -> torch.Tensor: ...
+
+
+class NextRouter(RecordablePredictor):
     """Asks the next layer's router now, through its norm (arXiv 2509.08342, section 3)."""
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:

@@ -18,8 +18,9 @@ zero, those of a longer sequence before are finite, and both are masked.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,14 @@ from moepack.errors import DeviceError
 from moepack.model_spec import ModelSpec
 from moepack_runtime.attention import Here
 from moepack_runtime.kv_cache import KvCache
+from moepack_runtime.look_ahead import Ranking
 from moepack_runtime.model import Decoder, DecoderLayer
 from moepack_runtime.rope import Rotation
 from moepack_runtime.router import Routing
 from moepack_runtime.weights import TORCH_DTYPE
+
+#: Nothing is fetched ahead.
+NO_RANKINGS: Mapping[int, Ranking] = MappingProxyType({})
 
 # The shortest length that is recorded; each further one is twice as long.
 _FEWEST_ROWS = 512
@@ -46,11 +51,15 @@ class Reached(NamedTuple):
         [1, hidden]: the residual stream; of a layer without experts, behind it.
     inputs, routing
         The normed [1, hidden] and the choice; None in a layer without experts.
+    named : Tensor or None
+        The ids of the routing and behind them those of the next layer's ranking, int64 [1, ids]:
+        together, since each copy to the host waits for the device. None where they are not.
     """
 
     residual: torch.Tensor
     inputs: torch.Tensor | None
     routing: Routing | None
+    named: torch.Tensor | None = None
 
 
 class TokenStep:
@@ -60,18 +69,27 @@ class TokenStep:
     ----------
     rows
         The most rows of the cache that a step reads.
+    rankings
+        By number of the layer, what ranks the experts of the next one meanwhile.
     """
 
-    def __init__(self, spec: ModelSpec, decoder: Decoder, rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: Decoder,
+        rows: int,
+        device: torch.device,
+        rankings: Mapping[int, Ranking] = NO_RANKINGS,
+    ) -> None:
         dtype = TORCH_DTYPE[spec.dtype]
         self._ropes = tuple(decoder.ropes)
         self._hidden = torch.zeros(1, spec.hidden_size, dtype=dtype, device=device)
         self._inputs = torch.zeros_like(self._hidden)
+        most = max(layer.moe.num_experts for layer in spec.layers if layer.moe is not None)
+        self._rankings = rankings
+        self._named = torch.zeros(1, 2 * most, dtype=torch.int64, device=device)
         self._routings = {
-            count: Routing(
-                torch.zeros(1, count, dtype=torch.int64, device=device),
-                torch.zeros(1, count, device=device),
-            )
+            count: Routing(self._named[:, :count], torch.zeros(1, count, device=device))
             for count in {spec.moe(number).top_k for number in spec.moe_layers}
         }
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -98,10 +116,10 @@ class TokenStep:
         if hidden is not self._hidden:
             self._hidden.copy_(hidden)
 
-    def reach(self, layer: DecoderLayer, rows: int) -> Reached:
+    def reach(self, number: int, layer: DecoderLayer, rows: int) -> Reached:
         """One layer up to its experts; it reads so many rows of its cache.
 
-        What is launched depends on ``rows`` alone.
+        What is launched depends on ``number`` and ``rows`` alone.
         """
         here = Here(self._position, self._mask[:, :rows], self._rotations)
         residual = layer.attend_at(self._hidden, here)
@@ -110,11 +128,18 @@ class TokenStep:
             self._hidden.copy_(residual + layer.dense(inputs))
             return Reached(self._hidden, None, None)
         found = layer.route(inputs)
-        routing = self._routings[found.ids.shape[1]]
+        count = found.ids.shape[1]
+        routing = self._routings[count]
         kept = (self._hidden, self._inputs, *routing)
         for place, new in zip(kept, (residual, inputs, *found), strict=True):
             place.copy_(new)
-        return Reached(self._hidden, self._inputs, routing)
+        ranking = self._rankings.get(number)
+        if ranking is not None:
+            ranked = ranking(residual)
+            last = count + ranked.shape[1]
+            self._named[:, count:last].copy_(ranked)
+            count = last
+        return Reached(self._hidden, self._inputs, routing, self._named[:, :count])
 
 
 #: What graphs that run one after the other may share for their temporaries; torch's own handle.
@@ -136,16 +161,23 @@ class TokenGraphs:
     ----------
     stream
         To record on; see :func:`moepack_runtime.device.prepare_device`.
+    rankings
+        See :class:`TokenStep`.
     """
 
     def __init__(
-        self, spec: ModelSpec, decoder: Decoder, kv: KvCache, stream: torch.cuda.Stream
+        self,
+        spec: ModelSpec,
+        decoder: Decoder,
+        kv: KvCache,
+        stream: torch.cuda.Stream,
+        rankings: Mapping[int, Ranking] = NO_RANKINGS,
     ) -> None:
         self._caches = kv.layers
         self._lengths = recorded_lengths(kv.context_tokens)
         self._start = 0
         with torch.inference_mode():
-            self._token = TokenStep(spec, decoder, self._lengths[-1], stream.device)
+            self._token = TokenStep(spec, decoder, self._lengths[-1], stream.device, rankings)
             self._recorded = self._record(decoder.layers, stream)
 
     def _record(
@@ -163,13 +195,13 @@ class TokenGraphs:
         return recorded
 
     def _record_one(self, number: int, layer: DecoderLayer, rows: int, pool: _Pool) -> _Recorded:
-        self._token.reach(layer, rows)  # what is loaded at first use, is so now
+        self._token.reach(number, layer, rows)  # what is loaded at first use, is so now
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may call CUDA meanwhile.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                reached = self._token.reach(layer, rows)
+                reached = self._token.reach(number, layer, rows)
             except BaseException:
                 with suppress(RuntimeError):  # what led to it says more
                     graph.capture_end()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from moepack_runtime.predict import NextRouter
 from moepack_runtime.token_graphs import TokenStep, recorded_lengths
 from typing_extensions import override
 
@@ -32,7 +35,7 @@ class StepByStep(Runner):
         self.steps += 1
         self.token.move_to(start)
         self.token.take(block)
-        reached = self.token.reach(layer, min(CONTEXT, start + 1 + start % 5))
+        reached = self.token.reach(number, layer, min(CONTEXT, start + 1 + start % 5))
         self.kv.layers[number].count(start)
         if reached.inputs is None or reached.routing is None:
             return reached.residual
@@ -56,6 +59,25 @@ def test_step_by_step_is_what_the_decoder_gives(
     kinds = [layer.attention for layer in weights.spec.layers]
     layers = sum(kind.window is None and not kind.sinks for kind in kinds)
     assert stepping.steps == layers * len(PROMPT[10:])
+
+
+@torch.inference_mode()
+def test_the_next_layers_ranking_lies_behind_the_ids(tiny_folder: TinyFolder) -> None:
+    runner = Runner(load(tiny_folder("mixtral", "plain")), context_tokens=CONTEXT)
+    runner.run(PROMPT[:5])
+    layers = runner.decoder.layers
+    predictor = NextRouter(layers)
+    rankings = {0: partial(predictor.rank, 1, depth=3)}
+    token = TokenStep(runner.spec, runner.decoder, CONTEXT, torch.device("cpu"), rankings)
+    token.move_to(5)
+    token.take(runner.decoder.embed(torch.tensor(PROMPT[5:6])))
+    for number, more in ((0, 3), (1, 0)):
+        reached = token.reach(number, layers[number], CONTEXT)
+        assert reached.routing is not None
+        assert reached.named is not None
+        ids = reached.routing.ids[0].tolist()
+        ranking = predictor.rank(1, reached.residual, 3)[0].tolist()
+        assert reached.named.tolist() == [ids + ranking[:more]]
 
 
 @pytest.mark.parametrize(

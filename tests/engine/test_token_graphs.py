@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from moepack_runtime import token_graphs
+from moepack_runtime.predict import NextRouter, Predictor
+from moepack_runtime.sampling import Sampler, SamplingParams
+from typing_extensions import override
 
 from moepack.checkpoint import Checkpoint
 from tests.conftest import TinyFolder
@@ -42,6 +45,55 @@ def test_a_device_gives_what_the_processor_gives_at_every_length(
             found[device] = torch.cat(logits)
             assert (engine.token_graphs is None) == (device == "cpu")
     torch.testing.assert_close(found["cuda"], found["cpu"], atol=1e-3, rtol=0)
+
+
+class Asked(Predictor):
+    """The next layer's router, asked anew for every token: it does not say it can be recorded."""
+
+    def __init__(self) -> None:
+        self.router: NextRouter | None = None
+        self.asked = 0
+
+    @override
+    def rank(self, target: int, residual: torch.Tensor, depth: int) -> torch.Tensor:
+        assert self.router is not None
+        self.asked += 1
+        return self.router.rank(target, residual, depth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_recorded_guess_is_the_guess(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(token_graphs, "_FEWEST_ROWS", 16)
+    checkpoint = Checkpoint.open(tiny_folder(family, "plain"))
+    layout = mixed_layout(checkpoint.spec, (1.0,))
+    place = placement(
+        checkpoint.spec,
+        layout,
+        tops=2,
+        bottoms=0,
+        staging=6,
+        context=CONTEXT,
+        device="cuda",
+        prefetch="all",
+        depth=3,
+    )
+    found = []
+    for predictor in (None, Asked()):
+        with open_engine(checkpoint, layout, place, predictor=predictor) as engine:
+            if predictor is not None:
+                predictor.router = NextRouter(engine.decoder.layers)
+            sampler = Sampler(SamplingParams(temperature=0.0))
+            tokens = list(engine.generate(PROMPT[:12], max_new_tokens=20, sampler=sampler))
+            stats = engine.stats()
+            found.append((tokens, stats.recall, stats.hit_rate))
+    assert found[0] == found[1]
+    assert found[0][1], "something has been guessed"
+    assert predictor is not None
+    assert predictor.asked > 20
 
 
 @pytest.mark.gpu
