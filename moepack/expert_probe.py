@@ -191,6 +191,7 @@ class _Passes:
         self._following = dict(zip(numbers, (*numbers[1:], numbers[0]), strict=True))
         self._turns: Counter[int] = Counter()
         self._asked: dict[int, list[int]] = {}
+        self._weights: dict[tuple[int, int], torch.Tensor] = {}  # by tokens, and experts of each
 
     def ahead(self, each: int) -> Experts:
         """A walk whose experts are asked for while the layer before computes, as in a run."""
@@ -222,12 +223,18 @@ class _Passes:
         from moepack_runtime.moe import Block, join_experts
         from moepack_runtime.router import Routing
 
-        count = len(chosen)
-        ids = torch.tensor(chosen, device=hidden.device).expand(len(hidden), count)
-        weights = torch.full(ids.shape, 1 / count, device=hidden.device)
+        tokens, count = len(hidden), len(chosen)
+        # A walk has waited for its router's ids already: no second copy between host and device.
+        # Those of one token are needed on the host alone.
+        place = hidden.device if tokens > 1 else torch.device("cpu")
+        ids = torch.tensor(chosen, device=place).expand(tokens, count)
+        weights = self._weights.get((tokens, count))
+        if weights is None:
+            weights = torch.full(ids.shape, 1 / count, device=hidden.device)
+            self._weights[tokens, count] = weights
         joined = torch.zeros_like(hidden)
         block = Block(hidden, Routing(ids, weights))
-        layer_pass = self._memory.step(number, ids.tolist())
+        layer_pass = self._memory.step(number, [list(chosen)] * tokens)
         if following is not None:
             self._ask(following, count)
             layer_pass.fetch_ahead()
