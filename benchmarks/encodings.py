@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from moepack_runtime.checkpoint_store import ExpertSource
 from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_checkpoint
-from moepack_runtime.store import ExpertSource
 from moepack_runtime.tokenizer import Tokenizer
 
 from benchmarks.options import at_least
@@ -109,7 +109,7 @@ class Lossy:
         self._made: dict[tuple[int, int], Expert] = {}
 
     def expert(self, layer: int, expert: int) -> Expert:
-        """See :class:`moepack_runtime.store.ExpertSource`."""
+        """See :class:`moepack_runtime.checkpoint_store.ExpertSource`."""
         if (layer, expert) not in self._made:
             bits = self._source.expert(layer, expert)
             changed = {name: to_bf16(self._matrix(each)) for name, each in matrices(bits).items()}

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers  # noqa: TID251 - what is compared with
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.engine import Engine
 from moepack_runtime.experts import ExpertMemory
 from moepack_runtime.ffn import gated_ffn
 from moepack_runtime.loading import open_checkpoint, open_transfer
 from moepack_runtime.moe import Block, add_experts
 from moepack_runtime.router import Routing
-from moepack_runtime.store import CheckpointStore
 from moepack_runtime.weights import TORCH_DTYPE
 
 from benchmarks.llama_bench import LlamaBench, find_llama_bench

@@ -47,8 +47,8 @@ from moepack.walk_figures import (
 from moepack.yardstick import MixedYardstick, SteadyPace
 
 if TYPE_CHECKING:
+    from moepack_runtime.checkpoint_store import ExpertSource
     from moepack_runtime.engine import Engine
-    from moepack_runtime.store import ExpertSource
 
     from moepack.model_spec import LayerSpec, ModelSpec
 

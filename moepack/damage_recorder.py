@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from moepack_runtime.checkpoint_store import ExpertSource
     from moepack_runtime.engine import Engine
     from moepack_runtime.ffn import FfnWeights
     from moepack_runtime.router import Routing
-    from moepack_runtime.store import ExpertSource
 
     from moepack.factor_file import FactorFile
     from moepack.model_spec import MoeSpec

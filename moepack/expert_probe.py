@@ -23,9 +23,10 @@ from moepack.units import MIB
 
 if TYPE_CHECKING:
     import torch
+    from moepack_runtime.checkpoint_store import ExpertSource
     from moepack_runtime.engine import Engine
     from moepack_runtime.experts import ExpertMemory
-    from moepack_runtime.store import ExpertSource, SegmentStore
+    from moepack_runtime.store import SegmentStore
 
     from moepack.model_spec import ModelSpec
 
@@ -78,8 +79,8 @@ def resident_experts(
     encoding
         A quantised one, for experts that are made up; None: those of the model.
     """
+    from moepack_runtime.checkpoint_store import CheckpointStore
     from moepack_runtime.measuring_stores import MadeUpStore
-    from moepack_runtime.store import CheckpointStore
 
     spec = probe.engine.spec
     layers = tuple(layer_layout(spec, number, ratio, encoding) for number in those.numbers)

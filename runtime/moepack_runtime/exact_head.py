@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from moepack.model_spec import ModelSpec
+from moepack_runtime.checkpoint_store import ExpertSource
 from moepack_runtime.model import Head
-from moepack_runtime.store import ExpertSource
 from moepack_runtime.weights import TORCH_DTYPE, Weights
 
 

@@ -16,11 +16,12 @@ from moepack.ram_tier import RamTier, ram_tier
 from moepack.segments import PARTS, SegmentId
 from moepack.units import format_size
 from moepack_runtime.capabilities import require_fit, require_own
+from moepack_runtime.checkpoint_store import CheckpointStore, ExpertSource
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import forget_peak_resident, resident_bytes
 from moepack_runtime.progress import NO_PROGRESS, Progress
 from moepack_runtime.rebuilding import for_device, for_processor
-from moepack_runtime.store import CheckMode, CheckpointStore, ExpertSource, PackStore, SegmentStore
+from moepack_runtime.store import CheckMode, PackStore, SegmentStore
 from moepack_runtime.transfer import HostTransfer, ThrottledTransfer, Transfer
 from moepack_runtime.transfer.host import DEFAULT_READERS
 

@@ -14,9 +14,10 @@ from moepack.budget import layer_segment
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.segments import PARTS, Part, SegmentId, SegmentShape, cut_expert
+from moepack_runtime.checkpoint_store import ExpertSource
 from moepack_runtime.direct_io import Buffer, DirectFile, Wanted
 from moepack_runtime.progress import NO_PROGRESS, Progress
-from moepack_runtime.store import CheckMode, ExpertSource, SegmentStore
+from moepack_runtime.store import CheckMode, SegmentStore
 
 # 2**-8 in BF16, so that no product overflows: what one takes depends on no code, but infinities
 # and denormal numbers are slow.

@@ -13,11 +13,12 @@ from random import Random
 
 import pytest
 import torch
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.engine import Engine
 from moepack_runtime.memory import resident_bytes
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import CheckMode, CheckpointStore
+from moepack_runtime.store import CheckMode
 from moepack_runtime.transfer import HostileTransfer
 from typing_extensions import override
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from moepack_runtime.store import CheckpointStore
+from moepack_runtime.checkpoint_store import CheckpointStore
 
 from moepack.checkpoint import Checkpoint
 from moepack.pack import pack

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from moepack_runtime.capabilities import require_fit
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.engine import Engine
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import CheckMode, CheckpointStore, PackStore, SegmentStore
+from moepack_runtime.store import CheckMode, PackStore, SegmentStore
 
 from moepack.budget import slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from moepack_runtime.capabilities import CAPABILITIES, require_fit
-from moepack_runtime.store import CheckpointStore, PackStore
+from moepack_runtime.checkpoint_store import CheckpointStore
+from moepack_runtime.store import PackStore
 
 from moepack.budget import placement_memory, slow_bytes, stored_bytes
 from moepack.checkpoint import Checkpoint

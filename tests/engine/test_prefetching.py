@@ -11,11 +11,12 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import Buffer, Wanted
 from moepack_runtime.engine import Engine
 from moepack_runtime.predict import Predictor
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import CheckMode, CheckpointStore
+from moepack_runtime.store import CheckMode
 from moepack_runtime.transfer import (
     HostileTransfer,
     Priority,

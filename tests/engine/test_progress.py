@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.progress import Unit
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import CheckpointStore, PackStore
+from moepack_runtime.store import PackStore
 
 from moepack.checkpoint import Checkpoint
 from moepack.errors import TransferError

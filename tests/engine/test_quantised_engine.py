@@ -9,7 +9,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from moepack_runtime.store import CheckpointStore, PackStore, SegmentStore
+from moepack_runtime.checkpoint_store import CheckpointStore
+from moepack_runtime.store import PackStore, SegmentStore
 
 from moepack.checkpoint import Checkpoint
 from moepack.errors import NonFiniteWeightError, PlanMismatchError

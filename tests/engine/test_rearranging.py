@@ -11,11 +11,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.engine import Engine
 from moepack_runtime.live_routing import LiveRouting, RoutingWindow
 from moepack_runtime.observers import PassFound
 from moepack_runtime.sampling import Sampler
-from moepack_runtime.store import CheckMode, CheckpointStore
+from moepack_runtime.store import CheckMode
 from moepack_runtime.transfer import HostileTransfer
 
 from moepack.budget import stored_bytes

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import Buffer, Wanted
-from moepack_runtime.store import CheckMode, CheckpointStore
+from moepack_runtime.store import CheckMode
 from moepack_runtime.tokenizer import Tokenizer
 from typing_extensions import override
 

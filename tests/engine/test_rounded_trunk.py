@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from moepack_runtime.store import CheckpointStore, PackStore
+from moepack_runtime.checkpoint_store import CheckpointStore
+from moepack_runtime.store import PackStore
 
 from moepack.budget import trunk_bytes
 from moepack.checkpoint import Checkpoint

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from moepack_runtime.checkpoint_store import CheckpointStore, ExpertSource
 from moepack_runtime.observers import PassFound
 from moepack_runtime.router import Routing
 from moepack_runtime.stats import RunStats
-from moepack_runtime.store import CheckpointStore, ExpertSource
 from moepack_runtime.transfer import ThrottledTransfer, throttled
 
 from moepack import segment_times

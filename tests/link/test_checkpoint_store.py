@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import allocate
-from moepack_runtime.store import CheckMode, CheckpointStore, PackStore
+from moepack_runtime.store import CheckMode, PackStore
 
 from moepack.errors import PlanMismatchError
 from moepack.formats import PackedModel

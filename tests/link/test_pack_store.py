@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from moepack_runtime import direct_io, store
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import allocate
-from moepack_runtime.store import CheckMode, CheckpointStore, PackStore
+from moepack_runtime.store import CheckMode, PackStore
 
 from moepack.budget import trunk_bytes
 from moepack.errors import DamagedSegmentError, PackError, TransferError

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.direct_io import allocate
-from moepack_runtime.store import CheckMode, CheckpointStore
+from moepack_runtime.store import CheckMode
 
 from moepack.calibration import CALIBRATION_FILE, Calibration, LayerMoments, load_calibration
 from moepack.encodings import encoding

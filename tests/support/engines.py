@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from moepack_runtime.checkpoint_store import CheckpointStore
 from moepack_runtime.engine import Engine
 from moepack_runtime.loading import open_transfer
 from moepack_runtime.predict import Predictor
 from moepack_runtime.progress import NO_PROGRESS, Progress
-from moepack_runtime.store import CheckMode, CheckpointStore, SegmentStore
+from moepack_runtime.store import CheckMode, SegmentStore
 from moepack_runtime.transfer import Transfer
 
 from moepack.checkpoint import Checkpoint
