@@ -11,7 +11,6 @@ faster by oneDNN.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Protocol, cast
 
 import torch
@@ -123,12 +122,7 @@ class _WithoutOneDnn:
         self._was_on = _ONEDNN.enabled
         _ONEDNN.enabled = False
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _ONEDNN.enabled = self._was_on
 
 
