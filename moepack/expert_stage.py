@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepack.cost import Array, Lacks, LayerTimes, Parts
-from moepack.in_order import as_ready_s, in_order_s
+from moepack.in_order import in_order_s
 from moepack.prefetching import Brought
 
 
@@ -54,9 +54,15 @@ class Stage:
         # By how many lack their bottom, and how many both, [K + 1, K + 1, C].
         top_s, bottom_s, _ = parts.columns()
         hidden_s = self._expert_s - self._last_s
-        walk = as_ready_s if as_ready else in_order_s
-        stage_s = walk(
-            top_k, self._expert_s, top_s, bottom_s, hidden_s, staging_experts, times.shared_s
+        stage_s = in_order_s(
+            top_k,
+            self._expert_s,
+            top_s,
+            bottom_s,
+            hidden_s,
+            staging_experts,
+            times.shared_s,
+            as_ready=as_ready,
         )
         # To lack less never takes longer: a rule that averages break a little.
         stage_s = np.maximum.accumulate(np.maximum.accumulate(stage_s, axis=0), axis=1)

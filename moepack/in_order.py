@@ -29,6 +29,8 @@ def in_order_s(
     hidden_s: Array,
     frames: int,
     shared_s: float = 0.0,
+    *,
+    as_ready: bool = False,
 ) -> Array:
     """Seconds of the K experts of a token, by how many lack their bottom and how many both.
 
@@ -44,6 +46,8 @@ def in_order_s(
         Compute of a top, which may begin before the bottom has come.
     shared_s
         Compute of what comes before the experts, and needs none of them.
+    as_ready
+        What is there is computed first, then the others as they arrive.
 
     Returns
     -------
@@ -53,28 +57,11 @@ def in_order_s(
     columns = (
         tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
     )
-    return _by_lacks(False, top_k, *columns, min(frames, top_k), shared_s)
-
-
-def as_ready_s(
-    top_k: int,
-    expert_s: Array,
-    top_s: Array,
-    bottom_s: Array,
-    hidden_s: Array,
-    frames: int,
-    shared_s: float = 0.0,
-) -> Array:
-    """The same where what is there is computed first, then the others as they arrive."""
-    columns = (
-        tuple(np.asarray(values).tolist()) for values in (expert_s, top_s, bottom_s, hidden_s)
-    )
-    return _by_lacks(True, top_k, *columns, min(frames, top_k), shared_s)
+    return _by_lacks(top_k, *columns, min(frames, top_k), shared_s, as_ready)
 
 
 @functools.lru_cache(maxsize=128)  # layers of one kind ask for the same
 def _by_lacks(
-    as_ready: bool,
     top_k: int,
     expert_s: _Key,
     top_s: _Key,
@@ -82,6 +69,7 @@ def _by_lacks(
     hidden_s: _Key,
     frames: int,
     shared_s: float,
+    as_ready: bool,
 ) -> Array:
     compute_s, first_s, second_s, head_s = (
         np.array(values) for values in (expert_s, top_s, bottom_s, hidden_s)

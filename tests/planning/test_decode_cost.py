@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moepack.cost import Array, Held, LayerTimes, Parts
 from moepack.decode_cost import decode_ahead_s, decode_layer_s, ranks_in_time
-from moepack.in_order import as_ready_s
+from moepack.in_order import in_order_s
 from moepack.plan import PrefetchMode
 from moepack.prefetching import Ahead, brought
 from tests.support.links import StackOfLayers
@@ -163,7 +163,9 @@ def test_as_ready_what_is_there_hides_the_first_transfer_whatever_the_frames() -
     times = LayerTimes(other_s=0.0, expert_s=2.0)
     always = Held(np.array([0.5]), 1.0)
     expert_s, top_s, bottom_s = np.array([2.0]), np.array([0.0]), np.array([1.0])
-    ample, one = (as_ready_s(4, expert_s, top_s, bottom_s, top_s, frames) for frames in (4, 1))
+    ample, one = (
+        in_order_s(4, expert_s, top_s, bottom_s, top_s, frames, as_ready=True) for frames in (4, 1)
+    )
     assert ample[2, 0].item() == 8.0
     assert one[2, 0].item() == 9.0
     slow, fast = (
