@@ -21,7 +21,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from benchmarks.options import at_least
-from moepack.decoding import Replayed
 from moepack.footprint import MemoryBreakdown
 from moepack.hardware import find_hardware
 from moepack.layout import Layout
@@ -31,6 +30,7 @@ from moepack.paper.settings import decoder
 from moepack.plan import LayerPlacement, Placement
 from moepack.presets import preset_path
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.roofline import derive_compute
 from moepack.routing_model import load_routing_model
 from moepack.routing_presets import synthetic_profile

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from benchmarks.setting import Setting
 from moepack.compute_rounds import at_pace
-from moepack.decoding import Replayed
 from moepack.plan import Plan
 from moepack.planner import Planner
+from moepack.replayed import Replayed
 from moepack.replayed_run import mean_of, replay_run
 from moepack.trace import Trace
 

@@ -8,16 +8,28 @@ ended, until nothing changes: the result is that of one lane.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moepack.activations import Activations
 from moepack.fixed_times import FixedTimes
-from moepack.lane_clock import Clock, Columns, Costs, Flags, Instead, Seconds, Work, ahead_slots
+from moepack.lane_clock import (
+    C,
+    Clock,
+    Columns,
+    Costs,
+    Done,
+    Flags,
+    Instead,
+    Seconds,
+    Work,
+    ahead_slots,
+)
 from moepack.on_miss import EXACT, LEFT_OUT, LOWERED
 from moepack.passes import DecodePasses
+from moepack.replayed import Replayed
 from moepack.segment_times import Segments
 from moepack.timeline import Outcome, advance, brought
 
@@ -25,62 +37,7 @@ from moepack.timeline import Outcome, advance, brought
 LANES = 1024
 WARMING = 8
 
-
-def _share(fates: npt.NDArray[np.int8] | None, fate: int, activations: int) -> float:
-    return 0.0 if fates is None else float(np.count_nonzero(fates == fate)) / activations
-
-
 _FIRST = np.zeros(1, dtype=np.intp)
-
-
-class Replayed(NamedTuple):
-    """What a replay of one part of the trace took.
-
-    Attributes
-    ----------
-    ttft_s, tpot_s : float
-        To the first token of the prompt, and for each further token.
-    hit_rate, ready_rate : float
-        Of the experts activated while decoding: those whose cached part was resident, and those
-        that were whole in the fast tier when the routing was known.
-    demand_bytes, ahead_used_bytes, ahead_wasted_bytes : float
-        Over the link for one decoded token: on demand, and ahead of the routing.
-    link_s : float
-        The link's work for one decoded token.
-    layer_wait_s : float64 [L]
-        For one decoded token, what the compute of each layer waited for.
-    events : int
-        (layer, token) passes that were replayed.
-    disk_bytes, disk_s : float
-        Over three tiers: what of it RAM did not hold, and the disk's work for it, for one decoded
-        token.
-    substituted_rate, skipped_rate : float
-        Of the experts activated while decoding: those that were missing and were replaced by their
-        low copies, or left out.
-    prompt_wait_s : float
-        Of ``ttft_s``, what the compute waited for the link.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    hit_rate: float
-    ready_rate: float
-    demand_bytes: float
-    ahead_used_bytes: float
-    ahead_wasted_bytes: float
-    link_s: float
-    layer_wait_s: Seconds
-    events: int
-    disk_bytes: float = 0.0
-    disk_s: float = 0.0
-    substituted_rate: float = 0.0
-    skipped_rate: float = 0.0
-    prompt_wait_s: float = 0.0
-
-    @property
-    def link_bytes_per_token(self) -> float:
-        """Everything that crosses the link for one decoded token."""
-        return self.demand_bytes + self.ahead_used_bytes + self.ahead_wasted_bytes
 
 
 def independent(fixed: FixedTimes, compute_s: Seconds, fetch_s: Seconds, costs: Costs) -> Work:
@@ -117,52 +74,6 @@ def advance_lanes(
     )
 
 
-class _Standing(Protocol):
-    """Where lanes of a replay stand: :class:`moepack.lane_clock.Clock`, or that of three tiers."""
-
-    @property
-    def now_s(self) -> Seconds: ...
-    def take(self: C, lanes: Columns) -> C: ...
-    def put(self: C, lanes: Columns, other: C) -> None: ...
-    def later(self: C, seconds: Seconds) -> C: ...
-    def since_now(self: C) -> C: ...
-    def apart(self: C, other: C) -> Flags: ...
-
-
-C = TypeVar("C", bound=_Standing)
-
-
-C_co = TypeVar("C_co", bound=_Standing, covariant=True)
-
-
-class Done(Protocol[C_co]):
-    """What a pass did: :class:`moepack.timeline.Outcome`, or that of three tiers."""
-
-    @property
-    def clock(self) -> C_co:
-        """After the pass."""
-
-    @property
-    def ready(self) -> Flags:
-        """Segments that were there when the routing was known."""
-
-    @property
-    def demanded(self) -> Flags:
-        """Segments that were fetched on demand."""
-
-    @property
-    def begun(self) -> Flags:
-        """What was fetched ahead, needed or not."""
-
-    @property
-    def wait_s(self) -> Seconds:
-        """The compute waited for the link."""
-
-    @property
-    def saved_s(self) -> Seconds:
-        """Seconds of the link that breaking off saved."""
-
-
 class Seen(NamedTuple):
     """What every pass did: segments ready and demanded, and begun ahead [T, L, .].
 
@@ -174,6 +85,10 @@ class Seen(NamedTuple):
     begun: Flags
     wait_s: Seconds
     saved_s: Seconds
+
+
+def _share(fates: npt.NDArray[np.int8] | None, fate: int, activations: int) -> float:
+    return 0.0 if fates is None else float(np.count_nonzero(fates == fate)) / activations
 
 
 class AnyDecoding(ABC, Generic[C]):

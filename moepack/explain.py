@@ -12,7 +12,6 @@ from typing import Literal
 
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.decoding import Replayed
 from moepack.margin import generation_s
 from moepack.passes import Oracle
 from moepack.plan import Plan
@@ -20,6 +19,7 @@ from moepack.planner import Planner
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.records import record
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.units import GIB, format_duration, format_rate, format_size, short_size
 from moepack.variants import contender_of, is_resident, without_transfer_cost
 from moepack.what_if import SAME, WhatIf, times, what_if

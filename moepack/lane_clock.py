@@ -6,7 +6,7 @@ is told in :mod:`moepack.timeline`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,50 @@ def ahead_slots(frames: int, experts: int, ahead: int) -> int:
         frames for all of them none has to wait for one.
     """
     return 1 if not ahead or frames >= experts + ahead else frames
+
+
+class _Standing(Protocol):
+    """Where lanes of a replay stand: :class:`Clock`, or that of three tiers."""
+
+    @property
+    def now_s(self) -> Seconds: ...
+    def take(self: C, lanes: Columns) -> C: ...
+    def put(self: C, lanes: Columns, other: C) -> None: ...
+    def later(self: C, seconds: Seconds) -> C: ...
+    def since_now(self: C) -> C: ...
+    def apart(self: C, other: C) -> Flags: ...
+
+
+C = TypeVar("C", bound=_Standing)
+C_co = TypeVar("C_co", bound=_Standing, covariant=True)
+
+
+class Done(Protocol[C_co]):
+    """What a pass did: :class:`moepack.timeline.Outcome`, or that of three tiers."""
+
+    @property
+    def clock(self) -> C_co:
+        """After the pass."""
+
+    @property
+    def ready(self) -> Flags:
+        """Segments that were there when the routing was known."""
+
+    @property
+    def demanded(self) -> Flags:
+        """Segments that were fetched on demand."""
+
+    @property
+    def begun(self) -> Flags:
+        """What was fetched ahead, needed or not."""
+
+    @property
+    def wait_s(self) -> Seconds:
+        """The compute waited for the link."""
+
+    @property
+    def saved_s(self) -> Seconds:
+        """Seconds of the link that breaking off saved."""
 
 
 class Instead(NamedTuple):

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 from moepack.budget import slow_bytes
 from moepack.cost import LinkSeconds, throttled
-from moepack.decoding import Replayed
 from moepack.errors import BudgetTooSmallError
 from moepack.forecast import Baseline, PlannerReport, Prediction, Provenance
 from moepack.low_copies import with_low_copies, without_low_copies
@@ -34,6 +33,7 @@ from moepack.plan_request import (
 )
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import Contender, Strategies
 from moepack.trace import RoutingPart

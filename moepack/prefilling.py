@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moepack.decoding import C, Done
 from moepack.fixed_times import FixedTimes
-from moepack.lane_clock import Clock, Columns, Costs, Seconds, Work, ahead_slots
+from moepack.lane_clock import C, Clock, Columns, Costs, Done, Seconds, Work, ahead_slots
 from moepack.link_lanes import TierClock, TierWork
 from moepack.prompts import PromptPasses
 from moepack.segment_times import Segments

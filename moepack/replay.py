@@ -24,7 +24,7 @@ import numpy as np
 from moepack.activations import activations, perfect
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.decoding import Decoding, Replayed
+from moepack.decoding import Decoding
 from moepack.fixed_times import fixed_times
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
@@ -32,6 +32,7 @@ from moepack.passes import Oracle, decode_passes, guessed_layers
 from moepack.plan import Placement
 from moepack.prefilling import computing_s, prefill
 from moepack.prompts import Prompts, prompt_passes, prompts_of
+from moepack.replayed import Replayed
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import Segments, behind_ram, segments_of
 from moepack.stepped_caches import SteppedCaches

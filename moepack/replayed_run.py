@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moepack.activations import activations
 from moepack.compute import ComputeProfile
 from moepack.cost import LinkSeconds
-from moepack.decoding import Decoding, Replayed
+from moepack.decoding import Decoding
 from moepack.fixed_times import fixed_times
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
@@ -24,6 +24,7 @@ from moepack.passes import guessed_layers
 from moepack.plan import Placement
 from moepack.prefilling import prefill
 from moepack.prompts import prompt_passes, prompts_at
+from moepack.replayed import Replayed
 from moepack.routing import make_profile
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import behind_ram, segments_of

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moepack.cost import LinkSeconds, throttled
-from moepack.decoding import Replayed
 from moepack.optimised import Optimised
 from moepack.plan_request import PlanRequest, require_budget, require_matching, within_device
 from moepack.progress import NO_PROGRESS, Progress
 from moepack.records import record
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import Contender, Strategies
 from moepack.trace import RoutingPart
@@ -45,7 +45,7 @@ class ReplayedStrategy:
     ----------
     ttft_s, tpot_s : float
     hit_rate, ready_rate : float
-        As :class:`moepack.decoding.Replayed` has them.
+        As :class:`moepack.replayed.Replayed` has them.
     demand_bytes, ahead_used_bytes, ahead_wasted_bytes : float
         Over the link for one decoded token.
     wait_s : float

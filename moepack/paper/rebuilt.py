@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moepack.decoding import Replayed
 from moepack.layouts import uniform_layout
 from moepack.optimised import Optimised
 from moepack.paper.settings import NEW_TOKENS, PROMPT_TOKENS, PaperSetting
 from moepack.placements import free_bytes, place_layer, placement
 from moepack.plan_request import PlanRequest
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.routing import RoutingProfile
 from moepack.routing_tables import RoutingTables
 from moepack.strategies import Contender, Strategies

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moepack.activations import activations
 from moepack.belady import belady_hits
 from moepack.compute import Curve
-from moepack.decoding import Decoding, Replayed
+from moepack.decoding import Decoding
 from moepack.fixed_times import FixedTimes
 from moepack.layout import Layout
 from moepack.passes import Oracle, decode_passes
@@ -26,6 +26,7 @@ from moepack.plan import (
     SharedPool,
 )
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.routing_tables import RoutingTables
 from moepack.segment_times import segments_of
 from moepack.trace import NO_PREDICTION, ROUTING_PARTS, LayerShape, RoutingPart, Trace

@@ -15,11 +15,11 @@ from moepack.budget import stored_bytes
 from moepack.compute import ComputeProfile, QuantisedExpert
 from moepack.cost import Held, LayerTimes, Parts
 from moepack.decode_cost import decode_layer_s
-from moepack.decoding import Replayed
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement
 from moepack.presets import preset_path
 from moepack.replay import Replayer
+from moepack.replayed import Replayed
 from moepack.routing_model import load_routing_model
 from moepack.routing_sampler import sample_trace
 from moepack.routing_tables import Cache, RoutingTables
