@@ -62,7 +62,13 @@ def warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     from moepack_runtime.sampling import Sampler
 
     for prompt in prompts:
-        list(engine.generate(prompt, max_new_tokens=2, sampler=Sampler()))
+        new_tokens = warming_tokens(engine, prompt)
+        list(engine.generate(prompt, max_new_tokens=new_tokens, sampler=Sampler()))
+
+
+def warming_tokens(engine: Engine, prompt: Sequence[int]) -> int:
+    """New tokens that warming up draws after a prompt: two, if the context has room for them."""
+    return max(1, min(2, engine.placement.context_tokens - len(prompt)))
 
 
 def draw(engine: Engine, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:

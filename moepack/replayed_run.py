@@ -44,12 +44,12 @@ def record_run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int
     last token that is drawn goes through no layer. Observing takes time, and changes nothing of
     what is computed: so a run is measured first and recorded then.
     """
-    from moepack.measuring import draw, warm_up
+    from moepack.measuring import draw, warm_up, warming_tokens
     from moepack.profiling import RoutingRecorder
 
     recorder = RoutingRecorder(engine)
     engine.observe(recorder)
-    warming = [(len(prompt), 1) for prompt in prompts]
+    warming = [(len(prompt), warming_tokens(engine, prompt) - 1) for prompt in prompts]
     lengths = [*warming, *((len(prompt), new_tokens - 1) for prompt in prompts)]
     try:
         warm_up(engine, prompts)

@@ -249,6 +249,8 @@ class Engine:
 
         Parameters
         ----------
+        max_new_tokens
+            One or more.
         progress
             Of the prompt.
 
@@ -259,6 +261,8 @@ class Engine:
         TransferError, DamagedSegmentError
             When a segment does not arrive whole.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens} new tokens; expected at least one")
         self._forward.require_room(len(prompt), max_new_tokens)
         self._plan_again()
         self.reset()

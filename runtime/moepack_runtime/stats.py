@@ -188,8 +188,8 @@ class Meter:
             ahead_used_bytes_per_token=_share(whole.ahead_used_bytes, decoded * ahead),
             ahead_wasted_bytes_per_token=_share(whole.ahead_wasted_bytes, decoded * ahead),
             link_busy_fraction=self._busy_s / self.decode_s if decoded else None,
-            link_bytes_per_s=total_bytes / total_busy_s if total_busy_s else None,
-            mean_read_bytes=_share(total_bytes, total_reads),
+            link_bytes_per_s=_share(total_bytes, total_busy_s) if total_bytes else None,
+            mean_read_bytes=_share(total_bytes, total_reads) if total_bytes else None,
             wait_s=whole.wait_s if decoded else None,
             layers=tuple(
                 LayerStats(

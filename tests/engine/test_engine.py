@@ -22,6 +22,7 @@ from moepack.errors import (
 )
 from moepack.formats import PackedModel
 from moepack.layout import Layout
+from moepack.measuring import measure
 from moepack.pack import pack
 from moepack.plan import Placement
 from moepack.residency import ExpertCache
@@ -161,6 +162,15 @@ def test_tokens_that_the_model_has_not_are_refused_and_the_engine_goes_on(
             engine.forward([])
         found = list(engine.generate(PROMPT, max_new_tokens=5, sampler=Sampler(GREEDY)))
     assert found == expected
+
+
+def test_a_prompt_that_leaves_room_for_one_token_can_be_measured(checkpoint: Checkpoint) -> None:
+    layout, place = whole(checkpoint, tops=3, staging=2)
+    with open_engine(checkpoint, layout, place) as engine:
+        stats, tokens = measure(engine, [[7] * 95], 1)
+        with pytest.raises(ValueError, match="0 new tokens; expected at least one"):
+            next(engine.generate(PROMPT, max_new_tokens=0, sampler=Sampler(GREEDY)))
+    assert stats.new_tokens == len(tokens) == 1
 
 
 def test_generation_ends_with_the_stop_token_and_repeats_itself(checkpoint: Checkpoint) -> None:

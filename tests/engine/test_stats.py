@@ -111,6 +111,12 @@ def test_the_link_is_busy_only_while_tokens_are_computed() -> None:
     assert stats.mean_read_bytes == 4900 / 8
 
 
+def test_what_was_broken_off_before_it_began_has_no_rate() -> None:
+    stats = read(Meter(10, REST), LinkStatistics(0, 2, 1e-3))
+    assert stats.link_bytes_per_s is None
+    assert stats.mean_read_bytes is None
+
+
 def test_the_mean_of_generations_is_taken_layer_by_layer() -> None:
     one = read(generation({1: FOUND}, {1: MIXED, 5: FOUND}))
     two = read(generation({1: FOUND}, {1: FOUND, 5: FOUND}))

@@ -13,6 +13,7 @@ from moepack_runtime.direct_io import Buffer, DirectFile, Wanted, allocate
 from moepack_runtime.store import CheckMode
 from moepack_runtime.transfer import HostTransfer, Priority, ThrottledTransfer, throttled
 
+from moepack.errors import TransferError
 from moepack.segments import SegmentId
 from tests.link.support import STORED_BYTES, PatternStore, content, number_of, segment
 
@@ -125,3 +126,22 @@ def test_a_calculated_link_breaks_off_as_well(
         assert demand.begin_s == pytest.approx(max(wrong.end_s, now_s))
         now_s += 10.0
         assert link.statistics.bytes == pieces * PIECE_BYTES + STORED_BYTES
+
+
+def test_breaking_off_what_has_not_begun_takes_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a wait has settled who comes next, and failed before they did."""
+    monkeypatch.setattr(throttled, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(throttled, "perf_counter", lambda: 100.0)
+
+    def fail(_: SegmentId) -> None:
+        raise TransferError("broken")
+
+    with ThrottledTransfer(HostTransfer(PatternStore(fail)), PIECE_BYTES * 10.0) as link:
+        tickets = [link.start(segment(n), link.allocate(STORED_BYTES)) for n in range(3)]
+        with pytest.raises(TransferError, match="broken"):
+            link.wait(tickets[2])
+        link.break_off(tickets[2])
+        assert tickets[2].crossed_bytes == 0
+        assert tickets[2].end_s == tickets[2].begin_s

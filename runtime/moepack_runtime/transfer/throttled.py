@@ -150,7 +150,8 @@ class ThrottledTransfer(Transfer):
         # What has had its turn and is not the last has ended.
         if not self._carrying or ticket is not self._carrying[-1] or ticket.end_s <= now_s:
             return
-        share = (now_s - ticket.begin_s) / (ticket.end_s - ticket.begin_s)
+        # After a wait that failed its turn may be settled and yet to come.
+        share = max(0.0, now_s - ticket.begin_s) / (ticket.end_s - ticket.begin_s)
         pieces = math.ceil(share * ticket.stored_bytes / PIECE_BYTES)
         ticket.crossed_bytes = min(pieces * PIECE_BYTES, ticket.stored_bytes)
         share = ticket.crossed_bytes / ticket.stored_bytes
