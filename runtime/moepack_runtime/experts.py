@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from moepack.layout import Layout
 from moepack.model_spec import ModelSpec
 from moepack.plan import LayerPlacement, OnMiss, SharedPool
@@ -17,6 +19,7 @@ from moepack.segments import Part, SegmentId
 from moepack_runtime.ahead import Ahead, Guess
 from moepack_runtime.frames import Frames
 from moepack_runtime.fused import prepare
+from moepack_runtime.fused_check import has_kernels
 from moepack_runtime.layer_pass import LayerPass
 from moepack_runtime.observers import Timeline
 from moepack_runtime.pieces import Piece, pieces
@@ -100,11 +103,14 @@ class ExpertMemory:
         self.fill(loads, progress)
 
     def prepare(self, spec: ModelSpec) -> None:
-        """On a device, have what computes one token's experts compiled."""
+        """On the present device, have what computes one token's experts compiled."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        if not has_kernels(device):
+            return
         for number, layer in self.layers.items():
             of_parts = (*layer.shapes.values(), *layer.low_shapes.values())
             shapes = {shape for of_experts in of_parts for shape in of_experts}
-            prepare(shapes, spec.moe(number), TORCH_DTYPE[spec.dtype], len(layer.shapes))
+            prepare(shapes, spec.moe(number), TORCH_DTYPE[spec.dtype], len(layer.shapes), device)
 
     def fill(self, loads: Iterable[Load], progress: Progress = NO_PROGRESS) -> None:
         """Load experts into slots, and wait for them."""

@@ -1,7 +1,7 @@
 """The experts of one token, all at once.
 
-The contract of :func:`experts_one_token`, on a device that of :mod:`moepack_runtime.fused`, which
-the layers ask themselves since it can add the rows up, too; and of whatever takes its place:
+The contract of :func:`experts_one_token`, and of whatever takes its place. On a device that is
+:mod:`moepack_runtime.fused`, which a layer takes without this in between: it adds the rows up, too.
 
 - *In*: one token's normed hidden state, and segments wherever they lie (slots or frames): views,
   of which no two need be neighbours or of equal width. They are read where they are: nothing that
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from moepack.model_spec import ActivationSpec
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn, activate, gated_ffn
-from moepack_runtime.fused import Segment, TokenRows, has_kernels
+from moepack_runtime.fused import Segment, TokenRows
+from moepack_runtime.fused_check import has_kernels
 
 
 def experts_one_token(

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from moepack.model_spec import MoeSpec
 from moepack_runtime.ffn import gated_ffn, rows_for
-from moepack_runtime.fused import Segment, TokenRows, has_kernels
+from moepack_runtime.fused import Segment, TokenRows
+from moepack_runtime.fused_check import has_kernels
 from moepack_runtime.grouped import experts_one_token
 from moepack_runtime.layer_pass import LayerPass
 from moepack_runtime.router import Routing

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from moepack_runtime import fused
+from moepack_runtime import fused_check
 from moepack_runtime.ffn import FfnWeights, QuantisedFfn, gated_ffn
 from moepack_runtime.fused import SEGMENTS, Segment, TokenRows, by_form, packed, step
 from moepack_runtime.int4_fragments import in_memory
@@ -105,11 +105,11 @@ def test_missing_kernels_are_logged_once(
     def fail(name: str, device: torch.device) -> bool:
         raise ImportError("No module named 'triton'\nand more")
 
-    monkeypatch.setattr(fused, "_is_right", fail)
-    fused.has_kernels.cache_clear()
+    monkeypatch.setattr(fused_check, "_is_right", fail)
+    fused_check.has_kernels.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not any(fused.has_kernels(torch.device("meta")) for _ in range(3))
-    fused.has_kernels.cache_clear()
+        assert not any(fused_check.has_kernels(torch.device("meta")) for _ in range(3))
+    fused_check.has_kernels.cache_clear()
     (record,) = caplog.records
     assert "launch by launch, which is slower" in record.message
     assert "(No module named 'triton')" in record.message
@@ -167,7 +167,7 @@ def test_rows_are_torchs_in_whatever_company(
     name: str, dtype: torch.dtype, activation: ActivationSpec, bias: bool
 ) -> None:
     """More segments than a launch takes; the bits are those that each gives alone."""
-    assert fused.has_kernels(torch.device("cuda", 0))
+    assert fused_check.has_kernels(torch.device("cuda", 0))
     count = SEGMENTS + 2
     drawn = Drawn(shape_of(name, bias=bias), dtype, count)
     whole = drawn.rows(list(range(count)), [0], activation)
