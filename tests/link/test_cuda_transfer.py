@@ -6,18 +6,20 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import cast
 
 import pytest
 import torch
 from moepack_runtime.store import SegmentStore
 from moepack_runtime.transfer import CudaTransfer, HostTransfer, Priority, Ticket
+from moepack_runtime.transfer.cuda import copy_to_device
 from moepack_runtime.transfer.pinned import PinnedSegments
 
 from moepack.errors import DeviceError, OutOfMemoryError, TransferError
 from moepack.ram_tier import COPIES_AHEAD
 from moepack.segments import SegmentId
 from tests.link import test_transfer_contract as contract
-from tests.link.fake_cuda import FakeDevice, FakeEvent
+from tests.link.fake_cuda import FakeDevice, FakeEvent, FakeStream
 from tests.link.support import STORED_BYTES, PatternStore, content, segment
 
 CPU = torch.device("cpu")
@@ -202,6 +204,14 @@ def test_a_device_that_failed_is_named_and_leaves_nothing_pinned(device: FakeDev
     link.transfer.close()
     assert not device.runtime.pinned
     assert link.store.closed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_a_missing_driver_is_named() -> None:
+    memory = torch.empty(8, dtype=torch.uint8)
+    stream = cast(torch.cuda.Stream, FakeStream(CPU))
+    with pytest.raises(DeviceError, match=r"libcuda\.so\.1 cannot be loaded"):
+        copy_to_device(memory, memory, stream)
 
 
 def test_a_device_that_hangs_is_named_and_its_memory_stays_pinned(device: FakeDevice) -> None:

@@ -10,13 +10,15 @@ from time import perf_counter, sleep
 import torch
 from typing_extensions import override
 
-from moepack.errors import OutOfMemoryError, TransferError
+from moepack.errors import DeviceError, OutOfMemoryError, TransferError
 from moepack.ram_tier import COPIES_AHEAD
 from moepack.segments import SegmentId
 from moepack.units import format_size
 from moepack_runtime.transfer.base import Priority, Ticket
 from moepack_runtime.transfer.pinned import PinnedSegments, require_cuda
 from moepack_runtime.transfer.queued import STALL_S, Carry, Lane, QueuedTicket, QueuedTransfer
+
+_DRIVER = "libcuda.so.1"
 
 
 class _CudaTicket(QueuedTicket):
@@ -318,6 +320,8 @@ def copy_to_device(
     ------
     RuntimeError
         When the device refuses.
+    DeviceError
+        When there is no library of the driver.
     """
     result = _copy_function()(
         destination.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream
@@ -329,7 +333,13 @@ def copy_to_device(
 @functools.cache
 def _copy_function() -> ctypes._NamedFuncPointer:
     # Keeps the interpreter's lock: to have it back from a carrier may take longer than the call.
-    found = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+    try:
+        found = ctypes.PyDLL(_DRIVER).cuMemcpyHtoDAsync_v2
+    except OSError as failure:
+        raise DeviceError(
+            f"{_DRIVER} cannot be loaded ({failure}), expected the library of CUDA's driver; "
+            "install NVIDIA's driver, or profile and plan with --device cpu"
+        ) from failure
     found.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     found.restype = ctypes.c_int
     return found
