@@ -228,7 +228,8 @@ class LayerPass:
         self._end_slice()
         while not self._fetches:
             # Every frame is still being written to for nobody.
-            assert self._wait_for_frame(), "no frame is free, and none will be"
+            came = self._wait_for_frame()
+            assert came, "no frame is free, and none will be"
             self._fetch_on()
         for expert, fetch in self._fetches.items():
             if all(map(self._transfer.is_ready, fetch.tickets.values())):
