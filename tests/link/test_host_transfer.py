@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +165,35 @@ def test_a_long_queue_on_a_slow_disk_is_not_a_dead_disk() -> None:
         places = [transfer.allocate(STORED_BYTES) for _ in range(12)]
         tickets = [transfer.start(segment(n), place) for n, place in enumerate(places)]
         transfer.wait(tickets[-1])
+
+
+#: Reads for a quarter of a second, in which it may be stopped for longer than a dead disk takes.
+STOPPED = """
+from time import sleep
+from moepack_runtime.transfer import HostTransfer
+from tests.link.support import STORED_BYTES, PatternStore, segment
+
+def read(_):
+    print("reading", flush=True)
+    for _ in range(25):
+        sleep(0.01)
+
+transfer = HostTransfer(PatternStore(read), readers=1, stall_s=0.8)
+transfer.wait(transfer.start(segment(0), transfer.allocate(STORED_BYTES)))
+transfer.close()
+"""
+
+
+def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead() -> None:
+    """As by Ctrl-Z."""
+    child = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGSTOP)
+        sleep(1.2)
+        child.send_signal(signal.SIGCONT)
+        assert child.wait() == 0
 
 
 def test_ctrl_c_while_waiting_leaves_a_transfer_that_closes(

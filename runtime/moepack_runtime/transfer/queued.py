@@ -19,6 +19,9 @@ from moepack_runtime.transfer.base import LinkStatistics, Priority, Ticket, Tran
 #: A link that finishes nothing for so long is taken for dead.
 STALL_S = 60.0
 
+# In which that is waited for: a step in which the process was stopped (Ctrl-Z) counts as one.
+_STEPS = 8
+
 
 class Lane:
     """A queue with carriers of its own."""
@@ -197,13 +200,12 @@ class QueuedTransfer(Transfer):
             ticket.lane.push(ticket)
             if self._closed and ticket.lane.remove(ticket):  # closed meanwhile, in another thread
                 self._drop(ticket)
-        since_s = perf_counter()
-        patience_s = self._stall_s
-        while not ticket.arrived.acquire(timeout=patience_s):
-            # Something else may have arrived meanwhile: this times the link, not this segment.
-            since_s = max(since_s, ticket.lane.last_end_s)
-            patience_s = since_s + self._stall_s - perf_counter()
-            if patience_s <= 0:
+        # Something else may have arrived meanwhile: this times the link, not this segment.
+        silent, last_end_s = 0, ticket.lane.last_end_s
+        while not ticket.arrived.acquire(timeout=self._stall_s / _STEPS):
+            silent = silent + 1 if ticket.lane.last_end_s == last_end_s else 0
+            last_end_s = ticket.lane.last_end_s
+            if silent == _STEPS:
                 raise self._stalled(ticket)
         ticket.arrived.release()  # for whoever else waits
 
@@ -298,9 +300,11 @@ class QueuedTransfer(Transfer):
                         break
             for _ in self._carriers:
                 lane.tokens.put(None)
-        deadline_s = perf_counter() + self._stall_s
+        silent = 0
         for carrier in self._carriers:
-            carrier.join(max(0.0, deadline_s - perf_counter()))
+            while carrier.is_alive() and silent < _STEPS:
+                carrier.join(self._stall_s / _STEPS)
+                silent += carrier.is_alive()
         self._release()
 
     def _drop(self, ticket: QueuedTicket) -> None:
