@@ -89,7 +89,11 @@ def open_session(
     engine = open_packed(
         packed, plan, check=CheckMode(check), link=plan.link, progress=TerminalProgress()
     )
-    note_what_ram_holds(packed.spec, plan, engine.process_base_bytes)
+    try:
+        note_what_ram_holds(packed.spec, plan, engine.process_base_bytes)
+    except BaseException:
+        engine.close()
+        raise
     return Session(plan, engine, tokenizer, stop_ids)
 
 
