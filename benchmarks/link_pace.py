@@ -19,7 +19,7 @@ from moepack_runtime.direct_io import DirectFile
 from benchmarks.options import Throttle
 from moepack.formats import PackedModel
 from moepack.hardware import HardwareProfile
-from moepack.probe_link import RandomReads
+from moepack.probe_link import LINK_SIZES, RandomReads
 from moepack.rates import LinkCurve
 
 # Of so many batches, some 50 MiB each, the median counts.
@@ -59,6 +59,7 @@ def open_disk_pace(
 ) -> Iterator[DiskPace | None]:
     """Time reads of the largest file of a packed folder, as large as its segments mostly are.
 
+    Or as large as any that was profiled: beyond that a disk is as fast, and the memory ends.
     None where the disk is not what is raced on: behind a bus, or throttled.
     """
     if hardware.bus is not None or throttle is not None:
@@ -67,7 +68,7 @@ def open_disk_pace(
     sizes = (entry.stored_bytes for entry in PackedModel.open(folder).entries.values())
     file = DirectFile(max(folder.iterdir(), key=lambda path: path.stat().st_size))
     try:
-        size_bytes = min(median_low(sizes), file.size_bytes // 2)
+        size_bytes = min(median_low(sizes), LINK_SIZES[-1], file.size_bytes // 2)
         with ThreadPoolExecutor(hardware.disk.readers_for(size_bytes)) as readers:
             yield DiskPace(RandomReads(file), readers, size_bytes, hardware.disk)
     finally:
