@@ -321,9 +321,15 @@ def load_calibration(folder: Path) -> Calibration:
         raise ProfileError(f"calibration {path}: {failure.strerror}; {_REMEDY}") from None
     except (ValueError, zipfile.BadZipFile) as failure:
         raise ProfileError(f"calibration {path}: not one ({failure}); {_REMEDY}") from None
-    return Calibration(
-        found, f"calibration {path}", functools.partial(FactorFile.open, folder, _REMEDY)
-    )
+    if not isinstance(found, NpzFile):
+        raise ProfileError(f"calibration {path}: not one (a single array); {_REMEDY}")
+    try:
+        return Calibration(
+            found, f"calibration {path}", functools.partial(FactorFile.open, folder, _REMEDY)
+        )
+    except BaseException:
+        found.close()
+        raise
 
 
 def calibration_for(

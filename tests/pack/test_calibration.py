@@ -177,6 +177,10 @@ def test_a_calibration_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / CALIBRATION_FILE).write_bytes(b"neither arrays nor a zip")
     with pytest.raises(ProfileError, match="not one"):
         load_calibration(tmp_path)
+    with (tmp_path / CALIBRATION_FILE).open("wb") as single:
+        np.save(single, np.ones(3))
+    with pytest.raises(ProfileError, match=r"not one \(a single array\)"):
+        load_calibration(tmp_path)
     good = np.ones((3, 64), np.float32)
     for hidden, message in (
         (good.astype(np.float64), "float64 of shape"),
