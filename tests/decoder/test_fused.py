@@ -12,6 +12,7 @@ from moepack_runtime.fused import SEGMENTS, Segment, TokenRows, by_form, packed,
 from moepack_runtime.int4_fragments import in_memory
 from moepack_runtime.pieces import segment_weights
 from moepack_runtime.places import Place, form_of
+from moepack_runtime.quantised import Int8Matrix
 from moepack_runtime.weights import TORCH_DTYPE
 
 from moepack.model_spec import ActivationSpec, MoeSpec, RouterSpec
@@ -63,7 +64,7 @@ def test_a_launch_has_as_many_addresses_as_it_takes() -> None:
 @pytest.mark.parametrize("name", ["BF16", "F32", "INT8"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_form_tells_where_the_tensors_lie(name: str, bias: bool) -> None:
-    """Each is found at its offset in memory that was filled with them."""
+    """Where the engine's own views of the segment begin."""
     shape = shape_of(name, bias=bias)
     form = form_of(shape)
     assert form is not None
@@ -71,10 +72,15 @@ def test_a_form_tells_where_the_tensors_lie(name: str, bias: bool) -> None:
     assert (form.hidden, form.neurons) == (HIDDEN, NEURONS)
     memory = torch.zeros(shape.stored_bytes, dtype=torch.uint8)
     weights = segment_weights(memory, shape)
-    lie = {form.gate_up.codes, form.down.codes}
     if isinstance(weights, FfnWeights):
-        views = {weights.gate.data_ptr(), weights.down.data_ptr()}
-        assert {memory.data_ptr() + offset for offset in lie} == views
+        assert memory.data_ptr() + form.gate_up.codes == weights.gate.data_ptr()
+        assert memory.data_ptr() + form.down.codes == weights.down.data_ptr()
+        assert form.gate_up.scales == form.down.scales == -1
+    else:
+        for place, matrix in ((form.gate_up, weights.gate_up), (form.down, weights.down)):
+            assert isinstance(matrix, Int8Matrix)
+            assert memory.data_ptr() + place.codes == matrix._codes.data_ptr()
+            assert memory.data_ptr() + place.scales == matrix._scale.data_ptr()
     of_biases = (weights.gate_up_bias, weights.down_bias)
     for offset, view in zip((form.gate_up.bias, form.down.bias), of_biases, strict=True):
         if view is None:
