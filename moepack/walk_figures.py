@@ -186,7 +186,7 @@ def with_prompt(
 ) -> LayerCompute:
     """What transfers cost the thread that computes a prompt, by what its walks take longer."""
     assert compute.expert is not None, "layers with experts"
-    # As it was meanwhile: see beyond_s.
+    # A link does not slow down with the processor, whose speed all laps are told for.
     fetch_s = expert_link_s(probe, compute.layers[0]) / turns.slowness
     expert_s = compute.expert.at(tokens)
     alone = turns.laps[MANY]

@@ -256,8 +256,12 @@ class Engine:
 
         Raises
         ------
+        ValueError
+            When no new token is asked for.
         ContextLengthError
             When prompt and new tokens exceed the planned context.
+        RunError
+            When the prompt has a token that the model does not know.
         TransferError, DamagedSegmentError
             When a segment does not arrive whole.
         """

@@ -181,6 +181,8 @@ class Forward:
 
         Raises
         ------
+        ContextLengthError
+            When there are none.
         RunError
             Naming the token.
         """

@@ -19,7 +19,7 @@ _MULTIPLE = 16
 class MatrixPlace(NamedTuple):
     """Offsets in bytes from where the segment begins; -1: there is none.
 
-    ``biases`` and ``scales`` are those of all rows, one behind the other.
+    ``scales`` and ``bias`` are those of all rows, one behind the other.
     """
 
     codes: int
