@@ -21,6 +21,7 @@ from moepack.formats import PackedModel
 from moepack.hardware import HardwareProfile
 from moepack.probe_link import LINK_SIZES, RandomReads
 from moepack.rates import LinkCurve
+from moepack.segments import ALIGNMENT_BYTES
 
 # Of so many batches, some 50 MiB each, the median counts.
 _BATCHES = 5
@@ -68,7 +69,8 @@ def open_disk_pace(
     sizes = (entry.stored_bytes for entry in PackedModel.open(folder).entries.values())
     file = DirectFile(max(folder.iterdir(), key=lambda path: path.stat().st_size))
     try:
-        size_bytes = min(median_low(sizes), LINK_SIZES[-1], file.size_bytes // 2)
+        half_bytes = file.size_bytes // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        size_bytes = min(median_low(sizes), LINK_SIZES[-1], half_bytes)
         with ThreadPoolExecutor(hardware.disk.readers_for(size_bytes)) as readers:
             yield DiskPace(RandomReads(file), readers, size_bytes, hardware.disk)
     finally:

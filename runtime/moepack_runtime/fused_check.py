@@ -49,6 +49,7 @@ def has_kernels(device: torch.device) -> bool:
     ) as failure:
         reason = str(failure).splitlines() or [type(failure).__name__]
         _log.warning("%s: Triton gives no kernels for %s (%s)", _SLOWER, device, reason[0])
+        _log.debug("where that came from:", exc_info=True)
         return False
     if wrong:
         _log.warning("%s: Triton's kernels compute wrong %s on %s", _SLOWER, wrong, device)

@@ -161,8 +161,9 @@ def first_products(
     elif KIND == "gelu":
         found = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     else:  # clamped_swiglu
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        # Not tl.minimum: that of a NaN and a number is the number, and torch's clamp keeps the NaN.
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         found = (up + 1.0) * (gate / (1.0 + tl.exp(-gate * ALPHA)))
     tl.store(active + segment * NEURONS + rows, found)
 

@@ -186,7 +186,8 @@ transfer.close()
 
 def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead() -> None:
     """As by Ctrl-Z."""
-    child = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, env=paths)
     with child:
         assert child.stdout is not None
         child.stdout.readline()

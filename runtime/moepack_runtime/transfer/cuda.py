@@ -249,15 +249,15 @@ class CudaTransfer(QueuedTransfer):
             ticket.priority = Priority.DEMAND
             self._issue_prefetch(ticket)
         since_s = perf_counter()
-        self._advance()
-        while not ticket.done:
+        while True:
+            self._advance()
+            if ticket.done:
+                return
+            # Asked behind that: the process may have been stopped (Ctrl-Z) since the last time.
+            if perf_counter() - max(since_s, self._ram.last_end_s) > self._stall_s:
+                raise self._stalled(ticket)
             if self._carriers:
                 sleep(0)  # asking the device holds the interpreter's lock, which carriers need
-            self._advance()
-            # Asked first: the process may have been stopped (Ctrl-Z) since the last time.
-            silent_s = perf_counter() - max(since_s, self._ram.last_end_s)
-            if not ticket.done and silent_s > self._stall_s:
-                raise self._stalled(ticket)
 
     @override
     def is_ready(self, ticket: Ticket) -> bool:
