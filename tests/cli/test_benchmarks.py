@@ -19,7 +19,7 @@ from moepack.roofline import derive_compute
 from moepack.routing_presets import find_routing
 from moepack.workspace import Workspace
 
-SHORT = ("--context", "128", "--prompt", "24", "--new", "20", "--rounds", "1")
+SHORT = ("--context", "128", "--prompt", "24", "--new", "8", "--rounds", "1")
 
 
 @pytest.fixture
