@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,7 +146,10 @@ def _run(args: argparse.Namespace) -> int:
         "| over the replay | processor, disk | as they were | over the bound |"
     )
     print("| --- " * 17 + "|")
-    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="link.") as scratch:
+    with (
+        setting.calibration or nullcontext(),
+        tempfile.TemporaryDirectory(dir=args.scratch, prefix="link.") as scratch,
+    ):
         for share in args.share:
             plan = planner.plan(round(share * whole_bytes))
             folders = pack_for(setting.checkpoint, {"plan": plan}, Path(scratch))

@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -217,7 +218,10 @@ def _run(args: argparse.Namespace) -> int:
     links = [*args.link, *(throttle_for(setting, window) for window in args.window)]
     cells: list[Cell] = []
     tables: RoutingTables | None = None
-    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="policies.") as scratch:
+    with (
+        setting.calibration or nullcontext(),
+        tempfile.TemporaryDirectory(dir=args.scratch, prefix="policies.") as scratch,
+    ):
         for throttle in links:
             planner = Planner(setting.request(args, max(args.vram), throttle), tables)
             tables = planner.tables
